@@ -1,0 +1,215 @@
+"""The operations in plain PyTorch: what every kernel must agree with.
+
+Each function has the same signature as its twin in :mod:`localsgd_ext.ops`. Nothing here is fused, nothing is compiled;
+it runs on every device PyTorch runs on, and in ``float64`` it is the oracle of the tests.
+
+Notation: ``W`` is the weight ``[K, C/groups, *kernel]`` (linear: ``[K, C]``), ``x`` the layer's input, ``z`` its
+pre-activation output ``conv(x, W) + bias``. The *correlation* ``D`` is the layer's weight gradient with ``z`` in the place
+of the output's gradient (paper, equation 3)::
+
+    D[k, c, r, s] = sum_{n, p, q}  z[n, k, p, q] * x[n, c, p*stride + r*dilation - pad, q*stride + s*dilation - pad]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ALGORITHMS = ("auto", "gram", "direct", "depthwise", "library")
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+IntOrTuple = int | Sequence[int]
+
+
+def correlation(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    stride: IntOrTuple = 1,
+    padding: IntOrTuple | str = 0,
+    dilation: IntOrTuple = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    z_is_output: bool = False,
+    algorithm: str = "auto",
+) -> Tensor:
+    """Return the correlation ``D`` of a layer's input and output (paper, equation 3); see :func:`localsgd_ext.ops.correlation`."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        x, z, geometry = _canonical(
+            x, z, weight, bias=bias, stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode
+        )
+        dtype = _accumulate_dtype(x, z, weight)
+        if algorithm == "gram":
+            return _gram_correlation(x.to(dtype), z, weight, bias, geometry)
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+        if z is None:
+            z = _forward(x, weight, bias, geometry)
+        return _weight_grad(x.to(dtype), z.to(dtype), weight, geometry)
+
+
+def apply_update_(
+    weights: Sequence[Tensor],
+    correlations: Sequence[Tensor],
+    lr: float | Tensor,
+    *,
+    normalize: bool = True,
+    skipped: Tensor | None = None,
+) -> None:
+    """``W += lr * D / ||D||_2`` for every pair (paper, equation 4); see :func:`localsgd_ext.ops.apply_update_`."""
+    if len(weights) != len(correlations):
+        raise ValueError(f"weights and correlations must have the same length, got {len(weights)} and {len(correlations)}")
+    with torch.no_grad():
+        for i, (weight, d) in enumerate(zip(weights, correlations, strict=True)):
+            if weight.shape != d.shape:
+                raise ValueError(f"correlations[{i}] must have shape {tuple(weight.shape)}, got {tuple(d.shape)}")
+            # The norm is taken in fp64 so that neither squares nor sums can overflow or vanish.
+            norm = torch.linalg.vector_norm(d, dtype=torch.float64)
+            usable = torch.isfinite(norm) & (norm > 0)
+            scale = (lr / norm if normalize else lr + torch.zeros_like(norm)).to(d.dtype)
+            weight.copy_(torch.where(usable, (weight.to(d.dtype) + scale * d).to(weight.dtype), weight))
+            if skipped is not None:
+                skipped.view(-1)[i if skipped.numel() > 1 else 0].add_(~usable)
+
+
+def hebbian_update_(
+    weight: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    lr: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    stride: IntOrTuple = 1,
+    padding: IntOrTuple | str = 0,
+    dilation: IntOrTuple = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    z_is_output: bool = False,
+    normalize: bool = True,
+    algorithm: str = "auto",
+    skipped: Tensor | None = None,
+) -> None:
+    """``W += lr * D / ||D||_2`` in place, ``D = correlation(x, z)``; see :func:`localsgd_ext.ops.hebbian_update_`."""
+    d = correlation(
+        x,
+        z,
+        weight,
+        bias=bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=padding_mode,
+        z_is_output=z_is_output,
+        algorithm=algorithm,
+    )
+    apply_update_([weight], [d], lr, normalize=normalize, skipped=skipped)
+
+
+class _Geometry:
+    """A convolution's arguments as tuples, ``padding`` numeric and symmetric (anything else is padded beforehand)."""
+
+    def __init__(self, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> None:
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+
+
+def _accumulate_dtype(x: Tensor, z: Tensor | None, weight: Tensor) -> torch.dtype:
+    tensors = [t for t in (x, z, weight) if t is not None]
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _tuple(value: IntOrTuple, dims: int, name: str) -> tuple[int, ...]:
+    values = (value,) * dims if isinstance(value, int) else tuple(value)
+    if len(values) != dims:
+        raise ValueError(f"{name} must be an int or {dims} ints, got {value!r}")
+    return values
+
+
+def _canonical(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    *,
+    bias: Tensor | None,
+    stride: IntOrTuple,
+    padding: IntOrTuple | str,
+    dilation: IntOrTuple,
+    groups: int,
+    padding_mode: str,
+) -> tuple[Tensor, Tensor | None, _Geometry]:
+    """Batched, explicitly padded operands; a linear layer becomes ``x [M, C]``, ``z [M, K]``."""
+    dims = weight.dim() - 2
+    if dims not in (0, 1, 2, 3):
+        raise ValueError(f"weight must have 2 (linear), 3, 4 or 5 (conv) dimensions, got shape {tuple(weight.shape)}")
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+    if dims == 0:
+        rows = x.reshape(-1, x.shape[-1])
+        return rows, None if z is None else z.reshape(-1, z.shape[-1]), _Geometry((), (), (), 1)
+    if x.dim() == dims + 1:
+        x, z = x.unsqueeze(0), None if z is None else z.unsqueeze(0)
+    strides, dilations = _tuple(stride, dims, "stride"), _tuple(dilation, dims, "dilation")
+    pads = _padding_pairs(padding, weight.shape[2:], dilations)
+    if padding_mode == "zeros" and all(before == after for before, after in pads):
+        return x, z, _Geometry(strides, tuple(before for before, _ in pads), dilations, groups)
+    flat = [side for pair in reversed(pads) for side in pair]  # F.pad starts at the last dimension
+    x = F.pad(x, flat) if padding_mode == "zeros" else F.pad(x, flat, mode=padding_mode)
+    return x, z, _Geometry(strides, (0,) * dims, dilations, groups)
+
+
+def _padding_pairs(padding: IntOrTuple | str, kernel: Sequence[int], dilation: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(before, after) for each spatial dimension, as ``nn.Conv*`` pads for ints, ``'same'`` and ``'valid'``."""
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"padding must be ints, 'same' or 'valid', got {padding!r}")
+        totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(p, p) for p in _tuple(padding, len(kernel), "padding")]
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, g: _Geometry) -> Tensor:
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if not g.stride:
+        return F.linear(x, weight, bias)
+    conv = (F.conv1d, F.conv2d, F.conv3d)[len(g.stride) - 1]
+    return conv(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
+
+
+def _weight_grad(x: Tensor, z: Tensor, weight: Tensor, g: _Geometry) -> Tensor:
+    if not g.stride:
+        return z.t() @ x
+    like = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+    dims = len(g.stride)
+    if x.shape[0] == 0:
+        return torch.zeros_like(like)
+    return torch.ops.aten.convolution_backward(
+        z, x, like, None, g.stride, g.padding, g.dilation, False, [0] * dims, g.groups, [False, True, False]
+    )[1]
+
+
+def _gram_correlation(x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, g: _Geometry) -> Tensor:
+    """``D = W·G + bias ⊗ Σx`` with ``G = XXᵀ``: exact where every output reads one input position (1x1 kernels, linear)."""
+    if any(k != 1 for k in weight.shape[2:]):
+        raise ValueError(f"algorithm 'gram' needs a kernel of size 1 or a linear layer, got weight of shape {tuple(weight.shape)}")
+    # The forward rounded W to its compute dtype, which is z's wherever that is lower than W's (autocast).
+    rounded = weight if z is None or z.dtype.itemsize >= weight.dtype.itemsize else weight.to(z.dtype)
+    for dim, (stride, pad) in enumerate(zip(g.stride, g.padding, strict=True)):
+        first = -(-pad // stride) * stride - pad  # positions inside the zero padding contribute nothing
+        index = torch.arange(first, x.shape[2 + dim], stride, device=x.device)
+        if z is not None:
+            index = index[: max(0, z.shape[2 + dim] - -(-pad // stride))]
+        x = x.index_select(2 + dim, index)
+    rows = x.movedim(1, -1).reshape(-1, g.groups, x.shape[1] // g.groups) if g.stride else x.unsqueeze(1)  # [M, groups, C/g]
+    w = rounded.to(x.dtype).reshape(rows.shape[1], -1, rows.shape[2])  # [groups, K/g, C/g]
+    gram = torch.einsum("mgc,mgd->gcd", rows, rows)
+    d = torch.einsum("gkc,gcd->gkd", w, gram)
+    if bias is not None:
+        rounded_bias = bias if z is None or z.dtype.itemsize >= bias.dtype.itemsize else bias.to(z.dtype)
+        d = d + rounded_bias.to(x.dtype).reshape(d.shape[0], -1, 1) * rows.sum(0).unsqueeze(1)
+    return d.reshape(weight.shape)

@@ -1,0 +1,190 @@
+"""Algorithm 1, equation 2 and the static schedules against traces worked out by hand."""
+
+import math
+
+import pytest
+
+from localsgd_ext import DynamicModeSelection, StaticModeSelection
+
+
+def trace(selection, norms):
+    return [selection.step(norm) for norm in norms]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "epochs", "t_shift", "l_max", "expected"),
+    [
+        (54, 90, 3, 0.75, 6),  # ResNet-50 on ImageNet: 270 / 40.5 = 6.67
+        (37, 90, 2, 0.75, 6),  # ResNet-34: 180 / 27.75 = 6.49
+        (8, 30, 1, 0.75, 5),  # 30 / 6, exactly
+        (8, 29, 1, 0.75, 4),  # 29 / 6 = 4.83
+        (20, 10, 1, 0.75, 1),  # 10 / 15 < 1: at least 1
+        (10, 12, 2, 0.5, 4),  # 24 / 5 = 4.8
+    ],
+)
+def test_equation_2(num_layers, epochs, t_shift, l_max, expected):
+    assert DynamicModeSelection(num_layers, epochs, t_shift=t_shift, l_max=l_max).min_epochs == expected
+
+
+def test_algorithm_1_trace():
+    # K = 6 * 2 / (0.75 * 8) = 2, cap = floor(0.75 * 8) = 6.
+    selection = DynamicModeSelection(8, 6, t_shift=2)
+    assert (selection.boundary, selection.min_epochs, selection.epochs_since_move) == (0, 2, 0)
+    steps = [
+        # u_E,  T, e_k
+        (10.0, 0, 1),  # e_k = 0 < K
+        (1.0, 0, 2),  # e_k = 1 < K, though u is far below the mean
+        (5.3, 0, 3),  # 0.95 * (10 + 1) / 2 = 5.225 < 5.3
+        (2.99, 2, 0),  # 0.95 * (1 + 5.3) / 2 = 2.9925 >= 2.99: shift
+        (0.1, 2, 1),  # the history restarts: the old layer's norms do not count
+        (0.1, 2, 2),
+        (0.1, 2, 3),  # 0.095 < 0.1
+        (0.09, 4, 0),  # 0.095 >= 0.09: shift
+        (8.0, 4, 1),
+        (4.0, 4, 2),
+        (5.0, 6, 0),  # 0.95 * 6 = 5.7 >= 5: shift, K + 1 = 3 epochs after the last one; at the cap
+        (1.0, 6, None),
+        (0.1, 6, None),
+        (0.01, 6, None),
+        (0.001, 6, None),  # nothing moves past the cap
+    ]
+    for epoch, (norm, boundary, since) in enumerate(steps):
+        assert selection.step(norm) == boundary, f"after epoch {epoch}"
+        assert selection.boundary == boundary
+        if since is not None:
+            assert selection.epochs_since_move == since, f"after epoch {epoch}"
+
+
+def test_the_present_norm_is_not_part_of_its_own_mean():
+    # K = 4 / 4 = 1, so W_avg is the one value before. Including u_E itself would give (4 + 3.9) / 2 = 3.95 >= 3.9 at alpha 1.
+    selection = DynamicModeSelection(4, 4, alpha=0.5, l_max=1.0, t_shift=1)
+    assert selection.min_epochs == 1
+    # 2.01 > 0.5 * 4 but 2.01 <= 0.5 * (4 + 2.01) would also be false; 1.5 <= 0.5 * 2.01 is false; 0.7 <= 0.75 is true.
+    assert trace(selection, [4.0, 2.01, 1.5, 0.7]) == [0, 0, 0, 1]
+
+
+def test_only_the_last_k_norms_count():
+    # K = 8 * 1 / 4 = 2. With all of the history the mean would be (100 + 2 + 2) / 3 = 34 and 2 would pass.
+    selection = DynamicModeSelection(4, 8, l_max=1.0)
+    assert selection.min_epochs == 2
+    assert trace(selection, [100.0, 2.0, 60.0, 31.0, 45.0, 30.0]) == [0, 0, 0, 0, 0, 1]
+    # E=2: 60 > .95*51; E=3: .95*31 = 29.45 < 31; E=4: .95*45.5 = 43.2 < 45; E=5: .95*38 = 36.1 >= 30.
+
+
+def test_equality_shifts():
+    assert trace(DynamicModeSelection(4, 4, alpha=0.5, l_max=1.0), [4.0, 2.0]) == [0, 1]
+    assert trace(DynamicModeSelection(4, 4, alpha=0.5, l_max=1.0), [4.0, math.nextafter(2.0, 3.0)]) == [0, 0]
+
+
+@pytest.mark.parametrize(("num_layers", "epochs", "min_epochs"), [(8, 6, 1), (8, 12, 2), (8, 24, 4)])
+def test_shifts_are_k_plus_one_epochs_apart(num_layers, epochs, min_epochs):
+    selection = DynamicModeSelection(num_layers, epochs)
+    assert selection.min_epochs == min_epochs
+    boundaries = trace(selection, [0.5**epoch for epoch in range(40)])  # always below alpha * mean: only e_k >= K holds it back
+    moves = [epoch for epoch in range(1, 40) if boundaries[epoch] != boundaries[epoch - 1]]
+    assert moves == [min_epochs + i * (min_epochs + 1) for i in range(6)]
+    assert boundaries[-1] == 6
+
+
+def test_a_shift_past_the_cap_is_clamped():
+    # cap = floor(0.75 * 10) = 7, t_shift = 3: 0, 3, 6, 7.
+    selection = DynamicModeSelection(10, 3, t_shift=3)
+    assert selection.min_epochs == 1
+    assert sorted(set(trace(selection, [0.5**epoch for epoch in range(20)]))) == [0, 3, 6, 7]
+
+
+@pytest.mark.parametrize(("num_layers", "l_max", "cap"), [(100, 0.29, 29), (7, 0.75, 5), (20, 0.55, 11), (3, 0.3, 0)])
+def test_the_cap_is_the_floor_of_the_fraction(num_layers, l_max, cap):
+    """0.29 * 100 is 28.999999999999996 in floating point, yet 29 layers are meant."""
+    selection = DynamicModeSelection(num_layers, 1, l_max=l_max)
+    assert max(trace(selection, [0.5**epoch for epoch in range(300)])) == cap
+
+
+def test_rising_norms_never_shift():
+    assert set(trace(DynamicModeSelection(8, 8), [1.1**epoch for epoch in range(50)])) == {0}
+
+
+def test_a_norm_that_is_not_a_number_never_shifts_and_is_forgotten():
+    selection = DynamicModeSelection(4, 4, l_max=1.0)  # K = 1
+    assert trace(selection, [4.0, math.nan, 2.0]) == [0, 0, 0]
+    assert trace(selection, [1.0, 0.5]) [-1] >= 1
+
+
+@pytest.mark.parametrize("cut", range(1, 14))
+def test_state_dict_continues_the_trace(cut):
+    norms = [10.0, 1.0, 5.3, 2.99, 0.1, 0.1, 0.1, 0.09, 8.0, 4.0, 5.0, 1.0, 0.1, 0.01]
+    whole = trace(DynamicModeSelection(8, 6, t_shift=2), norms)
+    first, second = DynamicModeSelection(8, 6, t_shift=2), DynamicModeSelection(8, 6, t_shift=2)
+    trace(first, norms[:cut])
+    second.load_state_dict(first.state_dict())
+    assert second.boundary == first.boundary
+    assert trace(second, norms[cut:]) == whole[cut:]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "name"),
+    [
+        ({"alpha": 0.0}, "alpha"),
+        ({"alpha": -1.0}, "alpha"),
+        ({"l_max": -0.1}, "l_max"),
+        ({"l_max": 1.5}, "l_max"),
+        ({"t_shift": 0}, "t_shift"),
+        ({"t_shift": -2}, "t_shift"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, name):
+    with pytest.raises(ValueError, match=name):
+        DynamicModeSelection(8, 6, **kwargs)
+
+
+# Static schedules: the boundary during epoch E is N(E), so the step at the end of epoch E answers N(E + 1).
+def static_trace(kind, num_layers, epochs, **kwargs):
+    selection = StaticModeSelection(num_layers, epochs, kind=kind, **kwargs)
+    return [selection.step() for _ in range(epochs)]
+
+
+def test_quadratic_trace():
+    # N(E) = max(0, floor(6 - 0.25 * (E - 6)^2)), E = 1..6: 6 - {6.25, 4, 2.25, 1, .25, 0}
+    assert static_trace("quadratic", 8, 6, c1=6, c2=0.25) == [0, 2, 3, 5, 5, 6]
+
+
+def test_linear_trace():
+    # N(E) = max(0, floor(5 - 1.5 * (6 - E))), E = 1..6: 5 - {7.5, 6, 4.5, 3, 1.5, 0}
+    assert static_trace("linear", 8, 6, c1=5, c2=1.5) == [0, 0, 0, 2, 3, 5]
+
+
+def test_exponential_trace():
+    # N(E) = floor(6 * (1 - exp(-0.5 E))), E = 1..6: 6 * {.3935, .6321, .7769, .8647, .9179, .9502}
+    assert static_trace("exponential", 8, 6, c1=6, c2=0.5) == [2, 3, 4, 5, 5, 5]
+
+
+def test_callable_trace():
+    assert static_trace(lambda epoch: 2 * epoch - 3, 8, 6) == [0, 1, 3, 5, 6, 6]  # max(0, .) and the cap floor(0.75 * 8) = 6
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear", "exponential"])
+def test_static_schedules_stay_under_the_cap(kind):
+    boundaries = static_trace(kind, 8, 30, c1=100, c2=0.01)
+    assert max(boundaries) == 6
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear", "exponential"])
+def test_static_defaults_reach_the_cap_and_never_go_back(kind):
+    boundaries = static_trace(kind, 20, 40)
+    assert boundaries == sorted(boundaries)
+    assert boundaries[0] <= 5
+    assert boundaries[-1] in (14, 15)
+
+
+def test_static_state_dict_continues():
+    whole = static_trace("quadratic", 8, 6, c1=6, c2=0.25)
+    first, second = (StaticModeSelection(8, 6, kind="quadratic", c1=6, c2=0.25) for _ in range(2))
+    for _ in range(3):
+        first.step()
+    second.load_state_dict(first.state_dict())
+    assert [second.step() for _ in range(3)] == whole[3:]
+
+
+def test_unknown_static_kind_is_named():
+    with pytest.raises(ValueError, match=r"kind.*cubic"):
+        StaticModeSelection(8, 6, kind="cubic")

@@ -43,7 +43,7 @@ def correlation(
         x, z, geometry = _canonical(
             x, z, weight, bias=bias, stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode
         )
-        dtype = _accumulate_dtype(x, z, weight)
+        dtype = accumulate_dtype(x, z, weight)
         if algorithm == "gram":
             return _gram_correlation(x.to(dtype), z, weight, bias, geometry)
         if algorithm not in ALGORITHMS:
@@ -118,7 +118,7 @@ class _Geometry:
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
 
 
-def _accumulate_dtype(x: Tensor, z: Tensor | None, weight: Tensor) -> torch.dtype:
+def accumulate_dtype(x: Tensor, z: Tensor | None, weight: Tensor) -> torch.dtype:
     tensors = [t for t in (x, z, weight) if t is not None]
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 

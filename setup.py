@@ -1,7 +1,7 @@
 """Builds ``localsgd_ext._C`` from the files listed in ``csrc/sources.txt``; everything else is in ``pyproject.toml``.
 
 Environment:
-    LOCALSGD_CUDA         ``auto`` (default): the CUDA half when torch has CUDA and nvcc is usable; ``1``: it or an error; ``0``: never.
+    LOCALSGD_CUDA         ``auto`` (default): the CUDA half where torch and nvcc allow it; ``1``: that or an error; ``0``: no.
     CUDA_HOME             the toolkit; without it nvcc is looked for on PATH, in /usr/local/cuda and in PyPI's toolkit wheels.
     TORCH_CUDA_ARCH_LIST  defaults to the visible GPUs' architectures, and to "7.5;8.0;9.0+PTX" where there is no GPU.
     MAX_JOBS              compiler processes at once; defaults to what cores and memory allow.
@@ -52,7 +52,7 @@ def read_sources():
 
 
 def choose_toolkit(cuda_sources):
-    """The toolkit for the CUDA half, or None to build without; says why in one line. SystemExit where LOCALSGD_CUDA=1 cannot be met."""
+    """The toolkit for the CUDA half, or None (with one line that says why) to build without it."""
     choice = os.environ.get("LOCALSGD_CUDA", "auto") or "auto"
     if choice not in ("0", "1", "auto"):
         raise SystemExit(f"LOCALSGD_CUDA must be 0, 1 or auto, got {choice!r}")

@@ -21,8 +21,8 @@ class ToolkitError(RuntimeError):
 class Toolkit:
     """A CUDA toolkit that can compile for the installed PyTorch.
 
-    ``home`` holds ``bin/nvcc``; ``include`` holds ``cuda_runtime.h``; ``cudart`` is the runtime library to link, by full path because
-    the PyPI wheels carry only ``libcudart.so.<major>``, which ``-lcudart`` does not find; ``version`` is nvcc's, as in ``"13.0"``.
+    ``home`` holds ``bin/nvcc``, ``include`` holds ``cuda_runtime.h``, ``version`` is nvcc's, as in ``"13.0"``. ``cudart`` is
+    the runtime library, by full path because PyPI's wheels carry only ``libcudart.so.<major>``, which ``-lcudart`` misses.
     """
 
     home: Path
@@ -36,7 +36,7 @@ class Toolkit:
 
 
 def install_hint(torch_cuda: str) -> str:
-    """The command that adds a compiler to an environment whose PyTorch was built with CUDA ``torch_cuda`` (as in ``"13.0"``)."""
+    """How to add nvcc to an environment whose PyTorch was built with CUDA ``torch_cuda`` (as in ``"13.0"``)."""
     if int(torch_cuda.split(".")[0]) >= 13:
         return f'pip install "cuda-toolkit[nvcc,cccl,cudart]=={torch_cuda}.*"'
     # The wheels named *-cu12 hold ptxas but no nvcc, so PyPI cannot help here.
@@ -50,10 +50,10 @@ def find_toolkit(
     site_dirs: Iterable[Path] | None = None,
     default_homes: Iterable[Path] = (Path("/usr/local/cuda"),),
 ) -> Toolkit:
-    """Return the first usable toolkit: ``CUDA_HOME`` (or ``CUDA_PATH``), nvcc on ``PATH``, ``/usr/local/cuda``, PyPI's wheels.
+    """Return the first usable toolkit of ``CUDA_HOME`` (or ``CUDA_PATH``), nvcc on ``PATH``, ``/usr/local/cuda``, PyPI wheels.
 
-    ``torch_cuda`` is ``torch.version.cuda``; nvcc must have the same major version, because objects of two CUDA majors do not mix in
-    one process. An explicit ``CUDA_HOME`` is taken or refused, never passed over in silence.
+    ``torch_cuda`` is ``torch.version.cuda``; nvcc must have the same major version, because one process cannot hold the
+    runtimes of two. An explicit ``CUDA_HOME`` is taken or refused, never passed over in silence.
 
     Raises:
         ToolkitError: nothing usable; one line per place looked at, then the command that would help.

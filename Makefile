@@ -1,0 +1,65 @@
+# `make` lists the targets. All of them work from a fresh clone with Python 3.11 or newer, a C++20 compiler and CMake 3.25 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two workers fit 2 cores; each test process computes on one thread.
+TEST_WORKERS ?= 2
+TEST_FLAGS ?=
+BENCH_FLAGS ?= --benchmark-disable-gc
+DEMO_FLAGS ?= --data glyphs --methods sgd,freeze,local --seeds 1
+
+CPP_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+BUILD_INPUTS := setup.py localsgd_ext/_cuda_toolkit.py csrc/sources.txt $(wildcard $(shell find csrc -type f))
+
+.DEFAULT_GOAL := help
+.PHONY: help venv build demo test native lint format bench clean
+
+help: ## Say what each target does
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.built ## Set up .venv once: PyTorch, every tool, the package in editable form (5.5 GB, minutes)
+
+build: venv ## Rebuild the extension after an edit in csrc/ (seconds)
+
+$(VENV)/.installed: pyproject.toml requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "a C++20 compiler is needed (Debian, Ubuntu: apt install g++)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q --no-build-isolation -c requirements.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+demo: venv ## Train a small CNN with SGD, a frozen prefix and localized learning: table and picture in runs/demo (under 5 minutes)
+	$(BIN)/localsgd compare $(DEMO_FLAGS) --out runs/demo
+
+test: venv native ## Run every test, native and Python (under 15 minutes on 2 cores)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --benchmark-disable $(TEST_FLAGS)
+
+native: ## Build the kernels without Python or PyTorch and run their C++ tests
+	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake --build build/native --parallel 2
+	ctest --test-dir build/native --output-on-failure
+
+lint: venv ## Check formatting, style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CPP_FILES),$(BIN)/clang-format --dry-run --Werror $(CPP_FILES))
+
+format: venv ## Format Python and C++
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CPP_FILES),$(BIN)/clang-format -i $(CPP_FILES))
+
+bench: venv ## Run the benchmarks
+	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "benchmarks/ holds none yet" >&2; exit 1; }
+	$(BIN)/python -m pytest $(BENCH_FLAGS) benchmarks
+
+clean: ## Remove what was built (not .venv, not runs/)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache localsgd_ext/_C*.so localsgd_ext/_build_info.json $(VENV)/.built
+	find localsgd_ext tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

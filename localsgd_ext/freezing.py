@@ -1,0 +1,162 @@
+"""Freezing of the prefix for SGD: no gradients, no saved activations, no optimizer state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .hooks import CallHook
+from .layers import ExecutionPlan, Patterns, trace_layers
+from .updater import refuse_wrappers
+
+BN_STATS = ("update", "freeze")
+
+
+class PrefixFreeze:
+    """Freezes every parameter that is first used before the transition layer.
+
+    ``requires_grad`` is what stops back-propagation: nothing before the transition layer is part of the graph, whatever the
+    topology, so no activation there is saved. Frozen parameters get ``grad = None`` (with zero gradients momentum and
+    weight decay would go on moving them) and lose their optimizer state; the parameter groups stay as they are.
+
+    Args:
+        model: the network ``plan`` was traced from.
+        optimizers: their state for frozen parameters is dropped.
+        bn_stats: ``"update"``: the running statistics of the prefix go on following the data; ``"freeze"``: its
+            normalisation layers run in evaluation mode.
+    """
+
+    def __init__(
+        self, model: nn.Module, plan: ExecutionPlan, *, optimizers: Sequence[Optimizer] = (), bn_stats: str = "update"
+    ) -> None:
+        if bn_stats not in BN_STATS:
+            raise ValueError(f"bn_stats must be one of {', '.join(BN_STATS)}, got {bn_stats!r}")
+        self.plan = plan
+        self.bn_stats = bn_stats
+        self.boundary = 0
+        self._optimizers = optimizers
+        self._parameters = dict(model.named_parameters())
+        self._modules = dict(model.named_modules())
+        self._frozen: dict[str, nn.Parameter] = {}
+        self._norm_handles: list[Any] = []
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the parameters frozen here; those the user had frozen are not among them."""
+        return list(self._frozen)
+
+    @property
+    def norms(self) -> list[str]:
+        """Names of the prefix's modules with running statistics."""
+        return self.plan.prefix(self.plan.norms, self.boundary)
+
+    def set_boundary(self, boundary: int) -> None:
+        """Freeze what comes before layer ``boundary`` and thaw what does not.
+
+        Raises:
+            ValueError: ``boundary`` is not the index of a layer.
+        """
+        if not 0 <= boundary < len(self.plan):
+            raise ValueError(f"boundary must be in [0, {len(self.plan) - 1}], got {boundary}")
+        self.boundary = boundary
+        prefix = set(self.plan.prefix(self.plan.parameters, boundary))
+        for name in [name for name in self._frozen if name not in prefix]:
+            self._frozen.pop(name).requires_grad_(True)
+        for name in prefix:
+            parameter = self._parameters[name]
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self._frozen[name] = parameter
+                parameter.grad = None
+                for optimizer in self._optimizers:
+                    optimizer.state.pop(parameter, None)
+        for handle in self._norm_handles:
+            handle.remove()
+        self._norm_handles = []
+        if self.bn_stats == "freeze":
+            for name in self.norms:
+                module, hook = self._modules[name], _EvalMode()
+                self._norm_handles += [
+                    module.register_forward_pre_hook(hook.enter),
+                    module.register_forward_hook(hook.leave, always_call=True),
+                ]
+
+    def poisoned_norms(self) -> list[str]:
+        """Modules of the whole network whose running statistics are no longer finite: one bad batch does that for good."""
+        names = [name for name in self.plan.norms if self._modules[name].track_running_stats]
+        if not names:
+            return []
+        finite = [
+            torch.isfinite(self._modules[name].running_mean).all() & torch.isfinite(self._modules[name].running_var).all()
+            for name in names
+        ]
+        return [name for name, ok in zip(names, finite, strict=True) if not ok]
+
+    def remove(self) -> None:
+        """Thaw everything that was frozen here."""
+        self.set_boundary(0)
+
+
+class _EvalMode:
+    """Runs a normalisation layer in evaluation mode, for the length of its forward."""
+
+    def __init__(self) -> None:
+        self.enter = CallHook(self._enter)
+        self.leave = CallHook(self._leave)
+        self._training = False
+
+    def _enter(self, module: nn.Module) -> None:
+        self._training, module.training = module.training, False
+
+    def _leave(self, module: nn.Module) -> None:
+        module.training = self._training
+
+
+def freeze_prefix(
+    model: nn.Module,
+    boundary: int | float,
+    *example_inputs: Any,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    bn_stats: str = "update",
+    include: Patterns = None,
+    skip: Patterns = None,
+) -> PrefixFreeze:
+    """Freeze the layers of ``model`` that run before layer ``boundary``: the baseline localized learning has to beat.
+
+    Args:
+        boundary: index of the first layer that goes on learning, in execution order, or a fraction of the depth in (0, 1).
+        example_inputs: what ``model`` is called with; one forward is run to find the order (nothing is changed by it).
+        optimizer: its state for the frozen parameters is dropped.
+        bn_stats: see :class:`PrefixFreeze`.
+        include, skip: which modules count as layers, see :func:`localsgd_ext.trace_layers`.
+    Returns:
+        A handle: ``remove()`` thaws the prefix, ``set_boundary()`` moves it.
+    Raises:
+        ValueError: ``boundary`` out of range, or the model has no layer.
+    """
+    refuse_wrappers(model)
+    plan = trace_layers(model, *example_inputs, include=include, skip=skip)
+    freeze = PrefixFreeze(model, plan, optimizers=as_optimizers(optimizer), bn_stats=bn_stats)
+    freeze.set_boundary(boundary if isinstance(boundary, int) else math.floor(boundary * len(plan)))
+    return freeze
+
+
+def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:
+    """One optimizer, several or none as a tuple.
+
+    Raises:
+        TypeError: something that is not an optimizer.
+        ValueError: ``LBFGS``, which keeps one state for all parameters together.
+    """
+    optimizers = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    for each in optimizers:
+        if not isinstance(each, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer or several, got {type(each).__name__}")
+        if isinstance(each, torch.optim.LBFGS):
+            raise ValueError("optimizer must keep its state per parameter, LBFGS does not")
+    return optimizers

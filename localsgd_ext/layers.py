@@ -1,0 +1,332 @@
+"""Which modules are layers, and in which order they run.
+
+A *layer* is a convolution or linear module that localized learning may update. Registration order says nothing about when a
+module runs, so one training forward is watched: module calls through pre-hooks, uses of parameters through a
+``TorchFunctionMode``. The outcome is an :class:`ExecutionPlan`.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter
+
+LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+Patterns = str | re.Pattern[str] | Iterable[str | re.Pattern[str]] | None
+
+
+@dataclass(frozen=True)
+class ExecutionPlan:
+    """What one training forward of a network uses, in the order of first use.
+
+    Positions count module calls and uses of parameters from the start of the forward; only their order means anything.
+    """
+
+    layers: tuple[str, ...]
+    """Names of the layers in execution order; ``L = len(layers)``."""
+    positions: tuple[int, ...]
+    """Position of each layer's first call."""
+    calls: tuple[int, ...]
+    """How often each layer is called in one forward."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Shape of each layer's weight."""
+    parameters: Mapping[str, int]
+    """Position of the first use of every parameter that is used."""
+    norms: Mapping[str, int]
+    """Position of the first call of every module that keeps running statistics."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Convolution and linear modules that are no layers, and why; without those the user left out."""
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def prefix(self, positions: Mapping[str, int], boundary: int) -> list[str]:
+        """The names in ``positions`` that come before the transition layer ``layers[boundary]``."""
+        if boundary == 0:
+            return []
+        end = self.positions[boundary]
+        return [name for name, position in positions.items() if position < end]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "layers": list(self.layers),
+            "positions": list(self.positions),
+            "calls": list(self.calls),
+            "shapes": [list(shape) for shape in self.shapes],
+            "parameters": dict(self.parameters),
+            "norms": dict(self.norms),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], model: nn.Module) -> ExecutionPlan:
+        """The plan as saved, after checking that ``model`` is the network it was made from."""
+        plan = cls(
+            layers=tuple(state["layers"]),
+            positions=tuple(state["positions"]),
+            calls=tuple(state["calls"]),
+            shapes=tuple(tuple(shape) for shape in state["shapes"]),
+            parameters=dict(state["parameters"]),
+            norms=dict(state["norms"]),
+        )
+        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+        for name, shape in zip(plan.layers, plan.shapes, strict=True):
+            if not isinstance(modules.get(name), LAYER_TYPES):
+                raise ValueError(f"the state is of another network: this one has no convolution or linear layer {name!r}")
+            found = tuple(modules[name].weight.shape)
+            if found != shape:
+                raise ValueError(
+                    f"the state is of another network: the weight of {name!r} has shape {found} here, {shape} there"
+                )
+        missing = [name for name in plan.parameters if name not in parameters] + [n for n in plan.norms if n not in modules]
+        if missing:
+            raise ValueError(f"the state is of another network: this one has no {', '.join(map(repr, missing))}")
+        return plan
+
+
+def trace_layers(model: nn.Module, *args: Any, include: Patterns = None, skip: Patterns = None, **kwargs: Any) -> ExecutionPlan:
+    """Run one training forward of ``model(*args, **kwargs)`` and return its :class:`ExecutionPlan`.
+
+    Parameters, buffers (BatchNorm's running statistics) and the random number generators are left as they were.
+
+    Args:
+        include, skip: names or regular expressions (matched in full) of the modules that may be, may not be, layers.
+    Raises:
+        ValueError: a pattern matches no convolution or linear module, or the model has no layer.
+    """
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    training = {module: module.training for module in model.modules()}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    tracer = Tracer(model, include=include, skip=skip)
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), tracer.watching():
+            model(*args, **kwargs)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
+    return tracer.plan()
+
+
+class Tracer:
+    """Watches one forward of a model."""
+
+    def __init__(self, model: nn.Module, *, include: Patterns = None, skip: Patterns = None) -> None:
+        self.model = model
+        self.selected = select_names(model, include, skip)
+        self._clock = 0
+        self._first_call: dict[str, int] = {}
+        self._calls: Counter[str] = Counter()
+        self._without_grad: set[str] = set()
+        self._first_use: dict[int, int] = {}  # id(parameter) -> position
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """A context in which the model's forward is recorded."""
+        stop = self.start()
+        try:
+            yield
+        finally:
+            stop()
+
+    def start(self) -> Callable[[], None]:
+        """Begin to record; the returned function ends it."""
+        handles = [
+            module.register_forward_pre_hook(self._call_recorder(name), with_kwargs=True)
+            for name, module in self.model.named_modules()
+            if not isinstance(module, torch.jit.ScriptModule) or name == ""
+        ]
+        mode = _ParameterUse({id(p) for p in self.model.parameters()}, self._use)
+        mode.__enter__()  # type: ignore[no-untyped-call]
+
+        def stop() -> None:
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            for handle in handles:
+                handle.remove()
+
+        return stop
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    def _call_recorder(self, name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._first_call.setdefault(name, self._tick())
+            self._calls[name] += 1
+            if not torch.is_grad_enabled():
+                self._without_grad.add(name)
+
+        return record
+
+    def _use(self, parameter: int) -> None:
+        self._first_use.setdefault(parameter, self._tick())
+
+    def plan(self) -> ExecutionPlan:
+        """The plan of the recorded forward.
+
+        Raises:
+            ValueError: no layer is left.
+        """
+        modules = dict(self.model.named_modules())
+        left_out: dict[str, str] = {}
+        layers: list[str] = []
+        owners = _weight_owners(self.model)
+        registered = [name for name in modules if name in self.selected]
+        for name in sorted(registered, key=lambda n: self._first_call.get(n, self._clock)):  # never called: last
+            reason = _why_no_layer(modules[name], owners)
+            if reason is None and name not in self._calls:
+                reason = "it was not called in the forward"
+            if reason is None and name in self._without_grad:
+                reason = "it ran without gradients (torch.no_grad, or checkpointing with use_reentrant=True: use False)"
+            if reason is None:
+                layers.append(name)
+            else:
+                left_out[name] = reason
+        if not layers:
+            why = "; ".join(f"{name!r}: {reason}" for name, reason in left_out.items())
+            raise ValueError(
+                f"model must have at least one convolution or linear layer to learn locally{': ' + why if why else ''}"
+            )
+        return ExecutionPlan(
+            layers=tuple(layers),
+            positions=tuple(self._first_call[name] for name in layers),
+            calls=tuple(self._calls[name] for name in layers),
+            shapes=tuple(tuple(modules[name].weight.shape) for name in layers),
+            parameters=self._parameter_positions(modules),
+            norms={n: self._first_call[n] for n, m in modules.items() if n in self._first_call and _keeps_statistics(m)},
+            left_out=left_out,
+        )
+
+    def _parameter_positions(self, modules: Mapping[str, nn.Module]) -> dict[str, int]:
+        positions = {}
+        for name, parameter in self.model.named_parameters():
+            owner = name.rpartition(".")[0]
+            position = self._first_use.get(id(parameter))
+            if position is None:  # not seen by any torch function (custom autograd function): its module's call tells
+                position = self._first_call.get(owner)
+            if position is not None:
+                positions[name] = position
+        return positions
+
+
+_GRAD: Any = vars(torch._C.TensorBase)["grad"].__get__  # what reading ``parameter.grad`` calls
+
+
+class _ParameterUse(TorchFunctionMode):
+    """Reports every torch function that reads the value of a parameter."""
+
+    def __init__(self, parameters: set[int], report: Callable[[int], None]) -> None:
+        super().__init__()
+        self._parameters = parameters
+        self._report = report
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        used = [id(leaf) for leaf in tree_iter((args, kwargs)) if isinstance(leaf, nn.Parameter)]
+        if used and func != _GRAD:
+            made = {id(leaf) for leaf in tree_iter(result) if isinstance(leaf, Tensor)}
+            # Questions (size(), dtype, …) make no tensor; what hands the parameter itself back (to, requires_grad_) is no use yet.
+            for parameter in used:
+                if parameter in self._parameters and made and parameter not in made:
+                    self._report(parameter)
+        return result
+
+
+def report_left_out(plan: ExecutionPlan) -> None:
+    """One warning that names every convolution and linear module that was left out, and why."""
+    if plan.left_out:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in plan.left_out.items())
+        warnings.warn(
+            "left out of localized learning (trained by SGD; frozen where the boundary passes them):\n" + lines,
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def select_names(model: nn.Module, include: Patterns = None, skip: Patterns = None) -> set[str]:
+    """Names of the convolution and linear modules that ``include`` and ``skip`` allow.
+
+    Raises:
+        ValueError: a pattern matches none of them.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)]
+    selected = set(names) if include is None else _matching(names, include, "include")
+    return selected if skip is None else selected - _matching(names, skip, "skip")
+
+
+def _matching(names: Sequence[str], patterns: Patterns, argument: str) -> set[str]:
+    listed = [patterns] if isinstance(patterns, str | re.Pattern) else list(patterns or ())
+    matched: set[str] = set()
+    for pattern in listed:
+        found = {name for name in names if name == pattern or re.fullmatch(pattern, name)}
+        if not found:
+            text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+            raise ValueError(f"{argument} must match convolution or linear modules of the model, {text!r} matches none")
+        matched |= found
+    return matched
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether ``module`` computes what its class in torch.nn computes: no changed ``forward``."""
+    base = next((cls for cls in LAYER_TYPES if isinstance(module, cls)), None)
+    if base is None:
+        return False
+    methods = ("forward",) if base is nn.Linear else ("forward", "_conv_forward")
+    return all(getattr(type(module), m) is getattr(base, m) and m not in vars(module) for m in methods)
+
+
+def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _why_no_layer(module: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
+    weight = module._parameters.get("weight")
+    if not is_plain(module):
+        return f"{type(module).__name__} changes the forward of its torch.nn class"
+    if weight is None:
+        return "its weight is computed from other parameters (parametrized, weight- or spectral-normalised, pruned)"
+    if len(owners.get(id(weight), ())) > 1:
+        return f"its weight is shared: {', '.join(owners[id(weight)])}"
+    if not weight.requires_grad:
+        return "its weight is frozen (requires_grad is False)"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}"
+    return None
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "running_mean", None), Tensor) and hasattr(module, "track_running_stats")
+
+
+def recurring_block_size(model: nn.Module, plan: ExecutionPlan) -> int:
+    """Layers in the network's recurring block: 2 in a basic ResNet, 3 with bottlenecks and in MobileNetV2 (paper, section 2.2).
+
+    The block is the module class with most instances among those that hold at least two layers, the outermost where
+    classes tie. Networks without one (VGG) get 7.5 % of their depth, the middle of the paper's 5-10 % (section 3.3).
+    """
+    sizes: dict[type[nn.Module], list[int]] = {}
+    for name, module in model.named_modules():
+        if name and type(module) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+            count = sum(1 for layer in plan.layers if layer.startswith(name + "."))
+            if count >= 2:
+                sizes.setdefault(type(module), []).append(count)
+    blocks = [(len(counts), Counter(counts).most_common(1)[0][0]) for counts in sizes.values() if len(counts) >= 2]
+    return max(blocks)[1] if blocks else max(1, round(0.075 * len(plan)))

@@ -1,0 +1,420 @@
+"""Localized learning inside the user's own training loop (LoCal+SGD)."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from itertools import zip_longest
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .freezing import BN_STATS, PrefixFreeze, as_optimizers
+from .hooks import CallHook, Hook
+from .layers import ExecutionPlan, Patterns, Tracer, recurring_block_size, report_left_out, select_names, trace_layers
+from .selection import DynamicModeSelection, ModeSelection, StaticModeSelection
+from .supervision import WeakSupervision
+from .updater import Activation, HebbianUpdater, refuse_wrappers
+
+RULES = ("hebbian", "frozen")
+PRESETS: dict[str, dict[str, float]] = {
+    # The normalised step has the length lr whatever the size of the weight. 0.01, the paper's, overwrites trained filters on
+    # networks of ordinary width; the default stays within reach of freezing.
+    "default": {"lr": 1e-4},
+    "paper": {"lr": 0.01},
+}
+STATE_FORMAT = 1
+
+
+class LocalizedLearning:
+    """Trains a growing prefix of ``model`` locally, in the forward pass, and the rest with the user's optimizer.
+
+    ::
+
+        local = LocalizedLearning(model, optimizer, epochs=90)
+        for epoch in range(90):
+            for x, y in loader:
+                loss = criterion(model(x), y)           # layers of the prefix update themselves here
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()                         # stops at the transition layer
+                optimizer.step()
+            local.step(epoch_loss)                      # boundary, sign and local learning rate of the next epoch
+
+    All layers start with SGD. After each epoch the schedule may move the boundary ``T``: ``layers[:T]`` learn locally by
+    ``W += sign * lr * D / ||D||_2`` (paper, equations 3 and 4), ``layers[T]``, the transition layer, and all after it by SGD.
+    Every parameter first used before the transition layer is frozen for the optimizer (see :class:`PrefixFreeze`).
+
+    Layers are the convolution and linear modules with an unmodified forward and a weight of their own, in the order in which
+    the first training forward calls them; whatever else there is, is named in one warning. They act only in training mode
+    with gradients enabled. See :class:`HebbianUpdater` for when the write is deferred.
+
+    Args:
+        model: the network, on its device; not wrapped in ``nn.DataParallel`` or FSDP.
+        optimizer: the optimizer (or several) of the whole model. Its parameter groups are left alone.
+        epochs: length of the run, ``E_max`` of equation 2.
+        preset: ``"paper"`` takes the paper's local learning rate (0.01), ``None`` ours (0.0001); arguments given override it.
+        schedule: ``"dynamic"`` (Algorithm 1), ``"quadratic"``, ``"linear"``, ``"exponential"`` (static schedules), or a
+            :class:`ModeSelection`, which then holds ``alpha``, ``l_max`` and ``t_shift`` itself.
+        alpha, l_max, t_shift: see :class:`DynamicModeSelection`.
+        rule: ``"hebbian"``, or ``"frozen"``: the same boundary, the prefix is not updated at all (the freezing baseline).
+        lr: local learning rate, a float or a callable of the epoch.
+        lr_decay, lr_decay_every: a float ``lr`` is divided by ``lr_decay`` every so many epochs from the start of training.
+        supervision: ``"absolute"`` or ``"toggle"`` (Algorithm 2), a :class:`WeakSupervision`, or ``None`` for none.
+        normalize, activation, momentum, algorithm: see :class:`HebbianUpdater`.
+        bn_stats: ``"update"`` or ``"freeze"``, see :class:`PrefixFreeze`.
+        include, skip: names or regular expressions (matched in full) of the modules that may, may not, be layers.
+        on_boundary_move: called as ``on_boundary_move(old, new)`` after the boundary has moved.
+    Raises:
+        ValueError, TypeError: an argument out of its range, a model or optimizer that cannot be supported.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        epochs: int,
+        preset: str | None = None,
+        schedule: str | ModeSelection = "dynamic",
+        alpha: float = 0.95,
+        l_max: float = 0.75,
+        t_shift: int | float | str = "auto",
+        rule: str = "hebbian",
+        lr: float | Callable[[int], float] | None = None,
+        lr_decay: float = 2.0,
+        lr_decay_every: int = 30,
+        supervision: str | WeakSupervision | None = "absolute",
+        normalize: bool = True,
+        activation: Activation | None = None,
+        momentum: float = 0.0,
+        bn_stats: str = "update",
+        include: Patterns = None,
+        skip: Patterns = None,
+        algorithm: str = "auto",
+        on_boundary_move: Callable[[int, int], None] | None = None,
+    ) -> None:
+        refuse_wrappers(model)
+        if epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {epochs}")
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"preset must be None or one of {', '.join(PRESETS)}, got {preset!r}")
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+        if bn_stats not in BN_STATS:
+            raise ValueError(f"bn_stats must be one of {', '.join(BN_STATS)}, got {bn_stats!r}")
+        if lr_decay < 1:
+            raise ValueError(f"lr_decay must be at least 1, got {lr_decay}")
+        if lr_decay_every < 1:
+            raise ValueError(f"lr_decay_every must be at least 1, got {lr_decay_every}")
+        lr = PRESETS[preset or "default"]["lr"] if lr is None else lr
+        if not callable(lr) and not (lr >= 0 and math.isfinite(lr)):
+            raise ValueError(f"lr must be finite and at least 0, got {lr}")
+        self.model = model
+        self.epochs = epochs
+        self.rule = rule
+        self.epoch = 0
+        """Index of the present epoch."""
+        self.on_boundary_move = on_boundary_move
+        self.schedule = _schedule(schedule, alpha=alpha, l_max=l_max, t_shift=t_shift)
+        self.supervision = WeakSupervision(supervision) if isinstance(supervision, str) else supervision
+        self._lr, self._lr_decay, self._lr_decay_every = lr, lr_decay, lr_decay_every
+        self._optimizers = as_optimizers(optimizer)
+        self._bn_stats = bn_stats
+        self._include, self._skip = include, skip
+        self._plan: ExecutionPlan | None = None
+        self._freeze: PrefixFreeze | None = None
+        self._stop_tracing: Callable[[], None] | None = None
+        self._tracer: Tracer | None = None
+        self._epoch_start: Tensor | None = None  # the transition layer's weight at the start of the epoch
+        self._warned_silent = False
+        selected = select_names(model, include, skip)
+        self._updater: HebbianUpdater | None = None
+        if rule == "hebbian":
+            self._updater = HebbianUpdater(
+                model,
+                selected,
+                lr=self.current_lr,
+                normalize=normalize,
+                activation=activation,
+                momentum=momentum,
+                algorithm=algorithm,
+            )
+        self._handles = [
+            model.register_forward_pre_hook(CallHook(self._before_forward), prepend=True),
+            model.register_forward_hook(_AfterForward(self._after_forward), always_call=True),
+        ]
+
+    # ---------------------------------------------------------------- what can be asked
+
+    @property
+    def plan(self) -> ExecutionPlan:
+        """The layers in execution order.
+
+        Raises:
+            RuntimeError: there was no training forward yet.
+        """
+        if self._plan is None:
+            raise RuntimeError(
+                "the order of the layers is not known before the first training forward: run one, or call trace()"
+            )
+        return self._plan
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers in execution order; see :attr:`plan` for errors."""
+        return self.plan.layers
+
+    @property
+    def num_layers(self) -> int:
+        """``L``, the number of layers."""
+        return len(self.plan)
+
+    @property
+    def boundary(self) -> int:
+        """``T``, the index of the transition layer: ``layers[:T]`` learn locally."""
+        return self._freeze.boundary if self._freeze is not None else 0
+
+    @property
+    def local_layers(self) -> tuple[str, ...]:
+        """Names of the layers that learn locally (with ``rule="frozen"``: not at all)."""
+        return self.plan.layers[: self.boundary] if self._plan is not None else ()
+
+    @property
+    def sign(self) -> int:
+        """Direction of the local updates in the present epoch: +1 or -1 (Algorithm 2)."""
+        return self.supervision.sign if self.supervision is not None else 1
+
+    @property
+    def current_lr(self) -> float:
+        """Local learning rate of the present epoch, without the sign."""
+        if callable(self._lr):
+            return float(self._lr(self.epoch))
+        return float(self._lr / self._lr_decay ** (self.epoch // self._lr_decay_every))
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Layer name to the updates skipped in the present epoch (``||D||_2`` zero or not finite). Waits for the device."""
+        return self._updater.skipped() if self._updater is not None else {}
+
+    # ---------------------------------------------------------------- the run
+
+    def trace(self, *example_args: Any, **example_kwargs: Any) -> ExecutionPlan:
+        """Find the order of the layers now, with one training forward that changes nothing, instead of in the first one."""
+        if self._plan is None:
+            self._stop_tracing = lambda: None  # this forward is watched by trace_layers, not by our own hooks
+            try:
+                plan = trace_layers(self.model, *example_args, include=self._include, skip=self._skip, **example_kwargs)
+            finally:
+                self._end_tracing()
+            self._adopt(plan)
+        return self.plan
+
+    def step(self, epoch_loss: float | Tensor | None = None) -> None:
+        """End an epoch: decide the boundary, the sign and the local learning rate of the next one.
+
+        Args:
+            epoch_loss: mean training loss of the epoch, a float or a tensor of one element; needed for weak supervision.
+        Raises:
+            RuntimeError: no training forward was seen yet, or :meth:`remove` was called.
+            ValueError: ``epoch_loss`` is missing or has more than one element.
+        """
+        if not self._handles:
+            raise RuntimeError("step() was called after remove()")
+        plan, freeze = self.plan, self._prefix()
+        if epoch_loss is None and self.supervision is not None:
+            raise ValueError(
+                "epoch_loss must be the epoch's mean training loss, got None (it sets the sign; supervision=None does without)"
+            )
+        if isinstance(epoch_loss, Tensor) and epoch_loss.numel() != 1:
+            raise ValueError(f"epoch_loss must have one element, got shape {tuple(epoch_loss.shape)}")
+        self._report_trouble(freeze)
+        norm = self._update_norm() if self.schedule.needs_update_norm else None
+        if self.supervision is not None and epoch_loss is not None:
+            self.supervision.step(float(torch.as_tensor(epoch_loss).detach()))
+        self.epoch += 1
+        old, new = freeze.boundary, self.schedule.step(norm)
+        if self._updater is not None:
+            self._updater.reset_counters()
+        self._apply_boundary(new)
+        if self.on_boundary_move is not None and old != new:
+            self.on_boundary_move(old, new)
+        assert len(plan) > new
+
+    def remove(self) -> None:
+        """Take the hooks off and give the frozen parameters back to SGD; deferred updates are made first."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._end_tracing()
+        if self._updater is not None:
+            self._updater.remove()
+        if self._freeze is not None:
+            self._freeze.remove()
+
+    def __enter__(self) -> LocalizedLearning:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        self.remove()
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit, beside the model's and the optimizer's own states.
+
+        Holds tensors, numbers, strings and containers of them: loads with ``torch.load(weights_only=True)``. Deferred
+        updates are made first, so take it before the model's.
+        """
+        return {
+            "format": STATE_FORMAT,
+            "rule": self.rule,
+            "epoch": self.epoch,
+            "plan": None if self._plan is None else self._plan.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "supervision": None if self.supervision is None else self.supervision.state_dict(),
+            "updater": None if self._updater is None else self._updater.state_dict(),
+            "epoch_start": None if self._epoch_start is None else self._epoch_start.detach().clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`, after the model's (and before or after the optimizer's) state.
+
+        Freezes the prefix again. Hyper-parameters of the schedule come from the state; the learning rate, its decay and the
+        rule's options are the constructor's.
+
+        Raises:
+            ValueError: the state is of another network (the first difference is named), format, rule or schedule.
+        """
+        if state.get("format") != STATE_FORMAT:
+            raise ValueError(f"state must have format {STATE_FORMAT}, got {state.get('format')!r}")
+        if state["rule"] != self.rule:
+            raise ValueError(f"the state is of rule {state['rule']!r}, this is {self.rule!r}")
+        if (state["supervision"] is None) != (self.supervision is None):
+            raise ValueError("the state and this object differ in whether there is weak supervision")
+        plan = None if state["plan"] is None else ExecutionPlan.from_state_dict(state["plan"], self.model)
+        if plan is not None and self._plan is not None and plan.layers != self._plan.layers:
+            pairs = zip_longest(self._plan.layers, plan.layers)
+            here, there = next((here, there) for here, there in pairs if here != there)
+            raise ValueError(f"the state is of another network: its layer {there!r} stands where this one has {here!r}")
+        unknown = sorted(set(plan.layers) - select_names(self.model, self._include, self._skip)) if plan is not None else []
+        if unknown:
+            raise ValueError(f"the state's layer {unknown[0]!r} is excluded here by include or skip")
+        self.schedule.load_state_dict(state["schedule"])
+        if self.supervision is not None:
+            self.supervision.load_state_dict(state["supervision"])
+        self.epoch = state["epoch"]
+        if plan is not None:
+            self._plan = plan
+            self._freeze = self._freeze or PrefixFreeze(self.model, plan, optimizers=self._optimizers, bn_stats=self._bn_stats)
+            self._apply_boundary(self.schedule.boundary)
+            weight = self._transition_weight()
+            self._epoch_start = None if state["epoch_start"] is None else state["epoch_start"].to(weight.device, copy=True)
+        if self._updater is not None:
+            self._updater.load_state_dict(state["updater"])
+
+    # ---------------------------------------------------------------- inside
+
+    def _before_forward(self, module: nn.Module) -> None:
+        if self._plan is None and self._stop_tracing is None and module.training and torch.is_grad_enabled():
+            self._tracer = Tracer(self.model, include=self._include, skip=self._skip)
+            self._stop_tracing = self._tracer.start()
+
+    def _after_forward(self, failed: bool) -> None:
+        tracer = self._end_tracing()
+        if tracer is not None and not failed:
+            self._adopt(tracer.plan())
+
+    def _end_tracing(self) -> Tracer | None:
+        tracer, self._tracer = self._tracer, None
+        stop, self._stop_tracing = self._stop_tracing, None
+        if stop is not None:
+            stop()
+        return tracer
+
+    def _adopt(self, plan: ExecutionPlan) -> None:
+        report_left_out(plan)
+        block = min(recurring_block_size(self.model, plan), max(1, math.floor(self.schedule.l_max * len(plan))))
+        self.schedule.bind(len(plan), self.epochs, block)
+        reason = self.schedule.never_moves()
+        if reason is not None:
+            warnings.warn(f"no layer will ever learn locally in this run: {reason}", UserWarning, stacklevel=2)
+        self._plan = plan
+        self._freeze = PrefixFreeze(self.model, plan, optimizers=self._optimizers, bn_stats=self._bn_stats)
+        self._apply_boundary(self.schedule.boundary)
+
+    def _apply_boundary(self, boundary: int) -> None:
+        freeze = self._prefix()
+        freeze.set_boundary(boundary)
+        if self._updater is not None:
+            repeated = [name for name, calls in zip(self.plan.layers, self.plan.calls, strict=True) if calls > 1]
+            self._updater.enable(self.local_layers, deferred=repeated)
+            self._updater.set_lr(self.sign * self.current_lr)
+        if self.schedule.needs_update_norm:
+            self._epoch_start = self._transition_weight().detach().clone()
+
+    def _transition_weight(self) -> Tensor:
+        weight: Tensor = self.model.get_submodule(self.plan.layers[self.boundary]).weight  # type: ignore[assignment]
+        return weight
+
+    def _update_norm(self) -> float:
+        """``||W_T(end of epoch) - W_T(start of epoch)||_2`` of the transition layer."""
+        weight = self._transition_weight().detach()
+        assert self._epoch_start is not None
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        change = weight.to(dtype) - self._epoch_start.to(weight.device, dtype)
+        return float(torch.linalg.vector_norm(change, dtype=torch.float64))
+
+    def _prefix(self) -> PrefixFreeze:
+        assert self._freeze is not None
+        return self._freeze
+
+    def _report_trouble(self, freeze: PrefixFreeze) -> None:
+        """What went wrong in the epoch, each as one warning that names the layers."""
+        skipped = self.skipped
+        if skipped:
+            named = ", ".join(f"{name} ({count})" for name, count in skipped.items())
+            warnings.warn(
+                f"local updates skipped because the correlation was zero or not finite: {named}", UserWarning, stacklevel=3
+            )
+        poisoned = freeze.poisoned_norms()
+        if poisoned:
+            warnings.warn(
+                f"running statistics are no longer finite and will not recover: {', '.join(poisoned)}",
+                UserWarning,
+                stacklevel=3,
+            )
+        silent = self._updater.silent() if self._updater is not None else []
+        if silent and not self._warned_silent:
+            self._warned_silent = True
+            warnings.warn(
+                "local layers that never ran with gradients enabled in this epoch, and so did not learn "
+                f"(evaluation mode, torch.no_grad, checkpointing with use_reentrant=True?): {', '.join(silent)}",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+class _AfterForward(Hook):
+    """Calls ``action(failed)`` after a forward, even one that raised (``always_call``: torch then passes no output)."""
+
+    def __init__(self, action: Callable[[bool], None]) -> None:
+        self.action = action
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.action(output is None and sys.exc_info()[0] is not None)
+
+
+def _schedule(schedule: str | ModeSelection, *, alpha: float, l_max: float, t_shift: int | float | str) -> ModeSelection:
+    if isinstance(schedule, ModeSelection):
+        return schedule
+    if schedule == "dynamic":
+        return DynamicModeSelection(alpha=alpha, l_max=l_max, t_shift=t_shift)
+    if schedule in StaticModeSelection.KINDS:
+        return StaticModeSelection(kind=schedule, l_max=l_max)
+    known = ", ".join(("dynamic", *StaticModeSelection.KINDS))
+    raise ValueError(f"schedule must be one of {known} or a ModeSelection, got {schedule!r}")

@@ -1,0 +1,296 @@
+"""Forward hooks that update layers locally (paper, section 2.1, equations 3 and 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .hooks import CallHook, Hook, in_backward, under_checkpoint
+from .layers import LAYER_TYPES, Patterns, is_plain, select_names
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class HebbianUpdater:
+    """Updates layers with ``W += lr * D / ||D||_2`` in every training forward, ``D = correlation(x, z)``.
+
+    A layer is updated right after its own forward, in the forward hook, if it is in training mode and gradients are enabled:
+    evaluation and ``torch.no_grad()`` never update. Where the weight is still needed after the forward, the write is
+    *deferred*: ``D`` is summed and one normalised step is made at the next forward of ``model`` (or by :meth:`flush`).
+    That holds for layers called more than once in a forward, for layers under activation checkpointing and for layers
+    through which gradients flow (their output requires grad), which makes non-prefix patterns (section 2.2) work.
+
+    Each training forward is one mini-batch: with gradient accumulation every micro-batch makes its own local step.
+
+    Args:
+        model: the network; the hooks go on its convolution and linear modules.
+        layers: names or regular expressions of the modules to hook; all with an unmodified forward unless given. None is
+            updated before :meth:`enable`.
+        lr: signed learning rate; the step's length is ``|lr|`` whatever the size of the weight.
+        normalize: ``False`` leaves out the division by ``||D||_2`` (ablation of equation 4).
+        activation: ``D = correlation(x, activation(z))``, the post-activation rule of equation 1 (ablation).
+        momentum: ``V = momentum * V + D / ||D||_2``, ``W += lr * V`` (ablation of section 2.3).
+        algorithm: see :func:`localsgd_ext.ops.hebbian_update_`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Patterns = None,
+        *,
+        lr: float = 1e-4,
+        normalize: bool = True,
+        activation: Activation | None = None,
+        momentum: float = 0.0,
+        algorithm: str = "auto",
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        if algorithm not in ops.ALGORITHMS:
+            raise ValueError(f"algorithm must be one of {', '.join(ops.ALGORITHMS)}, got {algorithm!r}")
+        if activation is not None and not callable(activation):
+            raise TypeError(f"activation must be callable, got {type(activation).__name__}")
+        refuse_wrappers(model)
+        self.model = model
+        self.lr = float(lr)
+        self.normalize = normalize
+        self.activation = activation
+        self.momentum = momentum
+        self.algorithm = algorithm
+        self.forwards = 0
+        """Training forwards of ``model`` since the last :meth:`reset_counters`."""
+        self._forward_id = 0
+        self._lr_tensors: dict[torch.device, Tensor] = {}
+        self._pending: dict[str, Tensor] = {}
+        self._velocity: dict[str, Tensor] = {}
+        modules = dict(model.named_modules())
+        names = select_names(model, layers)
+        self._hooks = {
+            name: _LayerHook(self, name, modules[name]) for name in modules if name in names and is_plain(modules[name])
+        }
+        self._handles = [
+            modules[name].register_forward_hook(hook, prepend=True, with_kwargs=True) for name, hook in self._hooks.items()
+        ]
+        self._handles.append(model.register_forward_pre_hook(CallHook(self._begin_forward), prepend=True))
+
+    @property
+    def enabled(self) -> list[str]:
+        """Names of the layers that are updated."""
+        return [name for name, hook in self._hooks.items() if hook.enabled]
+
+    def enable(self, names: Iterable[str], *, deferred: Iterable[str] = ()) -> None:
+        """From now on update exactly the layers in ``names``; those also in ``deferred`` always with a deferred write.
+
+        Raises:
+            ValueError: a name that has no hook.
+        """
+        names, deferred = set(names), set(deferred)
+        unknown = sorted(names - self._hooks.keys())
+        if unknown:
+            raise ValueError(f"names must be layers of this updater, got {', '.join(map(repr, unknown))}")
+        self.flush()
+        for name, hook in self._hooks.items():
+            hook.enabled = name in names
+            hook.deferred = hook.deferred or name in deferred
+            if not hook.enabled:
+                self._velocity.pop(name, None)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the signed learning rate, on the devices too (captured graphs read it there)."""
+        self.flush()
+        self.lr = float(lr)
+        for tensor in self._lr_tensors.values():
+            tensor.fill_(self.lr)
+
+    def flush(self) -> None:
+        """Make the deferred updates now."""
+        pending, self._pending = self._pending, {}
+        for name, correlation in pending.items():
+            self._write(self._hooks[name], correlation)
+
+    def skipped(self) -> dict[str, int]:
+        """Layer name to the number of updates skipped since the last :meth:`reset_counters`, where there were any.
+
+        An update is skipped, and the weight left untouched, where ``||D||_2`` is zero or not finite. Reading waits for
+        the device.
+        """
+        self.flush()
+        counted = {name: hook.skipped for name, hook in self._hooks.items() if hook.skipped is not None}
+        by_device: dict[torch.device, list[str]] = {}
+        for name, counter in counted.items():
+            by_device.setdefault(counter.device, []).append(name)
+        counts: dict[str, int] = {}
+        for names in by_device.values():  # one transfer per device
+            counts.update(zip(names, torch.stack([counted[name] for name in names]).tolist(), strict=True))
+        return {name: counts[name] for name in counted if counts[name]}
+
+    def silent(self) -> list[str]:
+        """Enabled layers that were never called in the training forwards since the last :meth:`reset_counters`."""
+        return [name for name, hook in self._hooks.items() if hook.enabled and not hook.fired] if self.forwards else []
+
+    def reset_counters(self) -> None:
+        self.forwards = 0
+        for hook in self._hooks.values():
+            hook.fired = False
+            if hook.skipped is not None:
+                hook.skipped.zero_()
+
+    def remove(self) -> None:
+        """Make the deferred updates and take every hook off the model."""
+        self.flush()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for hook in self._hooks.values():
+            hook.enabled = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Momentum and the counters of the present epoch; deferred updates are made first."""
+        skipped = self.skipped()
+        return {
+            "lr": self.lr,
+            "momentum": {name: velocity.detach().clone() for name, velocity in self._velocity.items()},
+            "skipped": skipped,
+            "fired": [name for name, hook in self._hooks.items() if hook.fired],
+            "forwards": self.forwards,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._pending.clear()
+        self.set_lr(state["lr"])
+        self.forwards = state["forwards"]
+        velocity = {}
+        for name, saved in state["momentum"].items():
+            weight = self._hooks[name].module.weight
+            velocity[name] = saved.to(device=weight.device, copy=True)
+        self._velocity = velocity
+        fired = set(state["fired"])
+        for name, hook in self._hooks.items():
+            hook.fired = name in fired
+            count = state["skipped"].get(name, 0)
+            if count or hook.skipped is not None:
+                hook.counter().fill_(count)
+
+    def _begin_forward(self, module: nn.Module) -> None:
+        self.flush()
+        self._forward_id += 1
+        if module.training and torch.is_grad_enabled():
+            self.forwards += 1
+
+    def _update(self, hook: _LayerHook, x: Tensor, z: Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            if in_backward():
+                if hook.last_forward != self._forward_id:
+                    raise RuntimeError(
+                        f"layer {hook.name!r} runs during the backward pass only: activation checkpointing with "
+                        "use_reentrant=True hides its forward from localized learning; use use_reentrant=False"
+                    )
+                return  # a checkpointed segment is recomputed: it was updated in the forward
+            if hook.last_forward == self._forward_id or under_checkpoint():
+                hook.deferred = True
+            hook.last_forward = self._forward_id
+        hook.fired = True
+        with torch.no_grad():
+            weight, deferred = hook.module.weight, hook.deferred or z.requires_grad
+            if self.activation is not None:
+                z = self.activation(z.detach())
+            if deferred or self.momentum:
+                correlation = ops.correlation(x, z, weight, **hook.arguments())
+                if deferred:
+                    known = self._pending.get(hook.name)
+                    self._pending[hook.name] = correlation if known is None else known.add_(correlation)
+                else:
+                    self._write(hook, correlation)
+            else:
+                ops.hebbian_update_(
+                    weight,
+                    x,
+                    z,
+                    self._lr_on(weight.device),
+                    normalize=self.normalize,
+                    skipped=hook.counter(),
+                    **hook.arguments(),
+                )
+
+    def _write(self, hook: _LayerHook, correlation: Tensor) -> None:
+        weight = hook.module.weight
+        lr = self._lr_on(weight.device)
+        if not self.momentum:
+            ops.apply_update_([weight], [correlation], lr, normalize=self.normalize, skipped=hook.counter())
+            return
+        with torch.no_grad():
+            norm = torch.linalg.vector_norm(correlation, dtype=torch.float64)
+            usable = torch.isfinite(norm) & (norm > 0)
+            step = correlation / norm.to(correlation.dtype) if self.normalize else correlation
+            velocity = self._velocity.setdefault(hook.name, torch.zeros_like(correlation))
+            velocity.copy_(torch.where(usable, self.momentum * velocity + step, velocity))
+            moved = (weight.to(velocity.dtype) + lr.to(velocity.dtype) * velocity).to(weight.dtype)
+            weight.copy_(torch.where(usable, moved, weight))
+            hook.counter().add_(~usable)
+
+    def _lr_on(self, device: torch.device) -> Tensor:
+        tensor = self._lr_tensors.get(device)
+        if tensor is None:
+            tensor = self._lr_tensors[device] = torch.full((), self.lr, dtype=torch.float64, device=device)
+        return tensor
+
+
+class _LayerHook(Hook):
+    """The forward hook of one layer."""
+
+    def __init__(self, updater: HebbianUpdater, name: str, module: nn.Module) -> None:
+        self.updater = updater
+        self.name = name
+        self.module: Any = module
+        self.enabled = False
+        self.deferred = False
+        self.fired = False
+        self.last_forward = -1
+        self.skipped: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if self.enabled and module.training and torch.is_grad_enabled():
+            self.updater._update(self, args[0] if args else kwargs["input"], output)
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that describe the layer's geometry to the operations."""
+        m = self.module
+        # A user's activation makes z something other than the layer's output: the Gram form would ignore it.
+        common = {"bias": m.bias, "z_is_output": self.updater.activation is None, "algorithm": self.updater.algorithm}
+        if isinstance(m, nn.Linear):
+            return common
+        return common | {
+            "stride": m.stride,
+            "padding": m.padding,
+            "dilation": m.dilation,
+            "groups": m.groups,
+            "padding_mode": m.padding_mode,
+        }
+
+    def counter(self) -> Tensor:
+        device = self.module.weight.device
+        if self.skipped is None:
+            self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        elif self.skipped.device != device:  # the model was moved
+            self.skipped = self.skipped.to(device)
+        return self.skipped
+
+
+def refuse_wrappers(model: nn.Module) -> None:
+    """Raise for models whose weights the forward hooks would not see or not own."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(
+            "model must not be wrapped in nn.DataParallel: its replicas' updates are lost; use DistributedDataParallel"
+        )
+    for name, parameter in model.named_parameters():
+        kind = type(parameter.data).__name__ if not torch.nn.parameter.is_lazy(parameter) else ""
+        if "DTensor" in (kind, type(parameter).__name__) or type(parameter).__name__ == "FlatParameter":
+            raise TypeError(f"model must hold whole parameters, {name!r} is sharded (FSDP, tensor parallel): not supported")
+    if not any(isinstance(module, LAYER_TYPES) for module in model.modules()):
+        raise ValueError(f"model must have a convolution or linear module, {type(model).__name__} has none")

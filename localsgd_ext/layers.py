@@ -13,10 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import multimode
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
@@ -103,7 +105,8 @@ def trace_layers(model: nn.Module, *args: Any, include: Patterns = None, skip: P
     Raises:
         ValueError: a pattern matches no convolution or linear module, or the model has no layer.
     """
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    lazy = [module for module in model.modules() if any(is_lazy(buffer) for buffer in module.buffers(recurse=False))]
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not is_lazy(buffer)}
     training = {module: module.training for module in model.modules()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     tracer = Tracer(model, include=include, skip=skip)
@@ -118,6 +121,9 @@ def trace_layers(model: nn.Module, *args: Any, include: Patterns = None, skip: P
             for name, buffer in model.named_buffers():
                 if name in buffers:
                     buffer.copy_(buffers[name])
+        for module in lazy:  # materialised by this forward, which its statistics are not to remember
+            if not any(is_lazy(buffer) for buffer in module.buffers(recurse=False)) and hasattr(module, "reset_running_stats"):
+                module.reset_running_stats()
     return tracer.plan()
 
 
@@ -328,5 +334,6 @@ def recurring_block_size(model: nn.Module, plan: ExecutionPlan) -> int:
             count = sum(1 for layer in plan.layers if layer.startswith(name + "."))
             if count >= 2:
                 sizes.setdefault(type(module), []).append(count)
-    blocks = [(len(counts), Counter(counts).most_common(1)[0][0]) for counts in sizes.values() if len(counts) >= 2]
+    # Where as many blocks have a shortcut as have none, the block is the one without: the smallest of the commonest sizes.
+    blocks = [(len(counts), min(multimode(counts))) for counts in sizes.values() if len(counts) >= 2]
     return max(blocks)[1] if blocks else max(1, round(0.075 * len(plan)))

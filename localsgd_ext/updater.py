@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import ops
 from .hooks import CallHook, Hook, in_backward, under_checkpoint
@@ -289,7 +290,7 @@ def refuse_wrappers(model: nn.Module) -> None:
             "model must not be wrapped in nn.DataParallel: its replicas' updates are lost; use DistributedDataParallel"
         )
     for name, parameter in model.named_parameters():
-        kind = type(parameter.data).__name__ if not torch.nn.parameter.is_lazy(parameter) else ""
+        kind = type(parameter.data).__name__ if not is_lazy(parameter) else ""
         if "DTensor" in (kind, type(parameter).__name__) or type(parameter).__name__ == "FlatParameter":
             raise TypeError(f"model must hold whole parameters, {name!r} is sharded (FSDP, tensor parallel): not supported")
     if not any(isinstance(module, LAYER_TYPES) for module in model.modules()):

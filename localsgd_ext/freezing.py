@@ -153,7 +153,9 @@ def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> tuple[Op
         TypeError: something that is not an optimizer.
         ValueError: ``LBFGS``, which keeps one state for all parameters together.
     """
-    optimizers = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    if optimizer is None:
+        return ()
+    optimizers = tuple(optimizer) if isinstance(optimizer, Iterable) else (optimizer,)
     for each in optimizers:
         if not isinstance(each, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or several, got {type(each).__name__}")

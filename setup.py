@@ -19,8 +19,8 @@ import torch
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCH_LIST = "7.5;8.0;9.0+PTX"
 GROUPS = ("core", "torch", "cuda")
+DEFAULT_ARCH_LIST = "7.5;8.0;9.0+PTX"
 BYTES_PER_JOB = 3 << 30  # a translation unit that includes ATen takes up to 3 GiB
 
 
@@ -36,52 +36,45 @@ def load(path):
 toolkits = load(ROOT / "localsgd_ext" / "_cuda_toolkit.py")
 
 
-def read_sources():
+def read_sources(root=ROOT):
     """``{group: [path, ...]}`` from csrc/sources.txt, whose lines are ``<group> <path>``; ``#`` starts a comment."""
     sources = {group: [] for group in GROUPS}
-    for number, line in enumerate((ROOT / "csrc" / "sources.txt").read_text().splitlines(), 1):
+    for number, line in enumerate((root / "csrc" / "sources.txt").read_text().splitlines(), 1):
         words = line.partition("#")[0].split()
         if not words:
             continue
         if len(words) != 2 or words[0] not in GROUPS:
             raise SystemExit(f"csrc/sources.txt:{number}: expected '<{'|'.join(GROUPS)}> <path>', got {line!r}")
-        if not (ROOT / words[1]).is_file():
+        if not (root / words[1]).is_file():
             raise SystemExit(f"csrc/sources.txt:{number}: {words[1]} does not exist")
         sources[words[0]].append(words[1])
     return sources
 
 
-def choose_toolkit(cuda_sources):
-    """The toolkit for the CUDA half, or None (with one line that says why) to build without it."""
-    choice = os.environ.get("LOCALSGD_CUDA", "auto") or "auto"
+def choose_toolkit(cuda_sources, choice, torch_cuda):
+    """``(toolkit, "")`` to build the CUDA half, or ``(None, why not)``, empty where the user did not want it."""
+    choice = choice or "auto"
     if choice not in ("0", "1", "auto"):
         raise SystemExit(f"LOCALSGD_CUDA must be 0, 1 or auto, got {choice!r}")
     if choice == "0":
-        return None
-    toolkit, reason = None, None
-    if torch.version.cuda is None:
-        reason = f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch"
+        return None, ""
+    toolkit, problem = None, ""
+    if torch_cuda is None:
+        problem = f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch"
     else:
         try:
-            toolkit = toolkits.find_toolkit(torch.version.cuda)
+            toolkit = toolkits.find_toolkit(torch_cuda)
         except toolkits.ToolkitError as error:
-            reason = str(error)
-    if reason and choice == "1":
-        raise SystemExit(f"LOCALSGD_CUDA=1, but the CUDA kernels cannot be built: {reason}")
-    if reason and cuda_sources:
-        notice(f"building without CUDA kernels: {reason}")
-    if toolkit and not cuda_sources:
-        notice(f"nvcc {toolkit.version} is usable, but this version has no CUDA sources: building the CPU kernels only")
-        return None
-    return toolkit
+            problem = str(error)
+    if problem and choice == "1":
+        raise SystemExit(f"LOCALSGD_CUDA=1, but CUDA kernels cannot be built: {problem}")
+    if not cuda_sources:
+        return None, "this version has no CUDA sources: building the CPU kernels only"
+    return toolkit, f"building without CUDA kernels: {problem}" if problem else ""
 
 
-def notice(text):
-    print(f"localsgd_ext: {text}", file=sys.stderr, flush=True)
-
-
-def default_environment(toolkit):
-    """Set what torch.utils.cpp_extension reads, some of it while it is imported."""
+def set_environment(toolkit):
+    """Set what torch.utils.cpp_extension reads, in part while it is imported."""
     if importlib.util.find_spec("ninja"):  # pip puts its environment's bin/ on PATH only where the environment is activated
         import ninja
 
@@ -95,36 +88,28 @@ def default_environment(toolkit):
         os.environ["MAX_JOBS"] = str(max(1, min(len(os.sched_getaffinity(0)), memory // BYTES_PER_JOB)))
 
 
-SOURCES = read_sources()
-TOOLKIT = choose_toolkit(SOURCES["cuda"])
-default_environment(TOOLKIT)
-
-from torch.utils import cpp_extension  # noqa: E402  (reads CUDA_HOME at import)
-
-
-def make_extension():
-    sources = SOURCES["core"] + SOURCES["torch"]
-    headers = [str(p.relative_to(ROOT)) for suffix in ("h", "hpp", "cuh") for p in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))]
+def make_extension(cpp_extension, sources, toolkit):
+    """The compiled module, with the CUDA half if there is a toolkit."""
     cxx = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     options = {
         "include_dirs": [str(ROOT / "csrc")],
         "extra_compile_args": {"cxx": cxx},
         "extra_link_args": ["-fopenmp"],
-        "depends": [*headers, "csrc/sources.txt", "setup.py"],
     }
-    if TOOLKIT is None:
-        return cpp_extension.CppExtension("localsgd_ext._C", sources, **options)
+    host_sources = sources["core"] + sources["torch"]
+    if toolkit is None:
+        return cpp_extension.CppExtension("localsgd_ext._C", host_sources, **options)
     cxx.append("-DLOCALSGD_WITH_CUDA")
-    options["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++20", "-lineinfo", "--threads=1", "-DLOCALSGD_WITH_CUDA"]
-    extension = cpp_extension.CUDAExtension("localsgd_ext._C", sources + SOURCES["cuda"], **options)
-    extension.include_dirs.append(str(TOOLKIT.include))
+    options["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++20", "-lineinfo", "-DLOCALSGD_WITH_CUDA"]
+    extension = cpp_extension.CUDAExtension("localsgd_ext._C", host_sources + sources["cuda"], **options)
+    extension.include_dirs.append(str(toolkit.include))
     extension.libraries.remove("cudart")  # by path instead: the wheels have no libcudart.so for -lcudart to find
-    extension.extra_objects.append(str(TOOLKIT.cudart))
+    extension.extra_objects.append(str(toolkit.cudart))
     return extension
 
 
-def build_info():
-    """What `localsgd doctor` tells about the build; every value is a string."""
+def build_info(cpp_extension, toolkit):
+    """What ``localsgd doctor`` tells about the build; every value is a string, empty where it does not apply."""
 
     def output(*command):
         try:
@@ -134,39 +119,53 @@ def build_info():
 
     compiler = cpp_extension.get_cxx_compiler()
     commit = output("git", "rev-parse", "--short=12", "HEAD") if (ROOT / ".git").exists() else ""
-    dirty = "+changes" if commit and output("git", "status", "--porcelain", "--", "csrc", "setup.py") else ""
-    info = {
+    changed = "+changes" if commit and output("git", "status", "--porcelain", "--", "csrc", "setup.py") else ""
+    targets = {flag.rpartition("code=")[2] for flag in cpp_extension._get_cuda_arch_flags()} if toolkit else set()
+    return {
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda or "",
         "python": sys.version.split()[0],
         "compiler": (output(compiler, "--version").splitlines() or [compiler])[0],
-        "git_commit": commit + dirty,
-        "nvcc": "",
-        "cuda_arch_list": "",
+        "git_commit": commit + changed,
+        "nvcc": toolkit.version if toolkit else "",
+        "cuda_arch_list": " ".join(sorted(targets)),
     }
-    if TOOLKIT is not None:
-        info["nvcc"] = TOOLKIT.version
-        flags = cpp_extension._get_cuda_arch_flags()
-        info["cuda_arch_list"] = " ".join(sorted({flag.rpartition("code=")[2] for flag in flags}))
-    return info
 
 
-class BuildExtension(cpp_extension.BuildExtension):
-    """torch's, with objects kept between builds, and ``_build_info.json`` written beside the module."""
+def make_build_command(cpp_extension, toolkit, remark):
+    """torch's build_ext, with objects kept between builds, and ``_build_info.json`` written beside the module."""
 
-    def finalize_options(self):
-        super().finalize_options()
-        # An editable install builds in a directory that pip throws away; there, every edit would compile everything again.
-        self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}-{'cuda' if TOOLKIT else 'cpu'}")
+    class BuildExtension(cpp_extension.BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # An editable install builds in a directory that pip throws away: every edit would compile everything again.
+            self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}-{'cuda' if toolkit else 'cpu'}")
 
-    def build_extensions(self):
-        super().build_extensions()
-        self.info_file = Path(self.get_ext_fullpath("localsgd_ext._C")).with_name("_build_info.json")
-        self.info_file.write_text(json.dumps(build_info(), indent=2) + "\n")
+        def build_extensions(self):
+            if remark:
+                print(f"localsgd_ext: {remark}", file=sys.stderr, flush=True)
+            super().build_extensions()
+            self.info_file = Path(self.get_ext_fullpath("localsgd_ext._C")).with_name("_build_info.json")
+            self.info_file.write_text(json.dumps(build_info(cpp_extension, toolkit), indent=2) + "\n")
 
-    def copy_extensions_to_source(self):
-        super().copy_extensions_to_source()
-        shutil.copyfile(self.info_file, ROOT / "localsgd_ext" / "_build_info.json")
+        def copy_extensions_to_source(self):
+            super().copy_extensions_to_source()
+            shutil.copyfile(self.info_file, ROOT / "localsgd_ext" / self.info_file.name)
+
+    return BuildExtension
 
 
-setup(ext_modules=[make_extension()], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
+def main():
+    sources = read_sources()
+    toolkit, remark = choose_toolkit(sources["cuda"], os.environ.get("LOCALSGD_CUDA"), torch.version.cuda)
+    set_environment(toolkit)
+    from torch.utils import cpp_extension  # not before: it reads CUDA_HOME when it is imported
+
+    setup(
+        ext_modules=[make_extension(cpp_extension, sources, toolkit)],
+        cmdclass={"build_ext": make_build_command(cpp_extension, toolkit, remark)},
+    )
+
+
+if __name__ == "__main__":
+    main()

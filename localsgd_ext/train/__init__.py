@@ -1,1 +1,1 @@
-"""Data, models, training loop and reports behind the ``localsgd`` command. The library half never imports this."""
+"""The command line's half of the package: data, models, the training loop, and reports. The library never imports it."""

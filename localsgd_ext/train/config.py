@@ -1,0 +1,137 @@
+"""What a run was asked to do, complete and checked: every value is here, so that a run can be told from its config alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from localsgd_ext.train import presets
+
+METHODS = ("sgd", "freeze", "local", "local-paper")
+DATA_SETS = ("digits", "glyphs", "cifar10", "cifar100", "imagenet", "fake")
+LR_SCHEDULES = ("step", "cosine", "constant")
+SCHEDULES = ("dynamic", "quadratic", "linear", "exponential")
+SUPERVISIONS = ("absolute", "toggle", "none")
+AMP = ("none", "bf16", "fp16")
+
+# May change between a run and its resumption: where the files are and who reads them, not what is computed.
+_INCIDENTAL = frozenset({"root", "workers"})
+_HYPERPARAMETERS = tuple(f.name for f in dataclasses.fields(presets.Hyperparameters))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run. Build it with :func:`resolve`. Raises ``ValueError`` that names the option at fault."""
+
+    data: str
+    model: str
+    method: str
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    lr_schedule: str
+    lr_step: int
+    lr_gamma: float
+    local_lr: float
+    local_lr_decay: float
+    local_lr_decay_every: int
+    alpha: float
+    l_max: float
+    t_shift: int | float | str = "auto"
+    schedule: str = "dynamic"
+    supervision: str = "absolute"
+    preset: str | None = None
+    seed: int = 0
+    train_size: int | None = None
+    test_size: int | None = None
+    image_size: int | None = None
+    channels_last: bool = False
+    amp: str = "none"
+    deterministic: bool = False
+    device: str = "cpu"
+    root: str | None = None
+    workers: int = 4
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("data", DATA_SETS),
+            ("method", METHODS),
+            ("lr_schedule", LR_SCHEDULES),
+            ("schedule", SCHEDULES),
+            ("supervision", SUPERVISIONS),
+            ("amp", AMP),
+            ("preset", ("paper", None)),
+        ):
+            if getattr(self, name) not in choices:
+                listed = ", ".join(str(c) for c in choices if c)
+                raise ValueError(f"--{_flag(name)} must be one of {listed}, got {getattr(self, name)!r}")
+        for name in ("epochs", "batch_size", "lr_step", "local_lr_decay_every"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("train_size", "test_size", "image_size"):
+            _require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "lr_gamma", "local_lr_decay", "alpha"):
+            _require(self, name, 0 < getattr(self, name) < math.inf, "positive")
+        for name in ("weight_decay", "local_lr"):
+            _require(self, name, 0 <= getattr(self, name) < math.inf, "at least 0")
+        _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        _require(self, "l_max", 0 < self.l_max < 1, "in (0, 1)")
+        _require(self, "seed", self.seed >= 0, "at least 0")
+        _require(self, "workers", self.workers >= 0, "at least 0")
+        if isinstance(self.t_shift, str):
+            _require(self, "t_shift", self.t_shift == "auto", "a number of layers, a fraction of the depth, or auto")
+        else:
+            _require(self, "t_shift", self.t_shift > 0, "positive")
+        if self.amp == "fp16" and not self.device.startswith("cuda"):
+            raise ValueError(f"--amp fp16 needs a CUDA device, got --device {self.device}; use --amp bf16")
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: object) -> RunConfig:
+        """Raises ``ValueError`` for JSON that is not a run's configuration."""
+        if not isinstance(value, dict):
+            raise ValueError(f"a run's configuration must be a JSON object, got {type(value).__name__}")
+        unknown = sorted(value.keys() - {f.name for f in dataclasses.fields(cls)})
+        missing = sorted({f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING} - value.keys())
+        if unknown or missing:
+            raise ValueError(f"not a run's configuration: unknown fields {unknown}, missing fields {missing}")
+        return cls(**value)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the numbers that come out."""
+        return {name: value for name, value in self.to_json().items() if name not in _INCIDENTAL}
+
+    def replace(self, **changes: Any) -> RunConfig:
+        return dataclasses.replace(self, **changes)
+
+
+def resolve(data: str, model: str, method: str, preset: str | None = None, **flags: Any) -> RunConfig:
+    """Complete the flags that were given (``None`` = not given): defaults, overridden by the preset, overridden by flags."""
+    if preset not in (None, "paper"):
+        raise ValueError(f"--preset must be paper, got {preset!r}")
+    base = presets.paper(data, model) if preset == "paper" else presets.DEFAULTS
+    values = {name: getattr(base, name) for name in _HYPERPARAMETERS}
+    if method == "local-paper":
+        values |= {"local_lr": 0.01, "local_lr_decay": presets.paper_local_lr_decay(data), "local_lr_decay_every": 30}
+    values |= {name: value for name, value in flags.items() if value is not None}
+    return RunConfig(data=data, model=model, method=method, preset=preset, **values)
+
+
+def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
+    """The options in which two configurations differ and that matter, as ``--flag: saved -> asked``."""
+    old, new = saved.identity(), asked.identity()
+    return [f"--{_flag(name)}: {old[name]} -> {new[name]}" for name in old if old[name] != new[name]]
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _require(config: RunConfig, name: str, holds: bool, requirement: str) -> None:
+    if not holds:
+        raise ValueError(f"--{_flag(name)} must be {requirement}, got {getattr(config, name)}")

@@ -1,0 +1,273 @@
+"""One training run, epoch by epoch: plain PyTorch, with :class:`LocalizedLearning` plugged in as a user would."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import random
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, StepLR
+
+from localsgd_ext import LocalizedLearning, trace_layers
+from localsgd_ext.train import checkpoint, models
+from localsgd_ext.train.config import RunConfig
+from localsgd_ext.train.data import Data, derive_seed
+from localsgd_ext.train.files import write_atomically, write_json
+from localsgd_ext.train.measure import PhaseTimer, saved_activations
+from localsgd_ext.train.progress import Progress
+from localsgd_ext.train.rundir import SUMMARY, RunDirectory
+
+_AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """A network, its optimizer and what it learned so far; :meth:`run_epoch` goes one epoch further and saves it.
+
+    Every random number follows from ``(seed, epoch)``: runs of one seed share their first weights, the order of the data
+    and its augmentation, may be interleaved in one process, and a resumed run needs no generator's state.
+    """
+
+    def __init__(self, config: RunConfig, data: Data, directory: RunDirectory, progress: Progress, label: str = "") -> None:
+        self.config, self.data, self.directory, self.progress, self.label = config, data, directory, progress, label
+        self.epoch = 0
+        self.metrics: list[dict[str, Any]] = []
+        self._device = torch.device(config.device)
+        _set_determinism(config, self._device)
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = models.build(config.model, data.num_classes, config.seed).to(self._device)
+        self.model = self.model.to(memory_format=layout)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        self._scheduler = _scheduler(self.optimizer, config)
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.amp == "fp16")
+        example = torch.zeros(2, 3, data.image_size, data.image_size, device=self._device)
+        with self._logged_warnings():
+            self.local = _localized_learning(self)
+            self.num_layers = len(self.local.trace(example) if self.local else trace_layers(self.model, example))
+
+    @property
+    def done(self) -> bool:
+        return self.epoch >= self.config.epochs
+
+    def say(self, line: str) -> None:
+        """To the log and the screen."""
+        self.directory.log(line)
+        self.progress.say(f"{self.label} {line}".strip())
+
+    def warm_up(self) -> None:
+        """One step on a copy that is thrown away, so that the first run timed does not pay for starting the libraries."""
+        model = copy.deepcopy(self.model).train()
+        shape = (self.config.batch_size, 3, self.data.image_size, self.data.image_size)
+        with torch.random.fork_rng(), self._autocast():
+            model(torch.zeros(shape, device=self._device)).sum().backward()
+
+    def run_epoch(self) -> dict[str, Any]:
+        """Train for an epoch, evaluate, record and save. Returns what was measured (see ``metrics.jsonl``)."""
+        config, number = self.config, self.epoch + 1
+        _seed_everything(derive_seed(config.seed, self.epoch, 1))
+        self.progress.begin(f"{self.label} epoch {number}/{config.epochs}".strip())
+        boundary = self.local.boundary if self.local else 0
+        lr = self._scheduler.get_last_lr()[0]
+        local_lr = self.local.sign * self.local.current_lr if self.local and self.local.rule == "hebbian" else None
+
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        start = time.perf_counter()
+        loss, timer, saved = self._train()
+        skipped = self.local.skipped if self.local else {}
+        if self.local:
+            with self._logged_warnings():
+                self.local.step(loss)
+        self._scheduler.step()
+        seconds = time.perf_counter() - start  # everything that training costs; evaluation and saving are not in it
+        test_accuracy, test_loss = self.evaluate()
+
+        images = self.data.steps * config.batch_size
+        elapsed = (self.metrics[-1]["elapsed_train_seconds"] if self.metrics else 0.0) + seconds
+        entry = {
+            "epoch": number,
+            "boundary": boundary,
+            "num_layers": self.num_layers,
+            "train_loss": _finite(loss),
+            "test_loss": _finite(test_loss),
+            "test_accuracy": test_accuracy,
+            "train_seconds": seconds,
+            "elapsed_train_seconds": elapsed,
+            "images_per_second": images / seconds,
+            "step_ms": timer.medians(),
+            "saved_activation_bytes": saved,
+            "peak_device_bytes": torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None,
+            "lr": lr,
+            "local_lr": local_lr,
+            "skipped_updates": skipped,
+        }
+        if not math.isfinite(loss):
+            self.say(f"epoch {number}: the training loss is not finite ({loss}); a smaller --lr or --local-lr may help")
+        self.epoch = number
+        self.metrics.append(entry)
+        self.directory.add_metrics(entry)  # before the checkpoint: a resumed run forgets entries, it cannot invent them
+        self.save()
+        line = (
+            f"epoch {number}/{config.epochs}  loss {loss:.4f}  accuracy {100 * test_accuracy:.2f} %  "
+            f"prefix {boundary}/{self.num_layers}  {images / seconds:.0f} images/s  saved {saved / 2**20:.1f} MiB"
+        )
+        self.directory.log(line)
+        self.progress.end(f"{self.label}  {line}".strip())
+        return entry
+
+    def _train(self) -> tuple[float, PhaseTimer, int]:
+        """One pass over the training set: mean loss, times, and bytes saved for the backward pass in the first step."""
+        self.model.train()
+        timer = PhaseTimer(self._device)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        saved = 0
+        timer.start()
+        for step, (x, y) in enumerate(self.data.train(self.epoch)):
+            timer.mark("data")
+            if step == 0:
+                with saved_activations(self.model) as counted:
+                    loss = self._forward(x, y)
+                saved = counted.total
+            else:
+                loss = self._forward(x, y)
+            timer.mark("forward")
+            self.optimizer.zero_grad(set_to_none=True)
+            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            timer.mark("backward")
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+            timer.mark("optimizer")
+            total += loss.detach()
+            self.progress.advance(len(y))
+        return float(total) / self.data.steps, timer, saved
+
+    def _forward(self, x: Tensor, y: Tensor) -> Tensor:
+        with self._autocast():
+            return F.cross_entropy(self.model(x), y)
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Accuracy (fraction) and mean loss on the test set."""
+        self.model.eval()
+        correct = torch.zeros((), dtype=torch.int64, device=self._device)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for x, y in self.data.test():
+            with self._autocast():
+                logits = self.model(x)
+            correct += (logits.argmax(1) == y).sum()
+            total += F.cross_entropy(logits.float(), y, reduction="sum")
+        return int(correct) / self.data.test_size, float(total) / self.data.test_size
+
+    def save(self) -> None:
+        """Write the checkpoint of the epochs finished so far."""
+        local = self.local.state_dict() if self.local else None  # first: it makes the updates that are still due
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "local": local,
+        }
+        checkpoint.save(self.directory.path, self.epoch, self.config.identity(), state)
+
+    def restore(self) -> None:
+        """Go on from the newest usable checkpoint. Raises ``CheckpointError`` if there are some and none can be used."""
+        found = checkpoint.load_latest(self.directory.path, self.config.identity(), self.say)
+        if found is not None:
+            self.epoch, state = found
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self._scheduler.load_state_dict(state["scheduler"])
+            self._scaler.load_state_dict(state["scaler"])
+            if self.local:
+                self.local.load_state_dict(state["local"])
+        self.metrics = self.directory.keep_metrics(self.epoch)
+        if len(self.metrics) != self.epoch:
+            raise checkpoint.CheckpointError(
+                f"{self.directory.path}: the checkpoint is of epoch {self.epoch}, but metrics.jsonl has {len(self.metrics)} epochs"
+            )
+        self.say(f"resuming after epoch {self.epoch} of {self.config.epochs}")
+
+    def finish(self) -> None:
+        """Write the summary and the trained weights (``model.pt``, a plain state dict); take the hooks off."""
+        if self.local:
+            self.local.remove()
+        import io
+
+        buffer = io.BytesIO()
+        torch.save(self.model.state_dict(), buffer)
+        write_atomically(self.directory.path / "model.pt", buffer.getvalue())
+        last = self.metrics[-1]
+        write_json(self.directory.path / SUMMARY, {"config": self.config.to_json(), "epochs": self.epoch, "last": last})
+        self.directory.log("finished")
+        self.directory.close()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.amp == "none":
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=_AMP[self.config.amp])
+
+    @contextlib.contextmanager
+    def _logged_warnings(self) -> Iterator[None]:
+        """The library's warnings belong into the run's log, not only onto a screen nobody looks at."""
+        with warnings.catch_warnings(record=True) as caught:
+            yield
+        for warning in caught:
+            self.say(f"warning: {warning.message}")
+
+
+def _localized_learning(trainer: Trainer) -> LocalizedLearning | None:
+    config = trainer.config
+    if config.method == "sgd":
+        return None
+    return LocalizedLearning(
+        trainer.model,
+        trainer.optimizer,
+        epochs=config.epochs,
+        rule="frozen" if config.method == "freeze" else "hebbian",
+        schedule=config.schedule,
+        alpha=config.alpha,
+        l_max=config.l_max,
+        t_shift=config.t_shift,
+        lr=config.local_lr,
+        lr_decay=config.local_lr_decay,
+        lr_decay_every=config.local_lr_decay_every,
+        supervision=None if config.supervision == "none" else config.supervision,
+        on_boundary_move=lambda old, new: trainer.say(f"boundary {old} -> {new} of {trainer.num_layers} layers"),
+    )
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, config: RunConfig) -> LRScheduler:
+    if config.lr_schedule == "step":
+        return StepLR(optimizer, step_size=config.lr_step, gamma=config.lr_gamma)
+    if config.lr_schedule == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=config.epochs)
+    return ConstantLR(optimizer, factor=1.0)
+
+
+def _set_determinism(config: RunConfig, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+
+
+def _seed_everything(seed: int) -> None:
+    """For whatever draws from the global generators during an epoch: dropout, stochastic depth."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  # the legacy generator is the global one
+    torch.manual_seed(seed)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # NaN is not JSON

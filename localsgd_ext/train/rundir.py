@@ -1,0 +1,91 @@
+"""The directory of a run: configuration, environment, log, metrics and TensorBoard events; checkpoints lie beside them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from localsgd_ext.train import environment
+from localsgd_ext.train.config import RunConfig, differences
+from localsgd_ext.train.files import append_json_line, read_json, read_json_lines, write_json, write_json_lines
+
+CONFIG, ENVIRONMENT, LOG, METRICS, SUMMARY = "config.json", "environment.json", "log.txt", "metrics.jsonl", "summary.json"
+
+
+def read_config(path: Path) -> RunConfig:
+    """The configuration of a run that was started before. Raises ``ValueError`` if there is none or it is damaged."""
+    file = path / CONFIG
+    if not file.is_file():
+        raise ValueError(f"--resume: there is no run in {path} (no {CONFIG})")
+    try:
+        return RunConfig.from_json(read_json(file))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+class RunDirectory:
+    """Opens ``path`` for a run. Raises ``ValueError`` rather than mixing two runs or overwriting one."""
+
+    def __init__(self, path: Path, config: RunConfig, *, resume: bool) -> None:
+        self.path = path
+        if resume:
+            changed = differences(read_config(path), config)
+            if changed:
+                raise ValueError(f"--resume: the run in {path} was started with other options: {'; '.join(changed)}")
+        else:
+            require_empty(path)
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / CONFIG, config.to_json())
+        here = environment.describe(config.device)
+        before = read_json(path / ENVIRONMENT) if (path / ENVIRONMENT).exists() else here
+        self.log(("resumed" if resume else "started") + " with " + " ".join(here["command"]))
+        for key in ("torch", "cpu", "gpu", "threads", "localsgd_ext", "compiled_kernels"):
+            if before.get(key) != here[key]:
+                self.log(f"environment: {key} was {before.get(key)}, is {here[key]}: results may differ in the last bits")
+        write_json(path / ENVIRONMENT, here)
+        self._writer: Any = None
+
+    def log(self, line: str) -> None:
+        """Append a line with the time of day."""
+        with (self.path / LOG).open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One entry per finished epoch."""
+        return read_json_lines(self.path / METRICS)
+
+    def keep_metrics(self, epochs: int) -> list[dict[str, Any]]:
+        """Forget what was measured after ``epochs`` epochs: the run goes on from there."""
+        kept = [m for m in self.metrics() if m["epoch"] <= epochs]
+        write_json_lines(self.path / METRICS, kept)
+        return kept
+
+    def add_metrics(self, metrics: dict[str, Any]) -> None:
+        """Record an epoch, in the JSON lines and for TensorBoard."""
+        append_json_line(self.path / METRICS, metrics)
+        epoch = metrics["epoch"]
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=epoch)
+        for name in ("train_loss", "test_loss", "test_accuracy", "boundary", "lr", "local_lr", "images_per_second"):
+            if metrics[name] is not None:
+                self._writer.add_scalar(name, metrics[name], epoch)
+        self._writer.add_scalar("saved_activations_mib", metrics["saved_activation_bytes"] / 2**20, epoch)
+        for phase, milliseconds in metrics["step_ms"].items():
+            self._writer.add_scalar(f"step_ms/{phase}", milliseconds, epoch)
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def require_empty(path: Path) -> None:
+    """Raises ``ValueError`` if ``path`` exists and holds anything."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(
+            f"--out {path} exists and is not empty: choose another directory, or continue the run in it with --resume"
+        )

@@ -304,6 +304,8 @@ class LocalizedLearning:
         unknown = sorted(set(plan.layers) - select_names(self.model, self._include, self._skip)) if plan is not None else []
         if unknown:
             raise ValueError(f"the state's layer {unknown[0]!r} is excluded here by include or skip")
+        if self._updater is not None:
+            self._updater.discard()  # deferred updates of the weights that the loaded ones replace
         self.schedule.load_state_dict(state["schedule"])
         if self.supervision is not None:
             self.supervision.load_state_dict(state["supervision"])

@@ -113,6 +113,10 @@ class HebbianUpdater:
         for name, correlation in pending.items():
             self._write(self._hooks[name], correlation)
 
+    def discard(self) -> None:
+        """Forget the deferred updates: the weights they were made for are gone."""
+        self._pending.clear()
+
     def skipped(self) -> dict[str, int]:
         """Layer name to the number of updates skipped since the last :meth:`reset_counters`, where there were any.
 
@@ -161,7 +165,7 @@ class HebbianUpdater:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._pending.clear()
+        self.discard()
         self.set_lr(state["lr"])
         self.forwards = state["forwards"]
         velocity = {}

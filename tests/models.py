@@ -257,8 +257,8 @@ def run_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, data: Iterable
 
 
 def at(boundary: int) -> StaticModeSelection:
-    """A schedule that keeps the boundary at one place."""
-    return StaticModeSelection(kind=lambda epoch: boundary, l_max=1.0)
+    """A schedule that lets the first epoch be SGD throughout and keeps the boundary at one place from then on."""
+    return StaticModeSelection(kind=lambda epoch: boundary if epoch else 0, l_max=1.0)
 
 
 def with_boundary(

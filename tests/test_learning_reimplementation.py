@@ -46,7 +46,7 @@ def test_agrees_epoch_by_epoch(variant):
     optimizer = torch.optim.SGD(model.parameters(), lr=sgd_lr(0), momentum=0.9, weight_decay=5e-4)
     local = LocalizedLearning(model, optimizer, epochs=EPOCHS, **{"t_shift": 1, **package_options})
 
-    boundaries, signs, worst = [0], [1], 0.0
+    boundaries, signs = [0], [1]
     for epoch in range(EPOCHS):
         for group in optimizer.param_groups:
             group["lr"] = sgd_lr(epoch)
@@ -69,7 +69,10 @@ def test_agrees_epoch_by_epoch(variant):
     assert tuple(local.local_layers) == LAYERS[: local.boundary]
     # The run must have exercised what it is here for.
     assert len(set(boundaries)) >= 3, boundaries
-    assert any(sign < 0 and boundary > 0 for sign, boundary in zip(signs[:-1], boundaries[:-1], strict=True)), (signs, boundaries)
+    assert any(sign < 0 and boundary > 0 for sign, boundary in zip(signs[:-1], boundaries[:-1], strict=True)), (
+        signs,
+        boundaries,
+    )
 
 
 def test_the_re_implementation_is_sgd_while_nothing_is_local():
@@ -78,6 +81,8 @@ def test_the_re_implementation_is_sgd_while_nothing_is_local():
     paper = StraightLine({n: t.detach().clone() for n, t in model.state_dict().items()}, epochs=1000)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     for epoch in range(3):
-        assert run_epoch(model, optimizer, epoch_data(epoch)) == pytest.approx(paper.run_epoch(epoch_data(epoch), 0.05), rel=1e-12)
+        assert run_epoch(model, optimizer, epoch_data(epoch)) == pytest.approx(
+            paper.run_epoch(epoch_data(epoch), 0.05), rel=1e-12
+        )
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, paper.state[name], rtol=1e-11, atol=1e-12)

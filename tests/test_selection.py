@@ -56,29 +56,28 @@ def test_algorithm_1_trace():
 
 
 def test_the_present_norm_is_not_part_of_its_own_mean():
-    # K = 4 / 4 = 1, so W_avg is the one value before. Including u_E itself would give (4 + 3.9) / 2 = 3.95 >= 3.9 at alpha 1.
-    selection = DynamicModeSelection(4, 4, alpha=0.5, l_max=1.0, t_shift=1)
+    # K = 4 / 4 = 1: 3.75 <= 0.95 * 4 = 3.8, though 3.75 > 0.95 * (4 + 3.75) / 2 = 3.68 and 3.75 > 0.95 * 3.75.
+    selection = DynamicModeSelection(4, 4, l_max=1.0, t_shift=1)
     assert selection.min_epochs == 1
-    # 2.01 > 0.5 * 4 but 2.01 <= 0.5 * (4 + 2.01) would also be false; 1.5 <= 0.5 * 2.01 is false; 0.7 <= 0.75 is true.
-    assert trace(selection, [4.0, 2.01, 1.5, 0.7]) == [0, 0, 0, 1]
+    assert trace(selection, [4.0, 3.75]) == [0, 1]
 
 
 def test_only_the_last_k_norms_count():
     # K = 8 * 1 / 4 = 2. With all of the history the mean would be (100 + 2 + 2) / 3 = 34 and 2 would pass.
-    selection = DynamicModeSelection(4, 8, l_max=1.0)
+    selection = DynamicModeSelection(4, 8, l_max=1.0, t_shift=1)
     assert selection.min_epochs == 2
     assert trace(selection, [100.0, 2.0, 60.0, 31.0, 45.0, 30.0]) == [0, 0, 0, 0, 0, 1]
     # E=2: 60 > .95*51; E=3: .95*31 = 29.45 < 31; E=4: .95*45.5 = 43.2 < 45; E=5: .95*38 = 36.1 >= 30.
 
 
 def test_equality_shifts():
-    assert trace(DynamicModeSelection(4, 4, alpha=0.5, l_max=1.0), [4.0, 2.0]) == [0, 1]
-    assert trace(DynamicModeSelection(4, 4, alpha=0.5, l_max=1.0), [4.0, math.nextafter(2.0, 3.0)]) == [0, 0]
+    assert trace(DynamicModeSelection(4, 4, alpha=0.5, l_max=1.0, t_shift=1), [4.0, 2.0]) == [0, 1]
+    assert trace(DynamicModeSelection(4, 4, alpha=0.5, l_max=1.0, t_shift=1), [4.0, math.nextafter(2.0, 3.0)]) == [0, 0]
 
 
 @pytest.mark.parametrize(("num_layers", "epochs", "min_epochs"), [(8, 6, 1), (8, 12, 2), (8, 24, 4)])
 def test_shifts_are_k_plus_one_epochs_apart(num_layers, epochs, min_epochs):
-    selection = DynamicModeSelection(num_layers, epochs)
+    selection = DynamicModeSelection(num_layers, epochs, t_shift=1)
     assert selection.min_epochs == min_epochs
     boundaries = trace(selection, [0.5**epoch for epoch in range(40)])  # always below alpha * mean: only e_k >= K holds it back
     moves = [epoch for epoch in range(1, 40) if boundaries[epoch] != boundaries[epoch - 1]]
@@ -96,18 +95,18 @@ def test_a_shift_past_the_cap_is_clamped():
 @pytest.mark.parametrize(("num_layers", "l_max", "cap"), [(100, 0.29, 29), (7, 0.75, 5), (20, 0.55, 11), (3, 0.3, 0)])
 def test_the_cap_is_the_floor_of_the_fraction(num_layers, l_max, cap):
     """0.29 * 100 is 28.999999999999996 in floating point, yet 29 layers are meant."""
-    selection = DynamicModeSelection(num_layers, 1, l_max=l_max)
+    selection = DynamicModeSelection(num_layers, 1, l_max=l_max, t_shift=1)
     assert max(trace(selection, [0.5**epoch for epoch in range(300)])) == cap
 
 
 def test_rising_norms_never_shift():
-    assert set(trace(DynamicModeSelection(8, 8), [1.1**epoch for epoch in range(50)])) == {0}
+    assert set(trace(DynamicModeSelection(8, 8, t_shift=1), [1.1**epoch for epoch in range(50)])) == {0}
 
 
 def test_a_norm_that_is_not_a_number_never_shifts_and_is_forgotten():
-    selection = DynamicModeSelection(4, 4, l_max=1.0)  # K = 1
+    selection = DynamicModeSelection(4, 4, l_max=1.0, t_shift=1)  # K = 1
     assert trace(selection, [4.0, math.nan, 2.0]) == [0, 0, 0]
-    assert trace(selection, [1.0, 0.5]) [-1] >= 1
+    assert trace(selection, [1.0, 0.5])[-1] >= 1
 
 
 @pytest.mark.parametrize("cut", range(1, 14))
@@ -134,7 +133,7 @@ def test_state_dict_continues_the_trace(cut):
 )
 def test_bad_arguments_are_named(kwargs, name):
     with pytest.raises(ValueError, match=name):
-        DynamicModeSelection(8, 6, **kwargs)
+        DynamicModeSelection(8, 6, **{"t_shift": 1, **kwargs})
 
 
 # Static schedules: the boundary during epoch E is N(E), so the step at the end of epoch E answers N(E + 1).

@@ -181,7 +181,10 @@ class HebbianUpdater:
                 hook.counter().fill_(count)
 
     def _begin_forward(self, module: nn.Module) -> None:
-        self.flush()
+        if self._pending:
+            self.flush()
+        if torch.compiler.is_compiling():  # counters would be guarded on, and recompiled for
+            return
         self._forward_id += 1
         if module.training and torch.is_grad_enabled():
             self.forwards += 1
@@ -198,7 +201,7 @@ class HebbianUpdater:
             if hook.last_forward == self._forward_id or under_checkpoint():
                 hook.deferred = True
             hook.last_forward = self._forward_id
-        hook.fired = True
+            hook.fired = True
         with torch.no_grad():
             weight, deferred = hook.module.weight, hook.deferred or z.requires_grad
             if self.activation is not None:

@@ -66,7 +66,7 @@ class PrefixFreeze:
         self.boundary = boundary
         prefix = set(self.plan.prefix(self.plan.parameters, boundary))
         for name in [name for name in self._frozen if name not in prefix]:
-            self._frozen.pop(name).requires_grad_(True)
+            self._thaw(self._frozen.pop(name))
         for name in prefix:
             parameter = self._parameters[name]
             if parameter.requires_grad:
@@ -85,6 +85,16 @@ class PrefixFreeze:
                     module.register_forward_pre_hook(hook.enter),
                     module.register_forward_hook(hook.leave, always_call=True),
                 ]
+
+    def _thaw(self, parameter: nn.Parameter) -> None:
+        parameter.requires_grad_(True)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+                members = group["params"]
+                others = any("momentum_buffer" in optimizer.state.get(p, {}) for p in members)
+                if group["fused"] and others and any(p is parameter for p in members):
+                    # torch's fused SGD fails where some parameters of a group have a momentum buffer and some have none.
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def poisoned_norms(self) -> list[str]:
         """Modules of the whole network whose running statistics are no longer finite: one bad batch does that for good."""

@@ -271,9 +271,9 @@ def _self_test_device(report: Report, device: str) -> None:
         errors = [error for error, _ in results]
         worst = float("nan") if any(e != e for e in errors) else max(errors)
         limit = TOLERANCE[getattr(torch, dtype_name)]
-        print(
-            f"  {title:<27} {dtype_name:<9} {len(errors)} shape{'s' if len(errors) > 1 else ' '}  {worst:.1e}  {'ok' if worst <= limit else 'FAILED'}"
-        )
+        plural = " " if len(errors) == 1 else "s"
+        verdict = "ok" if worst <= limit else "FAILED"
+        print(f"  {title:<27} {dtype_name:<9} {len(errors)} shape{plural}  {worst:.1e}  {verdict}")
 
 
 def _checks(device: str, dtype: torch.dtype) -> Iterator[tuple[str, str, Case, Callable[[], float]]]:

@@ -1,0 +1,55 @@
+"""What every test starts from: fixed seeds, one compute thread, no TF32, our own warnings as errors."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: same bits as in this one
+    config.addinivalue_line("markers", "slow: builds something; deselect with -m 'not slow'")
+    # The package warns by UserWarning: one that a test does not expect (pytest.warns) is a failure.
+    config.addinivalue_line("filterwarnings", "error::UserWarning")
+    # Source trees without a compiled module are supported; tests/test_doctor.py checks what is said there.
+    config.addinivalue_line("filterwarnings", "default:localsgd_ext runs on its plain PyTorch reference:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  (what third-party code still reads)
+    torch.manual_seed(0)
+    # The order of a float sum depends on the thread count; several test processes share the cores.
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(grad)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For tests of how work is split among threads."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """``torch.empty`` and its C++ twin hold NaN (integers: the largest value), so that reading before writing shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialized memory is filled in this mode only
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(False)

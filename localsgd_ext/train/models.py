@@ -86,22 +86,22 @@ def build(name: str, num_classes: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name.startswith("timm:"):
-            return _timm(name.removeprefix("timm:"), num_classes)
+            import timm
+
+            return timm.create_model(name.removeprefix("timm:"), pretrained=False, num_classes=num_classes)
         return MODELS[name](num_classes)
 
 
 def check_name(name: str) -> None:
     """Raises ``ValueError`` for a name that :func:`build` does not know."""
-    if name not in MODELS and not name.startswith("timm:"):
-        raise ValueError(f"--model must be one of {', '.join(MODELS)}, or timm:NAME, got {name!r}")
-
-
-def _timm(name: str, num_classes: int) -> nn.Module:
+    if not name.startswith("timm:"):
+        if name not in MODELS:
+            raise ValueError(f"--model must be one of {', '.join(MODELS)}, or timm:NAME, got {name!r}")
+        return
     try:
         import timm
     except ModuleNotFoundError:
-        raise ValueError(f"--model timm:{name} needs timm: pip install timm") from None
-    if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5]) or "see timm.list_models()"
-        raise ValueError(f"--model timm:{name}: timm {timm.__version__} has no such model (near it: {near})")
-    return timm.create_model(name, pretrained=False, num_classes=num_classes)
+        raise ValueError(f"--model {name} needs timm: pip install timm") from None
+    if not timm.is_model(name.removeprefix("timm:")):
+        near = ", ".join(timm.list_models(f"*{name.removeprefix('timm:').split('_')[0]}*")[:5]) or "see timm.list_models()"
+        raise ValueError(f"--model {name}: timm {timm.__version__} has no such model (near it: {near})")

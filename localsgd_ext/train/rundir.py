@@ -28,7 +28,7 @@ class RunDirectory:
     """Opens ``path`` for a run. Raises ``ValueError`` rather than mixing two runs or overwriting one."""
 
     def __init__(self, path: Path, config: RunConfig, *, resume: bool) -> None:
-        self.path = path
+        self.path, self.config = path, config
         if resume:
             changed = differences(read_config(path), config)
             if changed:
@@ -81,6 +81,11 @@ class RunDirectory:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def epochs_done(path: Path) -> int:
+    """How many epochs the run in ``path`` has recorded; 0 if there is none."""
+    return len(read_json_lines(path / METRICS))
 
 
 def require_empty(path: Path) -> None:

@@ -1,0 +1,237 @@
+"""The commands of ``localsgd``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from localsgd_ext.train import compare as comparing
+from localsgd_ext.train import data as data_sets
+from localsgd_ext.train import models, progress, report, rundir
+from localsgd_ext.train import options as o
+from localsgd_ext.train.checkpoint import CheckpointError
+from localsgd_ext.train.config import RunConfig, resolve
+from localsgd_ext.train.loop import Trainer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train networks with LoCal+SGD: a growing prefix learns locally during the forward pass, the rest by SGD.",
+)
+
+
+@app.command()
+def train(
+    data: o.DataSet = None,
+    model: o.Model = None,
+    method: o.Method = None,
+    preset: o.Preset = None,
+    out: o.Out = None,
+    resume: o.Resume = False,
+    seed: o.Seed = None,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    lr: o.Lr = None,
+    momentum: o.Momentum = None,
+    weight_decay: o.WeightDecay = None,
+    lr_schedule: o.LrSchedule = None,
+    lr_step: o.LrStep = None,
+    lr_gamma: o.LrGamma = None,
+    local_lr: o.LocalLr = None,
+    local_lr_decay: o.LocalLrDecay = None,
+    local_lr_decay_every: o.LocalLrDecayEvery = None,
+    alpha: o.Alpha = None,
+    l_max: o.LMax = None,
+    t_shift: o.TShift = None,
+    schedule: o.Schedule = None,
+    supervision: o.Supervision = None,
+    root: o.Root = None,
+    train_size: o.TrainSize = None,
+    test_size: o.TestSize = None,
+    image_size: o.ImageSize = None,
+    workers: o.Workers = None,
+    device: o.Device = None,
+    channels_last: o.ChannelsLast = None,
+    amp: o.Amp = None,
+    deterministic: o.Deterministic = None,
+) -> None:
+    """Train one network with one method."""
+    flags = _given(locals(), leave_out=("out", "resume"))
+    console = Console()
+    with _clear_errors():
+        if resume:
+            out = _require_out(out)
+            config = rundir.read_config(out).replace(**flags)
+        else:
+            flags.setdefault("method", "local")
+            config = _new_config(flags)
+            out = out or Path("runs") / f"{config.data}-{_file_name(config.model)}-{config.method}-seed{config.seed}"
+            rundir.require_empty(out)
+        _check_machine(config)
+        loaded = data_sets.load(config, console.print)
+        directory = rundir.RunDirectory(out, config, resume=resume)
+    to_do = (config.epochs - rundir.epochs_done(out)) * loaded.steps * config.batch_size
+    with _interruptible(out), progress.choose(to_do, console) as display:
+        with _clear_errors():
+            trainer = Trainer(config, loaded, directory, display)
+            if resume:
+                trainer.restore()
+        while not trainer.done:
+            trainer.run_epoch()
+        trainer.finish()
+    report.show(report.write([report.read_run(out)], out), console)
+    console.print(f"Everything is in {out}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    data: o.DataSet = None,
+    model: o.Model = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, comma-separated.  [default: sgd,freeze,local]")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds, from --seed upwards.  [default: 1]")] = None,
+    preset: o.Preset = None,
+    out: o.Out = None,
+    resume: o.Resume = False,
+    seed: o.Seed = None,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    lr: o.Lr = None,
+    momentum: o.Momentum = None,
+    weight_decay: o.WeightDecay = None,
+    lr_schedule: o.LrSchedule = None,
+    lr_step: o.LrStep = None,
+    lr_gamma: o.LrGamma = None,
+    local_lr: o.LocalLr = None,
+    local_lr_decay: o.LocalLrDecay = None,
+    local_lr_decay_every: o.LocalLrDecayEvery = None,
+    alpha: o.Alpha = None,
+    l_max: o.LMax = None,
+    t_shift: o.TShift = None,
+    schedule: o.Schedule = None,
+    supervision: o.Supervision = None,
+    root: o.Root = None,
+    train_size: o.TrainSize = None,
+    test_size: o.TestSize = None,
+    image_size: o.ImageSize = None,
+    workers: o.Workers = None,
+    device: o.Device = None,
+    channels_last: o.ChannelsLast = None,
+    amp: o.Amp = None,
+    deterministic: o.Deterministic = None,
+) -> None:
+    """Train with several methods in turn, from the same first weights on the same data, and draw up a table and a picture."""
+    flags = _given(locals(), leave_out=("out", "resume", "methods", "seeds"))
+    console = Console()
+    with _clear_errors():
+        if resume:
+            out = _require_out(out)
+            comparison = _resumed_comparison(out, methods, seeds, flags)
+        else:
+            names = comparing.parse_methods(methods if methods is not None else "sgd,freeze,local")
+            configs = {name: _new_config({**flags, "method": name}) for name in names}
+            first_seed = flags.get("seed", 0)
+            comparison = comparing.Comparison(configs, tuple(range(first_seed, first_seed + (1 if seeds is None else seeds))))
+            out = out or Path("runs") / f"compare-{comparison.first.data}-{_file_name(comparison.first.model)}"
+        _check_machine(comparison.first)
+        loaded = comparing.start(comparison, out, console.print, resume=resume)
+    with _interruptible(out):
+        comparing.run(comparison, out, loaded, lambda total: progress.choose(total, console))
+    report.show(report.write(comparing.runs(out), out), console)
+    console.print(f"Table and picture are in {out}", soft_wrap=True)
+
+
+@app.command("report")
+def report_command(
+    directory: Annotated[Path, typer.Argument(help="Directory of a run or of a comparison.")],
+) -> None:
+    """Rebuild table and pictures from the JSON files of a run or a comparison."""
+    console = Console()
+    with _clear_errors():
+        if (directory / comparing.PLAN).exists():
+            runs = comparing.runs(directory)
+            if not runs:
+                raise ValueError(f"{directory}: no run of this comparison is finished; continue it with --resume")
+        else:
+            runs = [report.read_run(directory)]
+        summary = report.write(runs, directory)
+    report.show(summary, console)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def doctor(context: typer.Context) -> None:
+    """Say what is installed and compiled, test it, and say what is missing."""
+    from localsgd_ext import doctor as doctor_module
+
+    raise typer.Exit(doctor_module.main(context.args))
+
+
+def _given(arguments: dict[str, Any], leave_out: tuple[str, ...]) -> dict[str, Any]:
+    """The options that were given, with ``--t-shift`` parsed."""
+    given = {name: value for name, value in arguments.items() if value is not None and name not in leave_out}
+    if "t_shift" in given:
+        with _clear_errors():
+            given["t_shift"] = o.parse_t_shift(given["t_shift"])
+    return given
+
+
+def _new_config(flags: dict[str, Any]) -> RunConfig:
+    for name in ("data", "model"):
+        if name not in flags:
+            raise ValueError(f"--{name} is required")
+    flags = {"device": "cuda" if torch.cuda.is_available() else "cpu", **flags}
+    return resolve(flags.pop("data"), flags.pop("model"), flags.pop("method"), flags.pop("preset", None), **flags)
+
+
+def _resumed_comparison(out: Path, methods: str | None, seeds: int | None, flags: dict[str, Any]) -> comparing.Comparison:
+    """The comparison in ``out`` with the given options on top, so that a change shows as a difference."""
+    saved = comparing.read(out)
+    names = comparing.parse_methods(methods) if methods is not None else tuple(saved.configs)
+    configs = {name: saved.configs.get(name, saved.first).replace(method=name, **flags) for name in names}
+    first_seed = flags.get("seed", saved.seeds[0])
+    count = len(saved.seeds) if seeds is None else seeds
+    return comparing.Comparison(configs, tuple(range(first_seed, first_seed + count)))
+
+
+def _check_machine(config: RunConfig) -> None:
+    models.check_name(config.model)
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device {config.device} cannot be used here: {reason}") from None
+
+
+def _require_out(out: Path | None) -> Path:
+    if out is None:
+        raise ValueError("--resume needs --out, the directory of the run to continue")
+    return out
+
+
+def _file_name(model: str) -> str:
+    return model.replace(":", "-").replace("/", "-")
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """The user's mistakes end in one message; anything else keeps its traceback."""
+    try:
+        yield
+    except (ValueError, CheckpointError) as error:
+        Console(stderr=True).print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+@contextlib.contextmanager
+def _interruptible(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"Interrupted. Continue with --resume --out {out}", soft_wrap=True)
+        raise typer.Exit(130) from None

@@ -1,0 +1,161 @@
+"""Methods side by side: the same first weights and the same data, epoch by epoch in turn.
+
+Epochs are interleaved, and the order rotates, so that a machine that slows down for a minute slows every method alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from localsgd_ext.train import data, models, report
+from localsgd_ext.train.config import METHODS, RunConfig, differences
+from localsgd_ext.train.files import read_json, write_json
+from localsgd_ext.train.loop import Trainer
+from localsgd_ext.train.progress import Progress
+from localsgd_ext.train.rundir import CONFIG, SUMMARY, RunDirectory, epochs_done, require_empty
+
+PLAN = "compare.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Which methods over which seeds; ``configs[method]`` is the run of that method, at the first seed."""
+
+    configs: dict[str, RunConfig]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.configs) < 1:
+            raise ValueError(f"--methods must name at least one of {', '.join(METHODS)}")
+        if len(self.seeds) < 1:
+            raise ValueError("--seeds must be at least 1")
+
+    @property
+    def first(self) -> RunConfig:
+        return next(iter(self.configs.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"seeds": list(self.seeds), "configs": {m: c.to_json() for m, c in self.configs.items()}}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Comparison:
+        return cls({m: RunConfig.from_json(c) for m, c in value["configs"].items()}, tuple(value["seeds"]))
+
+
+def parse_methods(text: str) -> tuple[str, ...]:
+    """``sgd,freeze,local`` as a tuple. Raises ``ValueError`` for one that is unknown or named twice."""
+    methods = tuple(m.strip() for m in text.split(",") if m.strip())
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"--methods must be among {', '.join(METHODS)}, got {method!r}")
+    if len(set(methods)) != len(methods):
+        raise ValueError(f"--methods names a method twice: {text}")
+    return methods
+
+
+def read(out: Path) -> Comparison:
+    """The comparison begun in ``out``. Raises ``ValueError`` if there is none."""
+    if not (out / PLAN).is_file():
+        raise ValueError(f"--resume: there is no comparison in {out} (no {PLAN})")
+    try:
+        return Comparison.from_json(read_json(out / PLAN))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{out / PLAN} is not a comparison: {error!r}") from None
+
+
+def start(comparison: Comparison, out: Path, log: Callable[[str], None], *, resume: bool) -> data.Data:
+    """Check everything, set up ``out`` and load the data of the first seed.
+
+    Raises:
+        ValueError: ``out`` holds something else, or a comparison with other options; data or model cannot be had.
+    """
+    if resume:
+        _require_same(read(out), comparison, out)
+    else:
+        require_empty(out)
+    models.check_name(comparison.first.model)
+    pending = _pending(comparison, out)
+    loaded = data.load(comparison.first.replace(seed=pending[0] if pending else comparison.seeds[0]), log)
+    if not resume:  # only now: a run that could not start leaves nothing behind
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / PLAN, comparison.to_json())
+    return loaded
+
+
+def _require_same(saved: Comparison, asked: Comparison, out: Path) -> None:
+    if (list(saved.configs), saved.seeds) != (list(asked.configs), asked.seeds):
+        raise ValueError(
+            f"--resume: {out} compares {', '.join(saved.configs)} over seeds {list(saved.seeds)}, "
+            f"asked for {', '.join(asked.configs)} over seeds {list(asked.seeds)}"
+        )
+    for method, config in asked.configs.items():
+        changed = differences(saved.configs[method], config)
+        if changed:
+            raise ValueError(f"--resume: {method} in {out} was started with other options: {'; '.join(changed)}")
+
+
+def _pending(comparison: Comparison, out: Path) -> list[int]:
+    return [seed for seed in comparison.seeds if not all(_finished(out, m, seed) for m in comparison.configs)]
+
+
+def run(
+    comparison: Comparison,
+    out: Path,
+    loaded: data.Data,
+    make_progress: Callable[[int], Progress],
+) -> None:
+    """Run what is not finished yet. ``make_progress(n)`` makes the display of a job of ``n`` training pictures."""
+    pending = _pending(comparison, out)
+    epochs = sum(c.epochs - epochs_done(run_path(out, m, seed)) for seed in pending for m, c in comparison.configs.items())
+    with make_progress(epochs * loaded.steps * comparison.first.batch_size) as progress:
+        for seed in pending:
+            if seed != pending[0]:
+                loaded = data.load(comparison.first.replace(seed=seed), progress.say)
+            _run_seed(comparison, seed, loaded, out, progress)
+
+
+def _run_seed(comparison: Comparison, seed: int, shared: data.Data, out: Path, progress: Progress) -> None:
+    trainers = []
+    for method, config in comparison.configs.items():
+        path = run_path(out, method, seed)
+        if _finished(out, method, seed):
+            continue
+        resume = (path / CONFIG).exists()
+        directory = RunDirectory(path, config.replace(seed=seed), resume=resume)
+        trainers.append(Trainer(directory.config, shared, directory, progress, f"{method} seed {seed}"))
+        if resume:
+            trainers[-1].restore()
+    trainers[0].warm_up()
+    for epoch in range(comparison.first.epochs):
+        for trainer in _rotated(trainers, epoch + seed):
+            if trainer.epoch == epoch:
+                trainer.run_epoch()
+    for trainer in trainers:
+        trainer.finish()
+
+
+def run_path(out: Path, method: str, seed: int) -> Path:
+    return out / f"{method}-seed{seed}"
+
+
+def _finished(out: Path, method: str, seed: int) -> bool:
+    return (run_path(out, method, seed) / SUMMARY).exists()
+
+
+def _rotated(trainers: Sequence[Trainer], by: int) -> list[Trainer]:
+    by %= len(trainers)
+    return [*trainers[by:], *trainers[:by]]
+
+
+def runs(out: Path) -> list[report.Run]:
+    """The finished runs of a comparison, from its files."""
+    comparison = read(out)
+    return [
+        report.read_run(run_path(out, method, seed))
+        for method in comparison.configs
+        for seed in comparison.seeds
+        if _finished(out, method, seed)
+    ]

@@ -97,6 +97,9 @@ class HebbianUpdater:
         for name, hook in self._hooks.items():
             hook.enabled = name in names
             hook.deferred = hook.deferred or name in deferred
+            if hook.enabled and not is_lazy(hook.module.weight):
+                hook.counter()  # made here and not in the forward, where torch.compile would recompile for it
+                self._lr_on(hook.module.weight.device)
             if not hook.enabled:
                 self._velocity.pop(name, None)
 

@@ -32,7 +32,7 @@ benchmark = False
 try:
     from localsgd_ext import _C
 except ImportError as error:
-    _C = None  # type: ignore[assignment]
+    _C = None  # type: ignore[assignment]  # every use is behind is_compiled()
     warnings.warn(
         f"localsgd_ext runs on its plain PyTorch reference, which is slower: the compiled module could not be loaded ({error}). "
         "Build it with `pip install --no-build-isolation .` in the source tree; `localsgd doctor` says what is missing.",
@@ -194,7 +194,9 @@ def plan(
         RuntimeError: there is no compiled kernel for the operands' device, hence nothing to choose from.
     """
     if not is_compiled(weight.device):
-        raise RuntimeError(f"no kernels are compiled for device {weight.device}: the reference runs there and has no alternatives")
+        raise RuntimeError(
+            f"no kernels are compiled for device {weight.device}: the reference runs there and has no alternatives"
+        )
     return _C.plan(x, z, weight, bias, stride, padding, dilation, groups, padding_mode, z_is_output, benchmark)
 
 

@@ -196,7 +196,9 @@ def _weight_grad(x: Tensor, z: Tensor, weight: Tensor, g: _Geometry) -> Tensor:
 def _gram_correlation(x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, g: _Geometry) -> Tensor:
     """``D = W·G + bias ⊗ Σx`` with ``G = XXᵀ``: exact where every output reads one input position (1x1 kernels, linear)."""
     if any(k != 1 for k in weight.shape[2:]):
-        raise ValueError(f"algorithm 'gram' needs a kernel of size 1 or a linear layer, got weight of shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"algorithm 'gram' needs a kernel of size 1 or a linear layer, got weight of shape {tuple(weight.shape)}"
+        )
     # The forward rounded W to its compute dtype, which is z's wherever that is lower than W's (autocast).
     rounded = weight if z is None or z.dtype.itemsize >= weight.dtype.itemsize else weight.to(z.dtype)
     for dim, (stride, pad) in enumerate(zip(g.stride, g.padding, strict=True)):

@@ -1,0 +1,185 @@
+#include "correlate.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
+
+#include "apply.h"
+#include "depthwise.h"
+#include "tiles.h"
+
+namespace localsgd::cpu {
+namespace {
+
+at::TensorOptions accumulator(const Layer& layer) { return at::TensorOptions().dtype(layer.accumulate); }
+
+// sum [G, m, n] += a^T b with a [G, T, m], b [G, T, n].
+void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
+    if (sum.size(0) == 1)
+        sum.select(0, 0).addmm_(a.select(0, 0).t(), b.select(0, 0));
+    else
+        sum.baddbmm_(a.transpose(1, 2), b);
+}
+
+// D = Z^T X over tiles of positions, X the im2col matrix.
+at::Tensor direct(const Layer& layer) {
+    const Geometry& g = layer.geometry;
+    Tiles x(layer.x, g, layer.accumulate), z(*layer.z, output_geometry(g), layer.accumulate);
+    const at::Tensor d = at::zeros({g.groups, g.out_per_group(), g.patch()}, accumulator(layer)); // [G, K/G, patch]
+    for_each_tile(g.positions(), g.image_positions(), {&x, &z},
+                  [&](int64_t first, int64_t count) { add_product(d, z.at(first, count), x.at(first, count)); });
+    if (!x.channels_last()) return d.view(layer.weight.sizes());
+    return d.view({g.out_channels, g.taps(), g.in_per_group()}).transpose(1, 2).contiguous().view(layer.weight.sizes());
+}
+
+// G += X^T X [C, C]: only blocks on and below the diagonal, which saves 3/8 of the flops with four of them.
+void add_gram(const at::Tensor& gram, const at::Tensor& x) {
+    const int64_t channels = gram.size(1), blocks = channels >= 256 ? 4 : 1;
+    for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t begin = channels * i / blocks, end = channels * (i + 1) / blocks;
+        add_product(gram.narrow(1, begin, end - begin).narrow(2, 0, end), x.narrow(2, begin, end - begin), x.narrow(2, 0, end));
+    }
+}
+
+// The forward rounded W and b to its compute dtype, which is z's wherever that is lower (autocast).
+at::Tensor as_forward_saw(const at::Tensor& parameter, const Layer& layer) {
+    const bool rounded = layer.z && layer.z->element_size() < parameter.element_size();
+    return (rounded ? parameter.to(layer.z->scalar_type()) : parameter).to(layer.accumulate);
+}
+
+// D = W G + b (sum x)^T with G = X^T X, since z = X W^T + b. Outputs that read padding see x = 0 and add nothing.
+at::Tensor gram(const Layer& layer) {
+    const Geometry& g = layer.geometry;
+    const int64_t in = g.in_per_group();
+    Tiles x(layer.x, g, layer.accumulate);
+    const at::Tensor gram = at::zeros({g.groups, in, in}, accumulator(layer));
+    const at::Tensor sums = layer.bias ? at::zeros({g.groups, in}, accumulator(layer)) : at::Tensor();
+    for_each_tile(g.positions(), g.image_positions(), {&x}, [&](int64_t first, int64_t count) {
+        const at::Tensor tile = x.at(first, count);
+        add_gram(gram, tile);
+        if (layer.bias) sums.add_(tile.sum(1));
+    });
+    const at::Tensor symmetric = gram.tril().add_(gram.tril(-1).transpose(1, 2));
+    const at::Tensor w = as_forward_saw(layer.weight, layer).reshape({g.groups, g.out_per_group(), in});
+    at::Tensor d = at::bmm(w, symmetric);
+    if (layer.bias) {
+        const at::Tensor b = as_forward_saw(*layer.bias, layer).reshape({g.groups, g.out_per_group(), 1});
+        d.baddbmm_(b, sums.unsqueeze(1));
+    }
+    return d.view(layer.weight.sizes());
+}
+
+template <typename Acc>
+void depthwise_into(const DepthwiseArgs& args, Acc* d) {
+    const Geometry& g = args.geometry;
+    if (!pixels_eligible(args)) {
+        at::parallel_for(0, g.in_channels, 1, [&](int64_t begin, int64_t end) { depthwise_planes<Acc>(args, begin, end, d); });
+        return;
+    }
+    const int64_t blocks = pixel_blocks(g), size = g.taps() * g.in_channels;
+    const at::Tensor partials = at::empty({blocks, size}, at::TensorOptions().dtype(at::kDouble));
+    auto* const sums = partials.mutable_data_ptr<double>();
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) depthwise_pixels<Acc>(args, block, sums + block * size);
+    });
+    reduce_pixels(g, sums, d);
+}
+
+at::Tensor depthwise(const Layer& layer) {
+    const at::Tensor& z = *layer.z;
+    const at::Tensor d = at::empty(layer.weight.sizes(), accumulator(layer));
+    const DepthwiseArgs args{layer.geometry,     layer.x.const_data_ptr(), kind_of(layer.x), strides_of(layer.x),
+                             z.const_data_ptr(), kind_of(z),               strides_of(z)};
+    if (layer.accumulate == at::kDouble)
+        depthwise_into(args, d.mutable_data_ptr<double>());
+    else
+        depthwise_into(args, d.mutable_data_ptr<float>());
+    return d;
+}
+
+// PyTorch's own weight gradient.
+at::Tensor library(const Layer& layer) {
+    const Geometry& g = layer.geometry;
+    const auto common = c10::promoteTypes(layer.x.scalar_type(), layer.z->scalar_type());
+    at::Tensor x = layer.x.to(common);
+    const at::Tensor z = layer.z->to(common);
+    if (g.dims == 0) return at::mm(z.t(), x).to(layer.accumulate);
+    const auto tail = [&](const Triple& t) { return std::vector<int64_t>(t.end() - g.dims, t.end()); };
+    auto padding = tail(g.pad);
+    if (!layer.even_padding) {
+        std::vector<int64_t> flat; // starts at the last dimension
+        for (int i = 2; i > 2 - g.dims; --i) {
+            const int64_t needed = (g.output[i] - 1) * g.stride[i] + (g.kernel[i] - 1) * g.dilation[i] + 1;
+            flat.insert(flat.end(), {g.pad[i], needed - g.input[i] - g.pad[i]});
+        }
+        x = at::constant_pad_nd(x, flat);
+        padding.assign(g.dims, 0);
+    }
+    const at::Tensor like = at::empty(layer.weight.sizes(), x.options());
+    const auto gradients = at::convolution_backward(z, x, like, std::nullopt, tail(g.stride), padding, tail(g.dilation), false,
+                                                    std::vector<int64_t>(g.dims, 0), g.groups, {false, true, false});
+    return std::get<1>(gradients).contiguous().to(layer.accumulate);
+}
+
+template <typename D>
+double norm_of(const D* d, int64_t count) {
+    const int64_t chunks = ceil_div(count, kNormChunk);
+    std::vector<double> partials(chunks);
+    at::parallel_for(0, chunks, 2, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+            partials[i] = sum_of_squares(d + i * kNormChunk, std::min(kNormChunk, count - i * kNormChunk));
+    });
+    double sum = 0;
+    for (const double partial : partials) sum += partial;
+    return std::sqrt(sum);
+}
+
+template <typename D>
+bool update_run(void* w, Kind kind, const D* d, int64_t count, double lr, bool normalize) {
+    const double norm = norm_of(d, count);
+    if (!std::isfinite(norm) || norm <= 0) return false;
+    const double scale = normalize ? lr / norm : lr;
+    at::parallel_for(0, count, 2 * kNormChunk, [&](int64_t begin, int64_t end) {
+        add_scaled(static_cast<char*>(w) + begin * kind_size(kind), kind, d + begin, end - begin, scale);
+    });
+    return true;
+}
+
+} // namespace
+
+at::Tensor correlate(const Layer& layer, Algorithm algorithm) {
+    switch (algorithm) {
+    case Algorithm::kGram: return gram(layer);
+    case Algorithm::kDepthwise: return depthwise(layer);
+    case Algorithm::kDirect: return direct(layer);
+    default: return library(layer);
+    }
+}
+
+bool apply_update(const at::Tensor& weight, const at::Tensor& correlation, double lr, bool normalize) {
+    if (!weight.is_non_overlapping_and_dense()) { // a slice: through a dense copy
+        const at::Tensor dense = weight.contiguous();
+        if (!apply_update(dense, correlation, lr, normalize)) return false;
+        weight.copy_(dense);
+        return true;
+    }
+    at::Tensor d = correlation;
+    if (d.strides() != weight.strides()) { // e.g. a channels_last weight: D in the weight's order
+        d = at::empty_like(weight, correlation.options());
+        d.copy_(correlation);
+    }
+    if (d.scalar_type() == at::kDouble)
+        return update_run(weight.mutable_data_ptr(), kind_of(weight), d.const_data_ptr<double>(), d.numel(), lr, normalize);
+    return update_run(weight.mutable_data_ptr(), kind_of(weight), d.const_data_ptr<float>(), d.numel(), lr, normalize);
+}
+
+} // namespace localsgd::cpu

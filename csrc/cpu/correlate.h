@@ -1,0 +1,15 @@
+// The correlation on the CPU, one function per algorithm. All return D with the weight's shape, contiguous, in
+// layer.accumulate; all but `gram` read layer.z, which must be there. Neither batch nor any channel count may be 0.
+#pragma once
+
+#include "../canonical.h"
+#include "../select.h"
+
+namespace localsgd::cpu {
+
+at::Tensor correlate(const Layer& layer, Algorithm algorithm);
+
+// weight += lr * d / ||d||; false if the norm is 0 or not finite, the weight then being untouched.
+bool apply_update(const at::Tensor& weight, const at::Tensor& d, double lr, bool normalize);
+
+} // namespace localsgd::cpu

@@ -1,0 +1,21 @@
+// The operations: checks, dispatch to a device's algorithms, version counters.
+#pragma once
+
+#include "canonical.h"
+#include "select.h"
+
+namespace localsgd {
+
+using Lr = std::variant<at::Tensor, double>; // signed
+
+at::Tensor correlation(const LayerArguments& arguments, const std::string& algorithm, bool benchmark);
+
+void hebbian_update_(const LayerArguments& arguments, const Lr& lr, bool normalize, const std::string& algorithm,
+                     const std::optional<at::Tensor>& skipped, bool benchmark);
+
+void apply_update_(const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& correlations, const Lr& lr,
+                   bool normalize, const std::optional<at::Tensor>& skipped);
+
+Plan plan(const LayerArguments& arguments, bool benchmark);
+
+} // namespace localsgd

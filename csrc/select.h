@@ -1,0 +1,58 @@
+// Which algorithm computes a layer's correlation, as a value that can be printed.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/elements.h"
+#include "geometry.h"
+
+namespace localsgd {
+
+enum class Algorithm { kGram, kDepthwise, kDirect, kLibrary };
+constexpr Algorithm kAlgorithms[] = {Algorithm::kGram, Algorithm::kDepthwise, Algorithm::kDirect, Algorithm::kLibrary};
+
+const char* algorithm_name(Algorithm algorithm);
+
+// What the choice depends on besides the shape.
+struct Query {
+    Geometry geometry;
+    Kind x_kind = Kind::f32;
+    Kind z_kind = Kind::f32;     // where z is absent: the dtype the forward would give it
+    bool z_present = true;
+    bool z_is_output = false;    // z equals conv(x, W) + b up to rounding
+    bool channels_last = false;  // x's channel stride is 1
+    int threads = 1;
+};
+
+struct Candidate {
+    Algorithm algorithm;
+    bool eligible = false;        // by geometry: may be asked for explicitly
+    bool automatic = false;       // may be picked by "auto"
+    const char* why_not = "";     // where not eligible or not automatic
+    double estimated_us = 0;
+    double measured_us = -1;      // negative: never timed
+};
+
+struct Plan {
+    Query query;
+    std::vector<Candidate> candidates;
+    Algorithm pick = Algorithm::kLibrary;
+    std::string reason;
+
+    const Candidate& candidate(Algorithm algorithm) const;
+};
+
+// Eligibility, cost estimates and the pick by estimate.
+Plan make_plan(const Query& query);
+
+// The pick again, by the candidates' measured times.
+void pick_by_measurement(Plan& plan);
+
+// "conv2d 64->256 k1x1 s1x1 p0x0 d1x1 g1 8x(56x56->56x56)"
+std::string describe(const Geometry& geometry);
+
+// Everything the choice depends on: the key under which measurements are kept.
+std::string plan_key(const Query& query);
+
+} // namespace localsgd

@@ -339,9 +339,13 @@ def compiled(output: str) -> set[str]:
 
 
 @pytest.mark.slow
-def test_an_edit_rebuilds_what_it_touches(toy: Path) -> None:
-    output, _ = build(toy, LOCALSGD_CUDA="0")
+def test_without_nvcc_builds_with_one_line_of_notice_and_an_edit_rebuilds_what_it_touches(toy: Path) -> None:
+    with (toy / "csrc" / "sources.txt").open("a") as sources:
+        sources.write("cuda csrc/kernels/toy.cu\n")
+    output, _ = build(toy, LOCALSGD_CUDA="auto", CUDA_HOME="/nowhere")
     assert compiled(output) == {"toy.cpp", "binding.cpp"}
+    assert len([line for line in output.splitlines() if line.startswith("localsgd_ext: building without CUDA kernels")]) == 1
+    assert json.loads((toy / "localsgd_ext" / "_build_info.json").read_text())["cuda_arch_list"] == ""
     assert run(sys.executable, "-c", ASK, cwd=toy).split()[:2] == ["42", "False"]
 
     output, _ = build(toy, LOCALSGD_CUDA="0")
@@ -391,16 +395,6 @@ def test_cuda_sources_are_compiled_for_every_architecture(toy: Path) -> None:
     kernels = doctor.compiled_kernels(module)
     assert set(kernels) == {"toy_scale_kernel"}, "cuobjdump (CUDA toolkit or triton) must list the kernel"
     assert set(kernels["toy_scale_kernel"]) == targets
-
-
-@pytest.mark.slow
-def test_auto_without_nvcc_builds_with_one_line_of_notice(toy: Path) -> None:
-    with (toy / "csrc" / "sources.txt").open("a") as sources:
-        sources.write("cuda csrc/kernels/toy.cu\n")
-    output, _ = build(toy, LOCALSGD_CUDA="auto", CUDA_HOME="/nowhere")
-    assert len([line for line in output.splitlines() if line.startswith("localsgd_ext: building without CUDA kernels")]) == 1
-    assert run(sys.executable, "-c", ASK, cwd=toy).split()[:2] == ["42", "False"]
-    assert json.loads((toy / "localsgd_ext" / "_build_info.json").read_text())["cuda_arch_list"] == ""
 
 
 # ---- sdist and wheel, of the real sources ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-# `make` lists the targets. All of them work from a fresh clone with Python 3.11 or newer, a C++20 compiler and CMake 3.25 or newer.
+# `make` lists the targets. All of them work from a fresh clone with Python 3.11 or newer and a C++20 compiler.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,10 +40,10 @@ demo: venv ## Train a small CNN with SGD, a frozen prefix and localized learning
 test: venv native ## Run every test, native and Python (under 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --benchmark-disable $(TEST_FLAGS)
 
-native: ## Build the kernels without Python or PyTorch and run their C++ tests
-	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo
-	cmake --build build/native --parallel 2
-	ctest --test-dir build/native --output-on-failure
+native: venv ## Build the kernels without Python or PyTorch and run their C++ tests
+	$(BIN)/cmake -S . -B build/native
+	$(BIN)/cmake --build build/native --parallel 2
+	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=error
 
 lint: venv ## Check formatting, style and types
 	$(BIN)/ruff check .

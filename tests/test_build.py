@@ -363,17 +363,19 @@ def test_without_nvcc_builds_with_one_line_of_notice_and_an_edit_rebuilds_what_i
     assert run(sys.executable, "-c", ASK, cwd=toy).startswith("53 ")
 
 
-def real_toolkit() -> toolkits.Toolkit:
+def real_toolkit() -> toolkits.Toolkit | None:
     try:
         return toolkits.find_toolkit(torch.version.cuda or "0")
-    except toolkits.ToolkitError as error:
-        pytest.skip(f"needs nvcc: {error}")
+    except toolkits.ToolkitError:
+        return None
 
 
 @pytest.mark.slow
 def test_cuda_sources_are_compiled_for_every_architecture(toy: Path) -> None:
     """From a toolkit laid out as PyPI's wheels are: no libcudart.so, no nvcc on PATH."""
     real = real_toolkit()
+    if real is None:
+        pytest.skip("needs nvcc")
     wheels = toy / "site" / "nvidia" / "cu13"
     (wheels / "lib").mkdir(parents=True)
     for name in ("bin", "include", "nvvm"):
@@ -395,6 +397,42 @@ def test_cuda_sources_are_compiled_for_every_architecture(toy: Path) -> None:
     kernels = doctor.compiled_kernels(module)
     assert set(kernels) == {"toy_scale_kernel"}, "cuobjdump (CUDA toolkit or triton) must list the kernel"
     assert set(kernels["toy_scale_kernel"]) == targets
+
+
+TOY_TEST = """
+#include "cpu/toy.h"
+int main() { return toy() == 2 ? 0 : 1; }
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitize", ["OFF", "ON"])
+def test_cmake_builds_and_tests_the_same_sources_without_python(toy: Path, sanitize: str) -> None:
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert cmake is not None, "cmake comes with the extra [dev]"
+    ctest = Path(cmake).with_name("ctest")
+    (toy / "tests" / "native").mkdir(parents=True)
+    (toy / "tests" / "native" / "toy_test.cpp").write_text(TOY_TEST)
+    with (toy / "csrc" / "sources.txt").open("a") as sources:
+        sources.write("\n  # a comment\ncuda csrc/kernels/toy.cu  # another\n")
+    (toy / "csrc" / "binding.cpp").write_text("#error CMake must not compile the group 'torch'")
+    environ = {"PATH": "/usr/bin:/bin"}
+    toolkit = real_toolkit()
+    if toolkit is not None:
+        environ["CUDACXX"] = str(toolkit.nvcc)
+
+    output = run(cmake, "-S", ".", "-B", "out", f"-DLOCALSGD_SANITIZE={sanitize}", cwd=toy, **environ)
+    assert ("CUDA kernels: built for 75-real;80-real;90" if toolkit else "CUDA kernels: not built, no CUDA compiler") in output
+    run(cmake, "--build", "out", cwd=toy)
+    assert re.search("100% tests passed.* out of 1", run(ctest, "--test-dir", "out", cwd=toy))
+    if toolkit is not None:
+        [archive] = (toy / "out").glob("**/toy.cu.o")
+        assert set(doctor.compiled_kernels(archive)["toy_scale_kernel"]) == {"sm_75", "sm_80", "sm_90"}
+
+    (toy / "csrc" / "cpu" / "toy.cpp").write_text('#include "cpu/toy.h"\nint toy() { return 3; }\n')
+    run(cmake, "--build", "out", cwd=toy)
+    with pytest.raises(AssertionError, match="toy_test"):  # a test that fails, fails
+        run(ctest, "--test-dir", "out", cwd=toy)
 
 
 # ---- sdist and wheel, of the real sources ------------------------------------------------------------------------------

@@ -221,6 +221,7 @@ class Trainer:
     def _logged_warnings(self) -> Iterator[None]:
         """The library's warnings belong into the run's log, not only onto a screen nobody looks at."""
         with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
             yield
         for warning in caught:
             self.say(f"warning: {warning.message}")

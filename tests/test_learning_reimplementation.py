@@ -5,7 +5,7 @@ import torch
 from models import TwoBlockResNet, batches, run_epoch, seeded
 from straight_line import LAYERS, StraightLine
 
-from localsgd_ext import LocalizedLearning
+from localsgd_ext import LocalizedLearning, ops
 
 EPOCHS = 12  # K = floor(12 * 1 / (0.75 * 7)) = 2 at t_shift 1: at most a move in three epochs
 SPOILED = (4, 5, 9)  # epochs with other labels, so that the loss rises
@@ -38,8 +38,13 @@ def sgd_lr(epoch):
     return 0.05 * 0.75**epoch  # falling norms of the update, as any learning-rate schedule makes them
 
 
+@pytest.mark.parametrize("operations", ["compiled", "reference"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_agrees_epoch_by_epoch(variant):
+def test_agrees_epoch_by_epoch(variant, operations, monkeypatch):
+    if operations == "reference":
+        monkeypatch.setattr(ops, "_C", None)
+    elif not ops.is_compiled():
+        pytest.skip("the compiled module is not built")
     package_options, paper_options = VARIANTS[variant]
     model = seeded(TwoBlockResNet).double()
     paper = StraightLine({n: t.detach().clone() for n, t in model.state_dict().items()}, epochs=EPOCHS, **paper_options)

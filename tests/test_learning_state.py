@@ -111,6 +111,26 @@ def test_a_state_saved_before_the_first_forward_loads():
     assert_same(second.result(), first.result(), "fresh")
 
 
+def test_loading_goes_back_to_before_the_first_forward():
+    run = Run(SCENARIOS["sgd"])
+    state = copy.deepcopy(run.state())
+    run.train(0, STEPS)
+    expected = run.result()
+    assert run.local.boundary >= 2
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.local.load_state_dict(state["local"])
+    assert run.local.boundary == 0
+    assert all(p.requires_grad for p in run.model.parameters())
+    before = copy.deepcopy(run.model.state_dict())
+    run.model(run.data[0][0])
+    assert not any(torch.equal(before[n], t) for n, t in run.model.state_dict().items() if "running_mean" in n)
+    assert all(torch.equal(before[n], p) for n, p in run.model.named_parameters()), "no layer is local any more"
+    run.model.load_state_dict(state["model"])
+    run.train(0, STEPS)
+    assert_same(run.result(), expected, "from the start")
+
+
 def test_the_state_of_another_network_is_refused_by_name():
     model = seeded(PlainCNN)
     state = with_boundary(model, torch.optim.SGD(model.parameters(), lr=0.05), 2).state_dict()

@@ -35,6 +35,7 @@ $(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
 	@touch $@
 
 demo: venv ## Train a small CNN with SGD, a frozen prefix and localized learning: table and picture in runs/demo (under 5 minutes)
+	rm -rf runs/demo
 	$(BIN)/localsgd compare $(DEMO_FLAGS) --out runs/demo
 
 test: venv native ## Run every test, native and Python (under 15 minutes on 2 cores)

@@ -13,6 +13,8 @@ of the output's gradient (paper, equation 3)::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +44,7 @@ def correlation(
     """Return the correlation ``D`` of a layer's input and output (paper, equation 3); see :func:`localsgd_ext.ops.correlation`."""
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), _no_autocast(x.device.type):
         x, z, geometry = _canonical(
             x, z, weight, bias=bias, stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode
         )
@@ -119,6 +121,11 @@ def hebbian_update_(
         algorithm=algorithm,
     )
     apply_update_([weight], [d], lr, normalize=normalize, skipped=skipped)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    known = torch.amp.is_autocast_available(device_type)  # not on meta, for one
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 
 class _Geometry:

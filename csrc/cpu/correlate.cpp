@@ -30,12 +30,15 @@ void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b
         sum.baddbmm_(a.transpose(1, 2), b);
 }
 
+// GEMMs sum in blocks, matrix-vector products in one long chain, which costs precision: shorter tiles for those.
+int64_t longest_tile(int64_t rows) { return rows < 8 ? 512 : int64_t{1} << 16; }
+
 // D = Z^T X over tiles of positions, X the im2col matrix.
 at::Tensor direct(const Layer& layer) {
     const Geometry& g = layer.geometry;
     Tiles x(layer.x, g, layer.accumulate), z(*layer.z, output_geometry(g), layer.accumulate);
     const at::Tensor d = at::zeros({g.groups, g.out_per_group(), g.patch()}, accumulator(layer)); // [G, K/G, patch]
-    for_each_tile(g.positions(), g.image_positions(), {&x, &z},
+    for_each_tile(g.positions(), g.image_positions(), longest_tile(g.out_per_group()), {&x, &z},
                   [&](int64_t first, int64_t count) { add_product(d, z.at(first, count), x.at(first, count)); });
     if (!x.channels_last()) return d.view(layer.weight.sizes());
     return d.view({g.out_channels, g.taps(), g.in_per_group()}).transpose(1, 2).contiguous().view(layer.weight.sizes());
@@ -63,7 +66,7 @@ at::Tensor gram(const Layer& layer) {
     Tiles x(layer.x, g, layer.accumulate);
     const at::Tensor gram = at::zeros({g.groups, in, in}, accumulator(layer));
     const at::Tensor sums = layer.bias ? at::zeros({g.groups, in}, accumulator(layer)) : at::Tensor();
-    for_each_tile(g.positions(), g.image_positions(), {&x}, [&](int64_t first, int64_t count) {
+    for_each_tile(g.positions(), g.image_positions(), longest_tile(in), {&x}, [&](int64_t first, int64_t count) {
         const at::Tensor tile = x.at(first, count);
         add_gram(gram, tile);
         if (layer.bias) sums.add_(tile.sum(1));

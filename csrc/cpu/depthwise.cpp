@@ -171,14 +171,18 @@ LOCALSGD_INLINE void pixel_block(const Sweep& w, const Acc* x, const Acc* z, int
                                  int64_t taps_wide, Acc* d) {
     using V = typename Vector<Acc>::Type;
     V sums[R][S] = {};
-    for (int64_t p = 0; p < w.rows; ++p)
+    for (int64_t p = 0; p < w.rows; ++p) {
+        V row[R][S] = {}; // summed apart: one long chain of additions would cost precision
         for (int64_t q = 0; q < w.width; ++q) {
             const V zv = *reinterpret_cast<const V*>(z + p * w.z_pitch + q * kPixelChannels);
             const Acc* corner = x + (p * w.row_step + r0 * w.tap_rows) * w.x_pitch + q * column_step;
             for (int r = 0; r < R; ++r)
                 for (int s = 0; s < S; ++s)
-                    sums[r][s] += zv * *reinterpret_cast<const V*>(corner + r * w.tap_rows * w.x_pitch + w.column[s0 + s]);
+                    row[r][s] += zv * *reinterpret_cast<const V*>(corner + r * w.tap_rows * w.x_pitch + w.column[s0 + s]);
         }
+        for (int r = 0; r < R; ++r)
+            for (int s = 0; s < S; ++s) sums[r][s] += row[r][s];
+    }
     for (int r = 0; r < R; ++r)
         for (int s = 0; s < S; ++s)
             *reinterpret_cast<V*>(d + ((r0 + r) * taps_wide + s0 + s) * kPixelChannels) = sums[r][s];

@@ -73,6 +73,9 @@ class HebbianUpdater:
         self._hooks = {
             name: _LayerHook(self, name, modules[name]) for name in modules if name in names and is_plain(modules[name])
         }
+        taken = [n for n in self._hooks if any(isinstance(h, _LayerHook) for h in modules[n]._forward_hooks.values())]
+        if taken:  # a second one (a notebook cell run twice) would double every step
+            raise ValueError(f"model must not be under another updater: {taken[0]!r} is; call remove() on that one first")
         self._handles = [
             modules[name].register_forward_hook(hook, prepend=True, with_kwargs=True) for name, hook in self._hooks.items()
         ]

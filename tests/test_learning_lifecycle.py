@@ -356,6 +356,19 @@ def test_a_schedule_made_for_another_depth_is_refused():
         model(batches(1)[0][0])
 
 
+def test_a_second_object_on_the_same_model_is_refused_until_the_first_is_removed():
+    model = seeded(PlainCNN)
+    local = with_boundary(model, sgd(model), 1)
+    count = hooks(model)
+    for second in (lambda: LocalizedLearning(model, sgd(model), epochs=20), lambda: HebbianUpdater(model)):
+        with pytest.raises(ValueError, match=r"'features\.0'.*remove"):
+            second()
+    assert hooks(model) == count
+    LocalizedLearning(copy.deepcopy(model), sgd(model), epochs=20)  # a copy is another model
+    local.remove()
+    LocalizedLearning(model, sgd(model), epochs=20)
+
+
 def test_updater_refuses_names_it_does_not_know():
     model = seeded(PlainCNN)
     updater = HebbianUpdater(model)

@@ -57,7 +57,9 @@ def draw(runs: Sequence[Run], title: str) -> dict[str, bytes]:
     layers = runs[0].last["num_layers"]
     seeds = len({run.config.seed for run in runs})
     shading = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
-    time_axis.set(xlabel="training time, seconds (without evaluation)", ylabel="test accuracy, %", xlim=(0, None), ylim=(0, None))
+    time_axis.set(
+        xlabel="training time, seconds (without evaluation)", ylabel="test accuracy, %", xlim=(0, None), ylim=(0, None)
+    )
     time_axis.set_title(f"Accuracy over time ({shading})")
     boundary_axis.set(xlabel="epoch", ylabel=f"layers before the boundary (of {layers})", ylim=(-0.4, layers + 0.4))
     boundary_axis.axhline(layers, color="0.6", linewidth=1, linestyle=":")

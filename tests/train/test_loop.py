@@ -81,7 +81,9 @@ def test_sgd_equals_a_plain_loop(tiny: Callable[..., RunConfig], trainer: Callab
         assert torch.equal(mine, theirs), name
 
 
-def test_freeze_leaves_the_prefix_alone_and_local_does_not(tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]) -> None:
+def test_freeze_leaves_the_prefix_alone_and_local_does_not(
+    tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]
+) -> None:
     for method, still in (("freeze", True), ("local", False)):
         made = trainer(tiny(method), method)
         made.run_epoch()

@@ -53,7 +53,9 @@ def test_gradients_are_the_same_when_measured() -> None:
 
 
 def test_medians_leave_out_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 1.0, 2.0, 3.0, 4.0, *(4 + t for t in (0.001, 0.003, 0.006, 0.010)), *(5 + t for t in (0, 0.004, 0.009, 0.015))])
+    clock = iter(
+        [0.0, 1.0, 2.0, 3.0, 4.0, *(4 + t for t in (0.001, 0.003, 0.006, 0.010)), *(5 + t for t in (0, 0.004, 0.009, 0.015))]
+    )
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     timer = PhaseTimer(torch.device("cpu"))
     timer.start()

@@ -29,7 +29,13 @@ def test_the_table_has_the_papers_benchmarks() -> None:
 def test_values(data: str, model: str) -> None:
     epochs, batch, lr, schedule, step, gamma, weight_decay, local_divisor = SECTION_6_1[data, model]
     got = resolve(data, model, "local", "paper")
-    assert (got.epochs, got.batch_size, got.lr, got.lr_schedule, got.weight_decay) == (epochs, batch, lr, schedule, weight_decay)
+    assert (got.epochs, got.batch_size, got.lr, got.lr_schedule, got.weight_decay) == (
+        epochs,
+        batch,
+        lr,
+        schedule,
+        weight_decay,
+    )
     if schedule == "step":
         assert (got.lr_step, got.lr_gamma) == (step, gamma)
     assert (got.local_lr, got.local_lr_decay, got.local_lr_decay_every) == (0.01, local_divisor, 30)

@@ -111,7 +111,9 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(
     assert trainer(tiny("local"), "run", resume=True).epoch == 0
 
 
-def test_checkpoint_without_its_metrics(tmp_path: Path, tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]) -> None:
+def test_checkpoint_without_its_metrics(
+    tmp_path: Path, tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]
+) -> None:
     trainer(tiny("sgd"), "run").run_epoch()
     (tmp_path / "run" / "metrics.jsonl").unlink()
     with pytest.raises(checkpoint.CheckpointError, match=r"the checkpoint is of epoch 1, but metrics.jsonl has 0 epochs"):

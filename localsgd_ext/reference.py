@@ -72,18 +72,26 @@ def apply_update_(
     """``W += lr * D / ||D||_2`` for every pair (paper, equation 4); see :func:`localsgd_ext.ops.apply_update_`."""
     if len(weights) != len(correlations):
         raise ValueError(f"weights and correlations must have the same length, got {len(weights)} and {len(correlations)}")
+    for i, (weight, d) in enumerate(zip(weights, correlations, strict=True)):
+        _check_weight(weight)
+        if d.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"correlations[{i}] must be float32 or float64, got {d.dtype}")
+        if weight.shape != d.shape:
+            raise ValueError(f"correlations[{i}] must have shape {tuple(weight.shape)}, got {tuple(d.shape)}")
+        if not d.device == weight.device == weights[0].device:
+            raise ValueError(
+                f"weights[{i}] and correlations[{i}] must be on {weights[0].device}, got {weight.device} and {d.device}"
+            )
+    if weights:
+        _check_scalars(lr, skipped, weights)
+    step = lr.reshape(()).to(torch.float64) if isinstance(lr, Tensor) else lr
     with torch.no_grad():
         for i, (weight, d) in enumerate(zip(weights, correlations, strict=True)):
-            _check_floating(weight, "weight")
-            if d.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"correlations[{i}] must be float32 or float64, got {d.dtype}")
-            if weight.shape != d.shape:
-                raise ValueError(f"correlations[{i}] must have shape {tuple(weight.shape)}, got {tuple(d.shape)}")
             # In fp64 neither squares nor sums nor lr / norm can overflow or vanish.
             wide = d.to(torch.float64)
             norm = torch.linalg.vector_norm(wide)
             usable = torch.isfinite(norm) & (norm > 0)
-            scale = lr / norm if normalize else lr
+            scale = step / norm if normalize else step
             weight.copy_(torch.where(usable, (weight.to(torch.float64) + scale * wide).to(weight.dtype), weight))
             if skipped is not None:
                 skipped.view(-1)[i if skipped.numel() > 1 else 0].add_(~usable)
@@ -107,6 +115,7 @@ def hebbian_update_(
     skipped: Tensor | None = None,
 ) -> None:
     """``W += lr * D / ||D||_2`` in place, ``D = correlation(x, z)``; see :func:`localsgd_ext.ops.hebbian_update_`."""
+    _check_weight(weight)
     d = correlation(
         x,
         z,
@@ -154,6 +163,37 @@ def _check_floating(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+
+
+def _check_weight(weight: Tensor) -> None:
+    _check_floating(weight, "weight")
+    if _may_overlap(weight):
+        raise ValueError(
+            f"weight must not overlap itself in memory, got shape {tuple(weight.shape)} with strides {weight.stride()}"
+        )
+
+
+def _may_overlap(t: Tensor) -> bool:
+    """Sufficient, not necessary: walked from the smallest stride up, no dimension steps back into the one before."""
+    extent = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1):
+        if stride < extent:
+            return True
+        extent += (size - 1) * stride
+    return False
+
+
+def _check_scalars(lr: float | Tensor, skipped: Tensor | None, weights: Sequence[Tensor]) -> None:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a float or a tensor of one element, got shape {tuple(lr.shape)}")
+    if skipped is None:
+        return
+    if skipped.dtype != torch.int64:
+        raise TypeError(f"skipped must be int64, got {skipped.dtype}")
+    if skipped.device != weights[0].device:
+        raise ValueError(f"skipped must be on the weight's device {weights[0].device}, got {skipped.device}")
+    if skipped.numel() not in (1, len(weights)):
+        raise ValueError(f"skipped must have 1 element or one per weight, got shape {tuple(skipped.shape)}")
 
 
 def _check_output(z: Tensor | None, expected: tuple[int, ...]) -> None:

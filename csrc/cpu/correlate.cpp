@@ -31,7 +31,7 @@ void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b
 }
 
 // GEMMs sum in blocks, matrix-vector products in one long chain, which costs precision: shorter tiles for those.
-int64_t longest_tile(int64_t rows) { return rows < 8 ? 512 : int64_t{1} << 16; }
+int64_t longest_tile(int64_t rows) { return rows < 8 ? 128 : int64_t{1} << 16; }
 
 // D = Z^T X over tiles of positions, X the im2col matrix.
 at::Tensor direct(const Layer& layer) {

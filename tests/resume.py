@@ -57,7 +57,10 @@ SCENARIOS = {
     ),
     "frozen": Scenario(PlainCNN, adamw, lambda: quick_moves(rule="frozen")),
     "deferred": Scenario(twice_used, momentum_sgd, quick_moves, cuts=tuple(range(1, STEPS))),
-    "mid-epoch": Scenario(TwoBlockResNet, momentum_sgd, lambda: quick_moves(momentum=0.5), cuts=tuple(range(1, STEPS, 2))),
+    # t_shift 3 gives K = 3 and one move, after epoch 3: the norm of the last epoch stays in the history, where it is compared.
+    "mid-epoch": Scenario(
+        TwoBlockResNet, momentum_sgd, lambda: quick_moves(momentum=0.5, t_shift=3), cuts=tuple(range(1, STEPS))
+    ),
 }
 
 

@@ -8,7 +8,7 @@ TEST_FLAGS ?=
 BENCH_FLAGS ?= --benchmark-disable-gc
 DEMO_FLAGS ?= --data glyphs --methods sgd,freeze,local --seeds 1
 
-CPP_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py localsgd_ext/_cuda_toolkit.py csrc/sources.txt $(wildcard $(shell find csrc -type f))
 
 .DEFAULT_GOAL := help
@@ -47,15 +47,15 @@ native: venv ## Build the kernels without Python or PyTorch and run their C++ te
 	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=error
 
 lint: venv ## Check formatting, style and types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(if $(CPP_FILES),$(BIN)/clang-format --dry-run --Werror $(CPP_FILES))
+	@failed=0; \
+	for check in 'ruff check .' 'ruff format --check .' 'mypy' 'clang-format --dry-run --Werror $(CPP_FILES)'; do \
+	  echo "$$check" | cut -c 1-60; $(BIN)/$$check || failed=1; \
+	done; exit $$failed
 
 format: venv ## Format Python and C++
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(if $(CPP_FILES),$(BIN)/clang-format -i $(CPP_FILES))
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 bench: venv ## Run the benchmarks
 	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "benchmarks/ holds none yet" >&2; exit 1; }

@@ -22,7 +22,7 @@ from localsgd_ext.train.files import write_atomically
 SIZE = 32
 _VERSION = 1  # goes up whenever a pixel changes
 _CHUNK = 100  # pictures drawn from one random stream
-_NOISE = 0.05
+_NOISE = 0.06
 
 Images = npt.NDArray[np.uint8]  # [N, 32, 32, 3]
 Labels = npt.NDArray[np.int64]  # [N]
@@ -43,7 +43,7 @@ def _draw_chunk(masters: npt.NDArray[np.float32], rng: np.random.Generator) -> t
 
     # Letter: an affine map from picture to master coordinates, sampled bilinearly.
     height = rng.uniform(15, 25, n)  # of a capital, in pixels
-    angle, shear = rng.uniform(-0.35, 0.35, n), rng.uniform(-0.25, 0.25, n)
+    angle, shear = rng.uniform(-0.4, 0.4, n), rng.uniform(-0.25, 0.25, n)
     stretch = rng.uniform(0.8, 1.25, n)
     shift = rng.uniform(-3, 3, (2, n))
     zoom = fonts.CAP_HEIGHT / height
@@ -67,7 +67,7 @@ def _draw_chunk(masters: npt.NDArray[np.float32], rng: np.random.Generator) -> t
     # Colour of the letter: the first of eight that stands out from the ground's mean brightness, either way.
     colours = rng.uniform(0, 1, (n, 8, 3))
     contrast = np.abs(colours.mean(axis=2) - ground.mean(axis=(1, 2, 3))[:, None])
-    enough = contrast >= 0.25
+    enough = contrast >= 0.2
     pick = np.where(enough.any(axis=1), enough.argmax(axis=1), contrast.argmax(axis=1))
     colour = colours[np.arange(n), pick][:, None, None]
 

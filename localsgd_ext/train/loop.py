@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import math
+import os
 import random
 import time
 import warnings
@@ -202,8 +204,6 @@ class Trainer:
         """Write the summary and the trained weights (``model.pt``, a plain state dict); take the hooks off."""
         if self.local:
             self.local.remove()
-        import io
-
         buffer = io.BytesIO()
         torch.save(self.model.state_dict(), buffer)
         write_atomically(self.directory.path / "model.pt", buffer.getvalue())
@@ -260,6 +260,7 @@ def _set_determinism(config: RunConfig, device: torch.device) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
         torch.use_deterministic_algorithms(True)
 
 

@@ -122,7 +122,7 @@ def table(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 def caption(summary: dict[str, Any]) -> str:
     """What was run on what, in one line."""
     b, e, seeds = summary["benchmark"], summary["environment"], summary["seeds"]
-    hardware = e["gpu"] or f"{e['cpu']}, {e['threads']} threads"
+    hardware = e["gpu"] or f"{e['cpu']}, {e['threads']} thread{'' if e['threads'] == 1 else 's'}"
     size = f"{b['train_size']} training pictures, " if b["train_size"] else ""
     preset = "the paper's hyper-parameters, " if b["preset"] else ""
     kernels = "compiled kernels" if e["compiled_kernels"] else "PyTorch reference (no compiled kernels)"

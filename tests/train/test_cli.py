@@ -33,7 +33,6 @@ def test_train_says_what_it_does_and_where_things_are(
     ("options", "message"),
     [
         (["train"], "--data is required"),
-        (["train", "--data", "fake"], "--model is required"),
         (["train", "--data", "mnist", "--model", "vgg13"], "--data must be one of digits, glyphs, cifar10"),
         (["train", "--data", "fake", "--model", "lenet"], "--model must be one of small_resnet"),
         (["train", "--data", "fake", "--model", "vgg13", "--method", "hebb"], "--method must be one of sgd, freeze, local"),

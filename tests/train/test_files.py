@@ -23,7 +23,7 @@ def test_json_lines_survive_a_cut_last_line(tmp_path: Path) -> None:
 def test_damage_before_the_last_line_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"epoch": 1}\n{"epo\n{"epoch": 3}\n')
-    with pytest.raises(ValueError, match="metrics.jsonl, line 2, is not valid JSON"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, is not valid JSON"):
         read_json_lines(path)
 
 
@@ -32,5 +32,5 @@ def test_json(tmp_path: Path) -> None:
     write_json(path, {"a": [1, None]})
     assert read_json(path) == {"a": [1, None]}
     path.write_text("{")
-    with pytest.raises(ValueError, match="config.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
         read_json(path)

@@ -27,4 +27,7 @@ def bound(case: Case, x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor 
     gradient), and at least 4 ulp; 16 of fp64, where the oracle's own rounding is part of the difference."""
     narrow = [None if t is None else t.to(dtype) for t in (x, z, weight, bias)]
     theirs = reference.correlation(narrow[0], narrow[1], narrow[2], bias=narrow[3], **case.arguments)  # type: ignore[arg-type]
-    return max(2 * relative_error(theirs.to(dtype), exact(case, x, z, weight, bias)), (16 if dtype == FP64 else 4) * torch.finfo(dtype).eps)
+    return max(
+        2 * relative_error(theirs.to(dtype), exact(case, x, z, weight, bias)),
+        (16 if dtype == FP64 else 4) * torch.finfo(dtype).eps,
+    )

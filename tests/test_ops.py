@@ -171,7 +171,9 @@ def test_negated_views_are_resolved() -> None:
     z, weight = torch.randn(6, 4), torch.randn(4, 5)
     for algorithm in ("gram", "direct", "library"):
         kwargs = {"algorithm": algorithm, "z_is_output": True}
-        assert torch.equal(ops.correlation(x, z, weight, **kwargs), ops.correlation(x.resolve_neg().clone(), z, weight, **kwargs))
+        assert torch.equal(
+            ops.correlation(x, z, weight, **kwargs), ops.correlation(x.resolve_neg().clone(), z, weight, **kwargs)
+        )
 
 
 def test_meta_tensors_give_the_shape() -> None:

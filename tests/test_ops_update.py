@@ -115,7 +115,9 @@ def test_many_tensors_each_by_its_own_norm(implementation) -> None:
     shapes = [(7,), (129, 151), (3, 2, 3, 3), (0,), (40000,), ()]
     weights, ds = [torch.randn(s) for s in shapes], [torch.randn(s) for s in shapes]
     ds[2].fill_(math.nan)
-    expected = [w + 0.1 * d / d.norm() if i not in (2, 3) else w.clone() for i, (w, d) in enumerate(zip(weights, ds, strict=True))]
+    expected = [
+        w + 0.1 * d / d.norm() if i not in (2, 3) else w.clone() for i, (w, d) in enumerate(zip(weights, ds, strict=True))
+    ]
     each, total = torch.zeros(6, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     copies = [w.clone() for w in weights]
     implementation.apply_update_(weights, ds, 0.1, skipped=each)
@@ -161,7 +163,7 @@ def test_weights_of_any_strides(implementation, arrangement: str) -> None:
 
 @implementations
 def test_autograd_notices_the_write(implementation) -> None:
-    weight, x, z, _ = layer()
+    weight, x, _, _ = layer()
     weight.requires_grad_()
     version = weight._version
     x.requires_grad_()

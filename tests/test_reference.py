@@ -36,7 +36,11 @@ def padded(case: Case, x: Tensor) -> tuple[Tensor, list[int]]:
         elif case.padding_mode == "replicate":
             source = position.clamp(0, size - 1)
         else:
-            source = (size - 1 - (size - 1 - position.abs()).abs()) if case.padding_mode == "reflect" else position.clamp(0, size - 1)
+            source = (
+                (size - 1 - (size - 1 - position.abs()).abs())
+                if case.padding_mode == "reflect"
+                else position.clamp(0, size - 1)
+            )
         x = x.index_select(axis, source)
         if case.padding_mode == "zeros":
             inside = ((position >= 0) & (position < size)).view([-1] + [1] * (dims - 1 - i))

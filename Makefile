@@ -31,8 +31,9 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
+	@touch $@.start
 	$(BIN)/python setup.py -q build_ext --inplace
-	@touch $@
+	@mv $@.start $@  # dated before the build, so that an edit made during it counts as new
 
 demo: venv ## Train a small CNN with SGD, a frozen prefix and localized learning: table and picture in runs/demo (under 5 minutes)
 	rm -rf runs/demo

@@ -46,7 +46,7 @@ def test_json_of_something_else() -> None:
 def test_differences_leave_out_what_does_not_matter() -> None:
     config = _config()
     assert differences(config, config.replace(root="/elsewhere", workers=0)) == []
-    assert differences(config, config.replace(lr=0.5, batch_size=8)) == ["--batch-size: 32 -> 8", "--lr: 0.02 -> 0.5"]
+    assert differences(config, config.replace(lr=0.5, batch_size=8)) == ["--batch-size: 32 -> 8", "--lr: 0.01 -> 0.5"]
 
 
 def test_t_shift() -> None:

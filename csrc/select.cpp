@@ -35,9 +35,7 @@ double wgrad_flops(const Geometry& g) { return 2.0 * g.positions() * g.out_chann
 // Narrow GEMMs run below the peak.
 double narrow(double size) { return 1 + 16 / size; }
 
-double forward_us(const Query& q) {
-    return gemm_us(q, wgrad_flops(q.geometry)) + stream_us(q, x_bytes(q) + 2 * z_bytes(q));
-}
+double forward_us(const Query& q) { return gemm_us(q, wgrad_flops(q.geometry)) + stream_us(q, x_bytes(q) + 2 * z_bytes(q)); }
 
 bool gathers(const Query& q, Kind kind, bool strided) { return strided || kind_size(kind) != element_bytes(q); }
 
@@ -47,8 +45,8 @@ double gram_us(const Query& q) {
     const double triangle = c >= 256 ? 0.625 : 1; // blocked: only the lower blocks
     const bool strided = product(g.stride) > 1 || product(g.pad) > 0;
     const double gather = gathers(q, q.x_kind, strided) ? 2 * rows * g.in_channels * element_bytes(q) : 0;
-    return gemm_us(q, 2 * rows * c * c * g.groups * triangle * narrow(c)) +
-           gemm_us(q, 2.0 * g.out_channels * c * c) + stream_us(q, x_bytes(q)) + gather_us(q, gather) + 4 * kCallUs;
+    return gemm_us(q, 2 * rows * c * c * g.groups * triangle * narrow(c)) + gemm_us(q, 2.0 * g.out_channels * c * c) +
+           stream_us(q, x_bytes(q)) + gather_us(q, gather) + 4 * kCallUs;
 }
 
 double direct_us(const Query& q) {
@@ -85,8 +83,10 @@ Candidate candidate_for(const Query& q, Algorithm algorithm) {
     case Algorithm::kGram:
         c.eligible = g.pointwise();
         c.automatic = c.eligible && (!q.z_present || q.z_is_output);
-        if (!c.eligible) c.why_not = "needs a kernel of size 1 or a linear layer";
-        else if (!c.automatic) c.why_not = "ignores z, which was not promised to be the layer's output (z_is_output=True)";
+        if (!c.eligible)
+            c.why_not = "needs a kernel of size 1 or a linear layer";
+        else if (!c.automatic)
+            c.why_not = "ignores z, which was not promised to be the layer's output (z_is_output=True)";
         c.estimated_us = gram_us(q);
         break;
     case Algorithm::kDepthwise:
@@ -113,14 +113,16 @@ std::string list(const Triple& t, int dims) {
     return text;
 }
 
-template <double Candidate::*Cost>
+template <double Candidate::* Cost>
 void pick_cheapest(Plan& plan, const char* how) {
     const Candidate* best = nullptr;
     const Candidate* second = nullptr;
     for (const Candidate& c : plan.candidates) {
         if (!c.automatic) continue;
-        if (!best || c.*Cost < best->*Cost) second = best, best = &c;
-        else if (!second || c.*Cost < second->*Cost) second = &c;
+        if (!best || c.*Cost < best->*Cost)
+            second = best, best = &c;
+        else if (!second || c.*Cost < second->*Cost)
+            second = &c;
     }
     plan.pick = best->algorithm;
     char text[160];
@@ -136,10 +138,14 @@ void pick_cheapest(Plan& plan, const char* how) {
 
 const char* algorithm_name(Algorithm algorithm) {
     switch (algorithm) {
-    case Algorithm::kGram: return "gram";
-    case Algorithm::kDepthwise: return "depthwise";
-    case Algorithm::kDirect: return "direct";
-    default: return "library";
+    case Algorithm::kGram:
+        return "gram";
+    case Algorithm::kDepthwise:
+        return "depthwise";
+    case Algorithm::kDirect:
+        return "direct";
+    default:
+        return "library";
     }
 }
 
@@ -162,15 +168,16 @@ std::string describe(const Geometry& g) {
         return "linear " + std::to_string(g.in_channels) + "->" + std::to_string(g.out_channels) + " x " +
                std::to_string(g.positions()) + " rows";
     }
-    return "conv" + std::to_string(g.dims) + "d " + std::to_string(g.in_channels) + "->" + std::to_string(g.out_channels) + " k" +
-           list(g.kernel, g.dims) + " s" + list(g.stride, g.dims) + " p" + list(g.pad, g.dims) + " d" + list(g.dilation, g.dims) +
-           " g" + std::to_string(g.groups) + " " + std::to_string(g.batch) + "x(" + list(g.input, g.dims) + "->" +
-           list(g.output, g.dims) + ")";
+    return "conv" + std::to_string(g.dims) + "d " + std::to_string(g.in_channels) + "->" + std::to_string(g.out_channels) +
+           " k" + list(g.kernel, g.dims) + " s" + list(g.stride, g.dims) + " p" + list(g.pad, g.dims) + " d" +
+           list(g.dilation, g.dims) + " g" + std::to_string(g.groups) + " " + std::to_string(g.batch) + "x(" +
+           list(g.input, g.dims) + "->" + list(g.output, g.dims) + ")";
 }
 
 std::string plan_key(const Query& q) {
     return describe(q.geometry) + " " + kind_name(q.x_kind) + " " + kind_name(q.z_kind) + (q.z_present ? "" : " no-z") +
-           (q.z_is_output ? " output" : "") + (q.channels_last ? " channels_last " : " ") + std::to_string(q.threads) + " threads";
+           (q.z_is_output ? " output" : "") + (q.channels_last ? " channels_last " : " ") + std::to_string(q.threads) +
+           " threads";
 }
 
 } // namespace localsgd

@@ -312,10 +312,7 @@ def _gram_correlation(x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor 
     rounded = weight if z is None or z.dtype.itemsize >= weight.dtype.itemsize else weight.to(z.dtype)
     for dim, (stride, pad) in enumerate(zip(g.stride, g.padding, strict=True)):
         first = -(-pad // stride) * stride - pad  # positions inside the zero padding contribute nothing
-        index = torch.arange(first, x.shape[2 + dim], stride, device=x.device)
-        if z is not None:
-            index = index[: max(0, z.shape[2 + dim] - -(-pad // stride))]
-        x = x.index_select(2 + dim, index)
+        x = x[(slice(None),) * (2 + dim) + (slice(first, None, stride),)]
     rows = x.movedim(1, -1).reshape(-1, g.groups, x.shape[1] // g.groups) if g.stride else x.unsqueeze(1)  # [M, groups, C/g]
     w = rounded.to(x.dtype).reshape(rows.shape[1], -1, rows.shape[2])  # [groups, K/g, C/g]
     gram = torch.einsum("mgc,mgd->gcd", rows, rows)

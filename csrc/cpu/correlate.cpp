@@ -100,8 +100,9 @@ void depthwise_into(const DepthwiseArgs& args, Acc* d) {
 at::Tensor depthwise(const Layer& layer) {
     const at::Tensor& z = *layer.z;
     const at::Tensor d = at::empty(layer.weight.sizes(), accumulator(layer));
-    const DepthwiseArgs args{layer.geometry,     layer.x.const_data_ptr(), kind_of(layer.x), strides_of(layer.x),
-                             z.const_data_ptr(), kind_of(z),               strides_of(z)};
+    const DepthwiseArgs args{layer.geometry,      layer.x.const_data_ptr(), kind_of(layer.x),
+                             strides_of(layer.x), z.const_data_ptr(),       kind_of(z),
+                             strides_of(z)};
     if (layer.accumulate == at::kDouble)
         depthwise_into(args, d.mutable_data_ptr<double>());
     else
@@ -161,10 +162,14 @@ bool update_run(void* w, Kind kind, const D* d, int64_t count, double lr, bool n
 
 at::Tensor correlate(const Layer& layer, Algorithm algorithm) {
     switch (algorithm) {
-    case Algorithm::kGram: return gram(layer);
-    case Algorithm::kDepthwise: return depthwise(layer);
-    case Algorithm::kDirect: return direct(layer);
-    default: return library(layer);
+    case Algorithm::kGram:
+        return gram(layer);
+    case Algorithm::kDepthwise:
+        return depthwise(layer);
+    case Algorithm::kDirect:
+        return direct(layer);
+    default:
+        return library(layer);
     }
 }
 

@@ -36,7 +36,8 @@ class Tiles {
 // Calls body(first, count) over all positions in order, in tiles that suit every operand: up to `longest` where all are views,
 // within the workspace bound where one must be gathered.
 template <typename Body>
-void for_each_tile(int64_t positions, int64_t image, int64_t longest, std::initializer_list<Tiles*> operands, const Body& body) {
+void for_each_tile(int64_t positions, int64_t image, int64_t longest, std::initializer_list<Tiles*> operands,
+                   const Body& body) {
     constexpr int64_t kWorkspace = int64_t{2} << 20; // elements gathered at once
     constexpr int64_t kLeast = 256;                  // shorter tiles are all overhead
     int64_t span = positions, gathered = 0;

@@ -43,8 +43,8 @@ std::vector<double> depthwise_by_loops(const Problem& p) {
     std::vector<double> d(g.out_channels * g.taps());
     for_each_product(g, [&](int64_t n, int64_t position, int64_t tap, const Triple& in) {
         for (int64_t k = 0; k < g.out_channels; ++k)
-            d[k * g.taps() + tap] += p.z[(n * g.out_channels + k) * g.image_positions() + position] *
-                                     x_at(p, n, k / g.out_per_group(), in);
+            d[k * g.taps() + tap] +=
+                p.z[(n * g.out_channels + k) * g.image_positions() + position] * x_at(p, n, k / g.out_per_group(), in);
     });
     return d;
 }
@@ -70,8 +70,8 @@ void check_depthwise(const Geometry& g, double tolerance) {
         const auto z = arranged<Acc>(p.z, g.batch, g.out_channels, g.output, last);
         const Kind kind = sizeof(Acc) == 8 ? Kind::f64 : Kind::f32;
         const auto strides = last ? test::channels_last : test::channels_first;
-        const DepthwiseArgs args{g, x.data(), kind, strides(g.in_channels, g.input), z.data(), kind,
-                                 strides(g.out_channels, g.output)};
+        const DepthwiseArgs args{
+            g, x.data(), kind, strides(g.in_channels, g.input), z.data(), kind, strides(g.out_channels, g.output)};
         const auto close = [&](const std::vector<Acc>& d, const char* which) {
             for (size_t i = 0; i < d.size(); ++i)
                 CHECK_THAT(std::abs(d[i] - expected[i]) <= tolerance * std::sqrt(double(g.positions())),
@@ -109,8 +109,8 @@ void check_patches(const Geometry& g, bool last, int64_t first, int64_t count) {
         if (t < 0 || t >= count) return;
         for (int64_t c = 0; c < g.in_channels; ++c) {
             const int64_t group = c / g.in_per_group(), within = c % g.in_per_group();
-            const int64_t index = last ? ((group * count + t) * g.taps() + tap) * g.in_per_group() + within
-                                       : (c * g.taps() + tap) * count + t;
+            const int64_t index =
+                last ? ((group * count + t) * g.taps() + tap) * g.in_per_group() + within : (c * g.taps() + tap) * count + t;
             CHECK(tile[index] == static_cast<float>(x_at(p, n, c, in)));
         }
     });

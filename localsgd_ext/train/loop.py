@@ -100,6 +100,8 @@ class Trainer:
             "epoch": number,
             "boundary": boundary,
             "num_layers": self.num_layers,
+            "train_images": self.data.train_size,
+            "test_images": self.data.test_size,
             "train_loss": _finite(loss),
             "test_loss": _finite(test_loss),
             "test_accuracy": test_accuracy,

@@ -149,7 +149,12 @@ def test_the_table_as_text(tiny: Callable[..., RunConfig]) -> None:
     """Every cell from numbers written here."""
 
     def run(method: str, seed: int, accuracy: float, seconds: float, boundary: int) -> report.Run:
-        entry = {"num_layers": 14, "step_ms": {"data": 0.5, "forward": 10.0, "backward": 20.0, "optimizer": 1.0}}
+        entry = {
+            "num_layers": 14,
+            "train_images": 96,
+            "test_images": 40,
+            "step_ms": {"data": 0.5, "forward": 10.0, "backward": 20.0, "optimizer": 1.0},
+        }
         first = {**entry, "epoch": 1, "test_accuracy": 0.1, "elapsed_train_seconds": 1.0, "boundary": 0}
         last = {**entry, "epoch": 2, "test_accuracy": accuracy, "elapsed_train_seconds": seconds, "boundary": boundary}
         last["step_ms"] = {"data": 0.5, "forward": 10.0, "backward": 10.0, "optimizer": 1.0}
@@ -171,4 +176,5 @@ def test_the_table_as_text(tiny: Callable[..., RunConfig]) -> None:
     ]
     assert report.markdown(summary).count("\n|") == 3
     assert "seeds 0, 1; mean ± standard deviation over seeds" in report.caption(summary)
+    assert "small_resnet on fake: 96 training and 40 test pictures, 4 epochs, batch 16" in report.caption(summary)
     assert "A CPU, 2 threads" in report.caption(summary)

@@ -111,6 +111,18 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(
     assert trainer(tiny("local"), "run", resume=True).epoch == 0
 
 
+def test_half_written_files_of_a_killed_run_are_cleared_away(
+    tmp_path: Path, tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".config.json.a1b2c3.tmp").write_text("{")  # killed while it wrote its first file: a new run may begin
+    trainer(tiny("sgd"), "run").run_epoch()
+    (run / ".checkpoint-0002.ckpt.d4e5f6.tmp").write_bytes(b"half")
+    assert trainer(tiny("sgd"), "run", resume=True).epoch == 1
+    assert not [path for path in run.iterdir() if path.name.endswith(".tmp")]
+
+
 def test_checkpoint_without_its_metrics(
     tmp_path: Path, tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]
 ) -> None:

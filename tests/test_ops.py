@@ -132,20 +132,24 @@ def test_empty_batch_has_no_correlation(case: Case) -> None:
         assert not d.any()
 
 
-@pytest.mark.parametrize("where", ["inside", "unread"])
+@pytest.mark.parametrize("where", ["one tap", "unread", "last column"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("algorithm", ["depthwise", "direct"])
 def test_a_bad_number_reaches_exactly_the_taps_that_read_it(algorithm: str, layout: str, value: float, where: str) -> None:
-    """Vectors longer than a row must not let a neighbour's Inf in: D is non-finite where the loops say so."""
-    case = Case("", (1, 4, 12, 12), (4, 1, 2, 2), stride=5, groups=4)  # columns 2-4, 7-9 and 11 are never read
+    """Vectors longer than a row must not let a neighbour's Inf in: 0 * Inf is NaN."""
+    touched = torch.zeros(4, 1, 3, 3, dtype=torch.bool)
+    if where == "last column":  # 11: read by column 2 of the kernel only, but beside what the others read last
+        case, column = Case("", (1, 4, 12, 12), (4, 1, 3, 3), groups=4), 11
+        touched[2, 0, :, 2] = True
+    else:  # columns 3, 4, 8 and 9 are never read; 6 is 1 * 5 + 1
+        case, column = Case("", (1, 4, 13, 13), (4, 1, 3, 3), stride=5, groups=4), 6 if where == "one tap" else 8
+        touched[2, 0, 0, 1] = where == "one tap"
     x, weight, _ = case.sample(FP64)
     z = torch.randn_like(case.forward(x, weight, None))
-    x[0, 2, 0, 6 if where == "inside" else 8] = value
-    x = with_layout(x.float(), layout, case)
-    d = ops.correlation(x, z.float(), weight.float(), algorithm=algorithm, **case.arguments)
-    touched = torch.zeros(4, 1, 2, 2, dtype=torch.bool)
-    touched[2, 0, 0, 1] = where == "inside"  # column 6 = 1 * 5 + tap 1
+    x[0, 2, 5, column] = value  # row 5: 1 * 5 + 0, and in reach of all three rows where the stride is 1
+    x, z = with_layout(x.float(), layout, case), with_layout(z.float(), layout, case)
+    d = ops.correlation(x, z, weight.float(), algorithm=algorithm, **case.arguments)
     assert torch.equal(~d.isfinite(), touched)
 
 

@@ -130,10 +130,26 @@ void ranges() {
                 }
 }
 
+void merging() {
+    const auto merged = [](const Triple& kernel, const Triple& space) {
+        Geometry g = test::geometry(2, 3, 4, 1, {2, 4, 6}, kernel, {1, 1, 1}, {1, 1, 1}, {0, 0, 0});
+        Strides strides{1000, 300, space};
+        merge_space(g, strides);
+        return g.input;
+    };
+    CHECK((merged({1, 1, 1}, {24, 6, 1}) == Triple{1, 1, 48}));
+    CHECK((merged({1, 1, 1}, {48, 12, 2}) == Triple{1, 1, 48}));
+    CHECK((merged({1, 1, 1}, {100, 6, 1}) == Triple{2, 1, 24})); // a slice of depths
+    CHECK((merged({1, 1, 1}, {100, 20, 1}) == Triple{2, 4, 6})); // a slice of columns
+    CHECK((merged({2, 1, 1}, {24, 6, 1}) == Triple{2, 1, 24}));
+    CHECK((merged({1, 1, 3}, {24, 6, 1}) == Triple{2, 4, 6}));
+}
+
 } // namespace
 
 int main() {
     ranges();
+    merging();
     const auto depthwise = [](int64_t batch, int64_t channels, int64_t multiplier, Triple input, Triple kernel, Triple stride,
                               Triple dilation, Triple pad) {
         const Geometry g =

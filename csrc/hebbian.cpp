@@ -62,6 +62,7 @@ Query query_of(const Layer& layer) {
     q.z_present = layer.z.has_value();
     q.z_is_output = layer.z_is_output;
     q.channels_last = strides_of(layer.x).channel == 1 && layer.geometry.in_channels > 1;
+    q.fast_bf16 = cpu_multiplies_bf16();
     q.threads = at::get_num_threads();
     return q;
 }

@@ -68,10 +68,14 @@ double depthwise_us(const Query& q) {
 double library_us(const Query& q) {
     const Geometry& g = q.geometry;
     if (g.dims == 0) return direct_us(q) * 1.05; // the same GEMM, and a conversion of all of x and z at once if any
-    const bool low = kind_size(q.x_kind) < 4 || kind_size(q.z_kind) < 4;
-    // oneDNN reorders x and z to its blocked layout; grouped layers and low precision without matrix units are slow there.
-    const double reorder = (q.channels_last ? 1 : 2) * (x_bytes(q) + z_bytes(q));
-    const double slow = (g.groups > 1 ? 2 : 1) * (g.depthwise() ? 8 : 1) * (low ? 3 : 1) * (g.pointwise() ? 1.3 : 1);
+    const bool bf16 = q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16;
+    const bool converts = !bf16 && (kind_size(q.x_kind) != element_bytes(q) || kind_size(q.z_kind) != element_bytes(q));
+    // oneDNN reorders x and z to its blocked layout; grouped layers are slow there, and so is bf16 that the CPU must emulate.
+    const double reorder = (q.channels_last ? 1 : 2) * (converts ? 2 : 1) * (x_bytes(q) + z_bytes(q));
+    const double slow = (g.groups > 1 ? 2 : 1) * (g.depthwise() ? 8 : 1) * (g.pointwise() ? 1.3 : 1) *
+                        (!bf16         ? 1
+                         : q.fast_bf16 ? 0.5
+                                       : 3);
     return gemm_us(q, wgrad_flops(g) * slow) + stream_us(q, x_bytes(q) + z_bytes(q)) + gather_us(q, reorder) + 10 * kCallUs;
 }
 
@@ -147,6 +151,14 @@ const char* algorithm_name(Algorithm algorithm) {
     default:
         return "library";
     }
+}
+
+bool cpu_multiplies_bf16() {
+#if defined(__x86_64__) && defined(__GNUC__)
+    return __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
 }
 
 const Candidate& Plan::candidate(Algorithm algorithm) const {

@@ -22,6 +22,7 @@ struct Query {
     bool z_present = true;
     bool z_is_output = false;   // z equals conv(x, W) + b up to rounding
     bool channels_last = false; // x's channel stride is 1
+    bool fast_bf16 = false;     // the CPU multiplies bf16 natively
     int threads = 1;
 };
 
@@ -42,6 +43,8 @@ struct Plan {
 
     const Candidate& candidate(Algorithm algorithm) const;
 };
+
+bool cpu_multiplies_bf16();
 
 // Eligibility, cost estimates and the pick by estimate.
 Plan make_plan(const Query& query);

@@ -49,7 +49,7 @@ def test_agrees_with_fp64(case: Case, algorithm: str, layout: str) -> None:
         accumulate = FP64 if FP64 in (x_dtype, z_dtype) else torch.float32
         assert d.dtype == accumulate
         # Sums run in fp32 even over low-precision operands; only PyTorch's own gradient is rounded to their dtype.
-        dtype = torch.promote_types(x_dtype, z_dtype) if algorithm == "library" else accumulate
+        dtype = torch.bfloat16 if (algorithm, x_dtype, z_dtype) == ("library", torch.bfloat16, torch.bfloat16) else accumulate
         if algorithm == "gram":
             seen = z_dtype if z.element_size() < weight.element_size() else weight.dtype
             w, b = weight.to(seen), None if bias is None else bias.to(seen)
@@ -178,6 +178,14 @@ def test_negated_views_are_resolved() -> None:
         assert torch.equal(
             ops.correlation(x, z, weight, **kwargs), ops.correlation(x.resolve_neg().clone(), z, weight, **kwargs)
         )
+
+
+@pytest.mark.parametrize("algorithm", ["gram", "direct", "library", "auto"])
+def test_half_precision_sums_do_not_overflow(algorithm: str) -> None:
+    x, weight = torch.full((1, 2, 100, 100), 4.0, dtype=torch.float16), torch.full((3, 2, 1, 1), 0.5)
+    z = torch.nn.functional.conv2d(x.float(), weight).half()
+    d = ops.correlation(x, z, weight, algorithm=algorithm)
+    assert torch.equal(d, torch.full_like(weight, 4.0 * 4.0 * 10000))  # fp16 ends at 65504
 
 
 def test_meta_tensors_give_the_shape() -> None:

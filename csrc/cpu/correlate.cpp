@@ -22,16 +22,20 @@ namespace {
 
 at::TensorOptions accumulator(const Layer& layer) { return at::TensorOptions().dtype(layer.accumulate); }
 
+constexpr int64_t kNarrow = 8; // rows of D below which BLAS sums in one long chain instead of in blocks
+
 // sum [G, m, n] += a^T b with a [G, T, m], b [G, T, n].
 void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
-    if (sum.size(0) == 1)
+    if (a.size(2) < kNarrow)
+        sum.add_(at::bmm(a.transpose(1, 2), b)); // a chain of its own, see longest_tile
+    else if (sum.size(0) == 1)
         sum.select(0, 0).addmm_(a.select(0, 0).t(), b.select(0, 0));
     else
         sum.baddbmm_(a.transpose(1, 2), b);
 }
 
-// GEMMs sum in blocks, matrix-vector products in one long chain, which costs precision: shorter tiles for those.
-int64_t longest_tile(int64_t rows) { return rows < 8 ? 128 : int64_t{1} << 16; }
+// Long chains of additions cost precision: narrow products are summed tile by tile, in short ones.
+int64_t longest_tile(int64_t rows) { return rows < kNarrow ? 128 : int64_t{1} << 16; }
 
 // D = Z^T X over tiles of positions, X the im2col matrix.
 at::Tensor direct(const Layer& layer) {
@@ -110,10 +114,11 @@ at::Tensor depthwise(const Layer& layer) {
     return d;
 }
 
-// PyTorch's own weight gradient.
+// PyTorch's own weight gradient, which is rounded to the operands' dtype: not fp16, whose range a sum over positions exceeds.
 at::Tensor library(const Layer& layer) {
     const Geometry& g = layer.geometry;
-    const auto common = c10::promoteTypes(layer.x.scalar_type(), layer.z->scalar_type());
+    auto common = c10::promoteTypes(layer.x.scalar_type(), layer.z->scalar_type());
+    if (common == at::kHalf) common = at::kFloat;
     at::Tensor x = layer.x.to(common);
     const at::Tensor z = layer.z->to(common);
     if (g.dims == 0) return at::mm(z.t(), x).to(layer.accumulate);

@@ -22,7 +22,7 @@ from localsgd_ext.train.files import write_atomically
 SIZE = 32
 _VERSION = 1  # goes up whenever a pixel changes
 _CHUNK = 100  # pictures drawn from one random stream
-_NOISE = 0.06
+_NOISE = 0.05
 
 Images = npt.NDArray[np.uint8]  # [N, 32, 32, 3]
 Labels = npt.NDArray[np.int64]  # [N]
@@ -42,10 +42,10 @@ def _draw_chunk(masters: npt.NDArray[np.float32], rng: np.random.Generator) -> t
     face, label = rng.integers(len(masters), size=n), rng.integers(len(fonts.LETTERS), size=n)
 
     # Letter: an affine map from picture to master coordinates, sampled bilinearly.
-    height = rng.uniform(15, 25, n)  # of a capital, in pixels
-    angle, shear = rng.uniform(-0.4, 0.4, n), rng.uniform(-0.25, 0.25, n)
+    height = rng.uniform(17, 26, n)  # of a capital, in pixels
+    angle, shear = rng.uniform(-0.3, 0.3, n), rng.uniform(-0.2, 0.2, n)
     stretch = rng.uniform(0.8, 1.25, n)
-    shift = rng.uniform(-3, 3, (2, n))
+    shift = rng.uniform(-2, 2, (2, n))
     zoom = fonts.CAP_HEIGHT / height
     cos, sin = np.cos(angle) * zoom, np.sin(angle) * zoom
     rows, columns = np.mgrid[0:SIZE, 0:SIZE] - (SIZE - 1) / 2
@@ -62,11 +62,11 @@ def _draw_chunk(masters: npt.NDArray[np.float32], rng: np.random.Generator) -> t
     down = (frequency[1] * t[:, None, None]).transpose(1, 0, 2)[:, :, None]  # [n, 32, 1, 3]
     wave = np.sin(across) * np.cos(down) + np.cos(across) * np.sin(down)  # sin(across + down) from 64 sines, not 1024
     slopes = slope[0][:, None, None] * t[None, None, :, None] + slope[1][:, None, None] * t[None, :, None, None]
-    ground = base + slopes + 0.15 * wave
+    ground = base + slopes + 0.1 * wave
 
     # Letter: brighter than the ground's mean, by an amount of its own in each channel. Never darker: to learn that dark on
     # light is the same letter takes a small network as long as to learn the letters.
-    colour = ground.mean(axis=(1, 2), keepdims=True) + rng.uniform(0.12, 0.55, (n, 1, 1, 3))
+    colour = ground.mean(axis=(1, 2), keepdims=True) + rng.uniform(0.25, 0.7, (n, 1, 1, 3))
 
     # Noise: the sum of four bytes is near enough to a normal variable and the same on every machine.
     four = rng.integers(0, 256, (4, n, SIZE, SIZE, 3), dtype=np.uint8).sum(axis=0, dtype=np.int32)

@@ -37,7 +37,7 @@ def _assert_same_run(one: Path, other: Path) -> None:
 
 def test_kill_in_mid_epoch_then_resume(tmp_path: Path, tiny_flags: list[str]) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = [*tiny_flags, "--train-size", "960", "--epochs", "5", "--method", "local", "--local-lr", "0.001"]
+    options = [*tiny_flags, "--train-size", "960", "--epochs", "6", "--method", "local", "--local-lr", "0.001"]
 
     def command(out: str, *more: str) -> list[str]:
         return [sys.executable, "-W", "ignore", "-m", "localsgd_ext", "train", "--out", str(tmp_path / out), *more]
@@ -45,7 +45,7 @@ def test_kill_in_mid_epoch_then_resume(tmp_path: Path, tiny_flags: list[str]) ->
     undisturbed = subprocess.Popen(command("undisturbed", *options), env=environment, stdout=subprocess.PIPE)
     victim = subprocess.Popen(command("killed", *options), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     killed = tmp_path / "killed"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 300
     while not checkpoint.path_of(killed, 3).exists():  # the boundary has moved after epoch 2, the fourth epoch begins
         assert victim.poll() is None, victim.communicate()
         assert time.monotonic() < deadline
@@ -54,13 +54,14 @@ def test_kill_in_mid_epoch_then_resume(tmp_path: Path, tiny_flags: list[str]) ->
     victim.send_signal(signal.SIGKILL)
     victim.communicate()
     assert victim.returncode == -signal.SIGKILL
-    assert checkpoint.existing(killed)[0] == checkpoint.path_of(killed, 3)
+    last = read_json_lines(killed / "metrics.jsonl")[-1]["epoch"]  # 3, unless this process was kept waiting
+    assert 3 <= last < 6
     assert not (killed / "model.pt").exists()
 
-    resumed = subprocess.run(command("killed", "--resume"), env=environment, capture_output=True, text=True, timeout=200)
+    resumed = subprocess.run(command("killed", "--resume"), env=environment, capture_output=True, text=True, timeout=300)
     assert resumed.returncode == 0, resumed.stderr
-    assert "resuming after epoch 3 of 5" in resumed.stdout
-    undisturbed.communicate(timeout=200)
+    assert " of 6" in next(line for line in resumed.stdout.splitlines() if "resuming after epoch" in line)
+    undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0
     _assert_same_run(tmp_path / "undisturbed", killed)
     assert read_json_lines(killed / "metrics.jsonl")[-1]["boundary"] > 0

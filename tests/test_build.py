@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -307,7 +306,7 @@ ASK = "import torch, localsgd_ext._C as c; print(c.answer(), hasattr(c, 'scale')
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
     """This tree's build and package with three small files for sources."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CMakeLists.txt"):
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(
         ROOT / "localsgd_ext",
@@ -327,10 +326,8 @@ def toy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build(tree: Path, **environ: str) -> tuple[str, float]:
-    start = time.perf_counter()
-    output = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, **environ)
-    return output, time.perf_counter() - start
+def build(tree: Path, **environ: str) -> str:
+    return run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, **environ)
 
 
 def compiled(output: str) -> set[str]:
@@ -342,23 +339,22 @@ def compiled(output: str) -> set[str]:
 def test_without_nvcc_builds_with_one_line_of_notice_and_an_edit_rebuilds_what_it_touches(toy: Path) -> None:
     with (toy / "csrc" / "sources.txt").open("a") as sources:
         sources.write("cuda csrc/kernels/toy.cu\n")
-    output, _ = build(toy, LOCALSGD_CUDA="auto", CUDA_HOME="/nowhere")
+    output = build(toy, LOCALSGD_CUDA="auto", CUDA_HOME="/nowhere")
     assert compiled(output) == {"toy.cpp", "binding.cpp"}
     assert len([line for line in output.splitlines() if line.startswith("localsgd_ext: building without CUDA kernels")]) == 1
     assert json.loads((toy / "localsgd_ext" / "_build_info.json").read_text())["cuda_arch_list"] == ""
     assert run(sys.executable, "-c", ASK, cwd=toy).split()[:2] == ["42", "False"]
 
-    output, _ = build(toy, LOCALSGD_CUDA="0")
+    output = build(toy, LOCALSGD_CUDA="0")
     assert "no work to do" in output
 
     (toy / "csrc" / "cpu" / "toy.cpp").write_text('#include "cpu/toy.h"\nint toy() { return 3; }\n')
-    output, seconds = build(toy, LOCALSGD_CUDA="0")
+    output = build(toy, LOCALSGD_CUDA="0")
     assert compiled(output) == {"toy.cpp"}
     assert run(sys.executable, "-c", ASK, cwd=toy).startswith("43 ")
-    assert seconds < 60
 
     (toy / "csrc" / "cpu" / "toy.h").write_text("#pragma once\nconstexpr int kOffset = 50;\nint toy();\n")
-    output, _ = build(toy, LOCALSGD_CUDA="0")
+    output = build(toy, LOCALSGD_CUDA="0")
     assert compiled(output) == {"toy.cpp", "binding.cpp"}  # both include it
     assert run(sys.executable, "-c", ASK, cwd=toy).startswith("53 ")
 
@@ -385,7 +381,7 @@ def test_cuda_sources_are_compiled_for_every_architecture(toy: Path) -> None:
         sources.write("cuda csrc/kernels/toy.cu\n")
     arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST") or "7.5;8.0;9.0+PTX"
 
-    output, _ = build(toy, LOCALSGD_CUDA="1", CUDA_HOME=str(wheels), TORCH_CUDA_ARCH_LIST=arch_list)
+    output = build(toy, LOCALSGD_CUDA="1", CUDA_HOME=str(wheels), TORCH_CUDA_ARCH_LIST=arch_list)
 
     assert compiled(output) == {"toy.cpp", "binding.cpp", "toy.cu"}
     assert run(sys.executable, "-c", ASK, cwd=toy).split()[:2] == ["42", "True"]

@@ -64,9 +64,10 @@ def _draw_chunk(masters: npt.NDArray[np.float32], rng: np.random.Generator) -> t
     slopes = slope[0][:, None, None] * t[None, None, :, None] + slope[1][:, None, None] * t[None, :, None, None]
     ground = base + slopes + 0.1 * wave
 
-    # Letter: brighter than the ground's mean, by an amount of its own in each channel. Never darker: to learn that dark on
-    # light is the same letter takes a small network as long as to learn the letters.
-    colour = ground.mean(axis=(1, 2), keepdims=True) + rng.uniform(0.25, 0.7, (n, 1, 1, 3))
+    # Colour of the letter: brighter than the ground's mean, by an amount of its own in each channel; half of the letters are
+    # faded. The bold half lets a small network learn soon, the faded half keeps it from learning everything.
+    fade = np.minimum(rng.uniform(0.1, 2, (n, 1, 1, 1)), 1)
+    colour = ground.mean(axis=(1, 2), keepdims=True) + fade * rng.uniform(0.25, 0.7, (n, 1, 1, 3))
 
     # Noise: the sum of four bytes is near enough to a normal variable and the same on every machine.
     four = rng.integers(0, 256, (4, n, SIZE, SIZE, 3), dtype=np.uint8).sum(axis=0, dtype=np.int32)

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 TEST_FLAGS ?=
 BENCH_FLAGS ?= --benchmark-disable-gc
-DEMO_FLAGS ?= --data glyphs --methods sgd,freeze,local --seeds 1
+DEMO_FLAGS ?= --data glyphs --methods sgd,freeze,local --seeds 1 --train-size 4000 --test-size 1000
 
 CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py localsgd_ext/_cuda_toolkit.py csrc/sources.txt $(wildcard $(shell find csrc -type f))

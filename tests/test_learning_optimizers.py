@@ -210,11 +210,13 @@ def test_several_optimizers():
         local.step(1.0)
 
 
+# With operands in bfloat16 "auto" may take PyTorch's own weight gradient, which rounds D to bfloat16: 2**-9 for each element.
+@pytest.mark.parametrize(("algorithm", "tolerance"), [("direct", 1e-4), ("auto", 2**-9)])
 @pytest.mark.parametrize("scaler", [True, False])
-def test_autocast_and_gradient_scaler(scaler):
+def test_autocast_and_gradient_scaler(scaler, algorithm, tolerance):
     model = seeded(PlainCNN)
     optimizer = sgd(model)
-    local = with_boundary(model, optimizer, 2, lr=0.01)
+    local = with_boundary(model, optimizer, 2, lr=0.01, algorithm=algorithm)
     scale = torch.amp.GradScaler("cpu", enabled=scaler, init_scale=128.0)
     captured = {}
     for name in local.local_layers:
@@ -233,7 +235,7 @@ def test_autocast_and_gradient_scaler(scaler):
             reference.hebbian_update_(expected, layer_input.double(), output.double(), 0.01, padding=1)
             step = (module.weight.detach() - before[f"{name}.weight"]).double()
             error = torch.linalg.vector_norm(step - (expected - before[f"{name}.weight"].double()))
-            assert error <= 1e-4 * torch.linalg.vector_norm(step), name
+            assert error <= tolerance * torch.linalg.vector_norm(step), name
         optimizer.zero_grad()
         scale.scale(loss).backward()
         scale.step(optimizer)

@@ -276,10 +276,15 @@ def select_names(model: nn.Module, include: Patterns = None, skip: Patterns = No
 
 
 def _matching(names: Sequence[str], patterns: Patterns, argument: str) -> set[str]:
-    listed = [patterns] if isinstance(patterns, str | re.Pattern) else list(patterns or ())
+    listed = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
     matched: set[str] = set()
     for pattern in listed:
-        found = {name for name in names if name == pattern or re.fullmatch(pattern, name)}
+        if not isinstance(pattern, str | re.Pattern):
+            raise TypeError(f"{argument} must be a name or regular expression, or several, got {pattern!r}")
+        try:
+            found = {name for name in names if name == pattern or re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise ValueError(f"{argument} must hold names or regular expressions, got {pattern!r}: {error}") from None
         if not found:
             text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
             raise ValueError(f"{argument} must match convolution or linear modules of the model, {text!r} matches none")

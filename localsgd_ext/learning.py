@@ -7,7 +7,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import zip_longest
-from types import TracebackType
+from numbers import Integral, Real
+from types import NoneType, TracebackType
 from typing import Any
 
 import torch
@@ -99,6 +100,16 @@ class LocalizedLearning:
         on_boundary_move: Callable[[int, int], None] | None = None,
     ) -> None:
         refuse_wrappers(model)
+        given: tuple[tuple[str, Any, Any, str], ...] = (
+            ("epochs", epochs, Integral, "an int"),
+            ("lr_decay_every", lr_decay_every, Integral, "an int"),
+            ("lr", lr, (NoneType, Real, Callable), "a number, a callable of the epoch or None"),
+            ("supervision", supervision, (NoneType, str, WeakSupervision), "a name, a WeakSupervision or None"),
+            ("on_boundary_move", on_boundary_move, (NoneType, Callable), "callable or None"),
+        )
+        for name, value, types, wanted in given:
+            if not isinstance(value, types):
+                raise TypeError(f"{name} must be {wanted}, got {value!r}")
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {epochs}")
         if preset is not None and preset not in PRESETS:
@@ -107,7 +118,7 @@ class LocalizedLearning:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
         if bn_stats not in BN_STATS:
             raise ValueError(f"bn_stats must be one of {', '.join(BN_STATS)}, got {bn_stats!r}")
-        if lr_decay < 1:
+        if not lr_decay >= 1:  # so that NaN is refused
             raise ValueError(f"lr_decay must be at least 1, got {lr_decay}")
         if lr_decay_every < 1:
             raise ValueError(f"lr_decay_every must be at least 1, got {lr_decay_every}")
@@ -304,9 +315,9 @@ class LocalizedLearning:
         unknown = sorted(set(plan.layers) - select_names(self.model, self._include, self._skip)) if plan is not None else []
         if unknown:
             raise ValueError(f"the state's layer {unknown[0]!r} is excluded here by include or skip")
+        self.schedule.load_state_dict(state["schedule"])  # may refuse the state, so before anything is changed
         if self._updater is not None:
             self._updater.discard()  # deferred updates of the weights that the loaded ones replace
-        self.schedule.load_state_dict(state["schedule"])
         if self.supervision is not None:
             self.supervision.load_state_dict(state["supervision"])
         self.epoch = state["epoch"]
@@ -392,6 +403,14 @@ class LocalizedLearning:
         if poisoned:
             warnings.warn(
                 f"running statistics are no longer finite and will not recover: {', '.join(poisoned)}",
+                UserWarning,
+                stacklevel=3,
+            )
+        parts = self._updater.parts_only() if self._updater is not None else []
+        if parts:
+            warnings.warn(
+                "the model itself was never called in this epoch, only parts of it, so that the mini-batches could not be told "
+                f"apart and all after the first became one local update: {', '.join(parts)}",
                 UserWarning,
                 stacklevel=3,
             )

@@ -116,7 +116,7 @@ class DynamicModeSelection(ModeSelection):
         l_max: float = 0.75,
         t_shift: int | float | str = "auto",
     ) -> None:
-        if alpha <= 0:
+        if not alpha > 0:  # so that NaN is refused
             raise ValueError(f"alpha must be positive, got {alpha}")
         if t_shift != "auto" and (
             isinstance(t_shift, str) or not (0 < t_shift < 1 or (isinstance(t_shift, int) and t_shift >= 1))
@@ -255,10 +255,10 @@ class StaticModeSelection(ModeSelection):
         return super().state_dict() | {"schedule": None if callable(self.kind) else self.kind, "c1": self.c1, "c2": self.c2}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        if callable(self.kind) != (state["schedule"] is None):
+        if state["kind"] == type(self).__name__ and callable(self.kind) != (state["schedule"] is None):
             here, there = ("a callable" if callable(self.kind) else repr(self.kind), state["schedule"] or "a callable")
             raise ValueError(f"the state is of a static schedule of kind {there}, this one is {here}")
+        super().load_state_dict(state)
         self.kind = state["schedule"] or self.kind
         self.c1, self.c2 = state["c1"], state["c2"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,7 +28,8 @@ class HebbianUpdater:
     That holds for layers called more than once in a forward, for layers under activation checkpointing and for layers
     through which gradients flow (their output requires grad), which makes non-prefix patterns (section 2.2) work.
 
-    Each training forward is one mini-batch: with gradient accumulation every micro-batch makes its own local step.
+    Each training forward of ``model`` itself is one mini-batch (a call of a part of it is none): with gradient accumulation
+    every micro-batch makes its own local step.
 
     Args:
         model: the network; the hooks go on its convolution and linear modules.
@@ -66,7 +68,7 @@ class HebbianUpdater:
                 stacklevel=2,
             )
         self.model = model
-        self.lr = float(lr)
+        self.lr = _finite(lr)
         self.normalize = normalize
         self.activation = activation
         self.momentum = momentum
@@ -116,9 +118,14 @@ class HebbianUpdater:
                 self._velocity.pop(name, None)
 
     def set_lr(self, lr: float) -> None:
-        """Set the signed learning rate, on the devices too (captured graphs read it there)."""
+        """Set the signed learning rate, on the devices too (captured graphs read it there).
+
+        Raises:
+            ValueError: ``lr`` is not finite.
+        """
+        lr = _finite(lr)
         self.flush()
-        self.lr = float(lr)
+        self.lr = lr
         for tensor in self._lr_tensors.values():
             tensor.fill_(self.lr)
 
@@ -147,6 +154,13 @@ class HebbianUpdater:
         for names in by_device.values():  # one transfer per device
             counts.update(zip(names, torch.stack([counted[name] for name in names]).tolist(), strict=True))
         return {name: counts[name] for name in counted if counts[name]}
+
+    def parts_only(self) -> list[str]:
+        """Enabled layers that ran since the last :meth:`reset_counters`, if ``model`` itself was never called.
+
+        Nothing then says where a mini-batch ends: their correlations are summed until the next :meth:`flush`.
+        """
+        return [] if self.forwards else [name for name, hook in self._hooks.items() if hook.enabled and hook.fired]
 
     def silent(self) -> list[str]:
         """Enabled layers that were never called in the training forwards since the last :meth:`reset_counters`."""
@@ -301,6 +315,12 @@ class _LayerHook(Hook):
         elif self.skipped.device != device:  # the model was moved
             self.skipped = self.skipped.to(device)
         return self.skipped
+
+
+def _finite(lr: float) -> float:
+    if not math.isfinite(lr):  # it would overwrite every local weight
+        raise ValueError(f"lr must be finite, got {lr}")
+    return float(lr)
 
 
 def refuse_wrappers(model: nn.Module) -> None:

@@ -1,5 +1,7 @@
 """Layouts, dtypes, dimensions and ways of calling a layer that networks in the wild use."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,6 +74,19 @@ def test_local_layers_that_stay_silent_are_reported():
     model.features[3].eval()
     model(batches(1)[0][0])
     with pytest.warns(UserWarning, match=r"never ran.*features\.3$"):
+        local.step(1.0)
+
+
+def test_a_model_of_which_only_parts_are_called_is_reported():
+    model = seeded(PlainCNN)
+    local = with_boundary(model, sgd(model), 2)
+    for x, _ in batches(3):
+        model.features(x)
+    with pytest.warns(UserWarning, match=r"the model itself was never called.*features\.0, features\.3$"):
+        local.step(1.0)
+    model(batches(1)[0][0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         local.step(1.0)
 
 

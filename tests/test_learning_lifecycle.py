@@ -223,11 +223,36 @@ def test_trace_fixes_the_order_and_changes_nothing():
         ({"momentum": -0.1}, "momentum"),
         ({"bn_stats": "drop"}, "bn_stats"),
         ({"algorithm": "fast"}, "algorithm"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"lr_decay": float("nan")}, "lr_decay"),
+        ({"lr": lambda epoch: float("nan")}, "lr"),
+        ({"include": "fc("}, r"include .*got 'fc\('"),
     ],
 )
 def test_bad_arguments_are_named_and_leave_no_hooks(kwargs, name):
     model = seeded(PlainCNN)
     with pytest.raises(ValueError, match=name):
+        LocalizedLearning(model, sgd(model), **{"epochs": 20, **kwargs})
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"epochs": 2.5}, "epochs must be an int, got 2.5"),
+        ({"epochs": "20"}, "epochs must be an int, got '20'"),
+        ({"lr_decay_every": 0.5}, "lr_decay_every must be an int, got 0.5"),
+        ({"lr": "0.1"}, "lr must be a number, a callable of the epoch or None, got '0.1'"),
+        ({"supervision": 1}, "supervision must be a name, a WeakSupervision or None, got 1"),
+        ({"on_boundary_move": 1}, "on_boundary_move must be callable or None, got 1"),
+        ({"activation": "relu"}, "activation must be callable, got str"),
+        ({"skip": 3}, "skip must be a name or regular expression, or several, got 3"),
+        ({"include": ["fc", None]}, "include must be a name or regular expression, or several, got None"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named_at_once(kwargs, message):
+    model = seeded(PlainCNN)
+    with pytest.raises(TypeError, match=message):
         LocalizedLearning(model, sgd(model), **{"epochs": 20, **kwargs})
     assert hooks(model) == 0
 
@@ -367,6 +392,17 @@ def test_a_second_object_on_the_same_model_is_refused_until_the_first_is_removed
     LocalizedLearning(copy.deepcopy(model), sgd(model), epochs=20)  # a copy is another model
     local.remove()
     LocalizedLearning(model, sgd(model), epochs=20)
+
+
+def test_updater_refuses_a_rate_that_would_overwrite_the_weights():
+    model = seeded(PlainCNN)
+    with pytest.raises(ValueError, match="lr must be finite, got nan"):
+        HebbianUpdater(model, lr=float("nan"))
+    assert hooks(model) == 0
+    updater = HebbianUpdater(model, lr=0.1)
+    with pytest.raises(ValueError, match="lr must be finite, got inf"):
+        updater.set_lr(float("inf"))
+    assert updater.lr == 0.1
 
 
 def test_updater_refuses_names_it_does_not_know():

@@ -125,6 +125,7 @@ def test_state_dict_continues_the_trace(cut):
     [
         ({"alpha": 0.0}, "alpha"),
         ({"alpha": -1.0}, "alpha"),
+        ({"alpha": float("nan")}, "alpha"),
         ({"l_max": -0.1}, "l_max"),
         ({"l_max": 1.5}, "l_max"),
         ({"t_shift": 0}, "t_shift"),
@@ -182,6 +183,16 @@ def test_static_state_dict_continues():
         first.step()
     second.load_state_dict(first.state_dict())
     assert [second.step() for _ in range(3)] == whole[3:]
+
+
+def test_a_static_state_of_another_kind_is_refused_and_changes_nothing():
+    saved, other = StaticModeSelection(8, 6, kind="linear"), StaticModeSelection(8, 6, kind=lambda epoch: epoch)
+    for _ in range(4):
+        saved.step()
+    assert saved.boundary > 0
+    with pytest.raises(ValueError, match="kind linear, this one is a callable"):
+        other.load_state_dict(saved.state_dict())
+    assert (other.epoch, other.boundary) == (0, 0)
 
 
 def test_unknown_static_kind_is_named():

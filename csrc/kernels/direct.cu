@@ -38,7 +38,7 @@ struct Variant {
 
 #define LOCALSGD_VARIANT(m, n, z, x) {m, n, Tile<m, n>::kThreads, z, x, direct_kernel<Tile<m, n>, z, x>},
 constexpr Variant kVariants[] = {LOCALSGD_DIRECT_KERNELS(LOCALSGD_VARIANT)};
-constexpr int kAccessPairs = sizeof(kVariants) / sizeof(kVariants[0]) / kDirectTiles;
+static_assert(sizeof(kVariants) / sizeof(kVariants[0]) == kDirectTiles * kDirectAccesses);
 
 constexpr int64 kMaxPositions = 0x7fffffff - (1 << 20); // positions just past the end are computed with
 constexpr int64 kMaxInt = 0x7fffffff;
@@ -148,7 +148,7 @@ double estimate(const DirectConfig& c, const Chip& chip) {
     constexpr double kFlopsShare = 0.85, kBytesPerClock = 32, kUnitClocks = 1500, kBarrierClocks = 2500;
     const double units = double(c.tiles) * c.splits;
     const double each = std::max(1.0, double((c.tiles * int64_t{c.splits} + chip.multiprocessors - 1) / chip.multiprocessors));
-    const double resident = std::min<double>(each, std::max(1, chip.blocks[c.tile]));
+    const double resident = std::min<double>(each, std::max(1, chip.blocks[c.kernel]));
     const double share = kFlopsShare * std::min(1.0, resident * c.threads / 256.0);
     const double multiply = double(c.split_positions) * c.tile_m * c.tile_n / 128 / share;
     const double read = double(c.split_positions) * (c.tile_m + c.tile_n) * 4 / kBytesPerClock;
@@ -158,12 +158,6 @@ double estimate(const DirectConfig& c, const Chip& chip) {
 
 const char* access_name(Access access) {
     return access == Access::scalar ? "scalar" : access == Access::channels4 ? "4 channels" : "4 positions";
-}
-
-Kernel kernel_of(const DirectConfig& c) {
-    for (const Variant& v : kVariants)
-        if (v.tile_m == c.tile_m && v.tile_n == c.tile_n && v.z == c.z_access && v.x == c.x_access) return v.kernel;
-    return nullptr;
 }
 
 DirectParams params_of(const DirectProblem& problem, const DirectConfig& c, const Target& target, void* workspace) {
@@ -186,13 +180,11 @@ DirectParams params_of(const DirectProblem& problem, const DirectConfig& c, cons
 }
 
 cudaError_t run(const DirectParams& params, const DirectConfig& c, Phase last, cudaStream_t stream) {
-    const Kernel kernel = kernel_of(c);
-    if (!kernel) return cudaErrorInvalidValue;
     DirectParams p = params;
     for (int phase = kCorrelate; phase <= last; ++phase) {
         p.first = static_cast<Phase>(phase);
         p.last = c.cooperative ? last : p.first;
-        const cudaError_t error = launch(kernel, dim3(c.blocks), dim3(c.threads), 0, c.cooperative, stream, p);
+        const cudaError_t error = launch(kVariants[c.kernel].kernel, dim3(c.blocks), dim3(c.threads), 0, c.cooperative, stream, p);
         if (error != cudaSuccess || c.cooperative) return error;
     }
     return cudaSuccess;
@@ -213,12 +205,8 @@ cudaError_t query_chip(Chip& chip) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&chip.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
     chip.cooperative = cooperative != 0;
-    for (int i = 0; i < kDirectTiles * kAccessPairs && error == cudaSuccess; ++i) {
-        int blocks = 0;
-        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kVariants[i].kernel, kVariants[i].threads, 0);
-        int& least = chip.blocks[i / kAccessPairs];
-        least = i % kAccessPairs == 0 ? blocks : std::min(least, blocks);
-    }
+    for (int i = 0; i < kDirectTiles * kDirectAccesses && error == cudaSuccess; ++i)
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&chip.blocks[i], kVariants[i].kernel, kVariants[i].threads, 0);
     return error;
 }
 
@@ -245,10 +233,11 @@ DirectConfig get_best_config(const DirectProblem& problem, const Chip& chip) {
     const int64_t steps = ceil_div(g.positions(), kStepPositions);
     DirectConfig best;
     best.estimated_clocks = std::numeric_limits<double>::infinity();
-    for (int i = 0; i < kDirectTiles; ++i) {
-        const Variant& v = kVariants[i * kAccessPairs];
+    for (int i = 0; i < kDirectTiles * kDirectAccesses; ++i) {
+        const Variant& v = kVariants[i];
+        if (v.z != base.z_access || v.x != base.x_access) continue;
         DirectConfig c = base;
-        c.tile = i;
+        c.kernel = i;
         c.tile_m = v.tile_m;
         c.tile_n = v.tile_n;
         c.threads = v.threads;
@@ -266,7 +255,7 @@ DirectConfig get_best_config(const DirectProblem& problem, const Chip& chip) {
             if (c.estimated_clocks < best.estimated_clocks) best = c;
         }
     }
-    const int64_t resident = int64_t{std::max(1, chip.multiprocessors)} * std::max(1, chip.blocks[best.tile]);
+    const int64_t resident = int64_t{std::max(1, chip.multiprocessors)} * std::max(1, chip.blocks[best.kernel]);
     best.blocks = static_cast<int>(std::clamp<int64_t>(int64_t{best.tiles} * best.splits, 1, resident));
     const int64_t quads = int64_t{best.tiles} * best.tile_m * best.tile_n / 4, threads = int64_t{best.blocks} * best.threads;
     while (best.sharers < 16 && best.sharers * 2 <= best.splits && quads * best.sharers * 2 <= threads) best.sharers *= 2;

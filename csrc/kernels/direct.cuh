@@ -7,7 +7,7 @@
 namespace localsgd::cuda {
 
 template <class T, Access kZ, Access kX>
-__global__ void __launch_bounds__(T::kThreads, T::kBlocksPerMultiprocessor) direct_kernel(const DirectParams p) {
+__global__ void __launch_bounds__(T::kThreads, kResidentBlocks<T, kZ, kX>) direct_kernel(const DirectParams p) {
     if (p.first == kCorrelate) {
         LOCALSGD_SHARED(FfmaStorage<T>, shared);
         const unsigned units = static_cast<unsigned>(p.grid.groups * p.grid.tiles_m * p.grid.tiles_n * p.grid.splits);

@@ -22,17 +22,17 @@ struct DirectProblem {
     Operand x, z;
 };
 
-constexpr int kDirectTiles = 4;
+constexpr int kDirectTiles = 4, kDirectAccesses = 5;
 
 // What the choice depends on besides the problem.
 struct Chip {
     int multiprocessors = 0;
-    bool cooperative = false;         // whether a grid may have barriers
-    int blocks[kDirectTiles] = {}; // alive at once on a multiprocessor, for each tile
+    bool cooperative = false; // whether a grid may have barriers
+    int blocks[kDirectTiles * kDirectAccesses] = {}; // of each kernel, alive at once on a multiprocessor
 };
 
 struct DirectConfig {
-    int tile = 0; // index of (tile_m, tile_n)
+    int kernel = 0; // which of the tiles and accesses
     int tile_m = 0, tile_n = 0, threads = 0;
     Access z_access = Access::scalar, x_access = Access::scalar;
     int tiles = 0;           // of D, all groups

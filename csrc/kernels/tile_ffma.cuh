@@ -14,8 +14,6 @@ struct Tile {
     static constexpr int kWarpsM = kM / 32, kWarpsN = kN / 64;
     static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
     static constexpr int kElements = kM * kN;
-    // 512 threads a multiprocessor: 128 registers each, of which 64 are the tile.
-    static constexpr int kBlocksPerMultiprocessor = 512 / kThreads;
     static_assert(kM % 32 == 0 && kN % 64 == 0);
 
     // A thread's 64 results are 16 quads of 4 neighbouring columns; quad `slot` of thread `thread` begins at (m, n).
@@ -25,6 +23,12 @@ struct Tile {
     static LOCALSGD_DEVICE int m_of(int thread, int slot) { return first_m(thread) + slot / 8 * 16 + slot / 2 % 4; }
     static LOCALSGD_DEVICE int n_of(int thread, int slot) { return first_n(thread) + slot % 2 * 32; }
 };
+
+// Blocks a multiprocessor is to hold, by which the compiler rations registers, of which the tile takes 64: 512 threads have 128
+// each. Reading element by element in a small block takes some more, which 384 threads have.
+template <class T, Access kZ, Access kX>
+constexpr int kResidentBlocks =
+    (T::kThreads == 256 || (kZ == Access::channels4 && kX == Access::channels4) ? 512 : 384) / T::kThreads;
 
 template <class T>
 struct FfmaStorage {

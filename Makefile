@@ -1,4 +1,4 @@
-# `make` lists the targets. All of them work from a fresh clone with Python 3.11 or newer, a C++20 compiler and CMake 3.25 or newer.
+# `make` lists the targets. All of them work from a fresh clone with Python 3.11 or newer and a C++20 compiler.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ TEST_FLAGS ?=
 BENCH_FLAGS ?= --benchmark-disable-gc
 DEMO_FLAGS ?= --data glyphs --methods sgd,freeze,local --seeds 1
 
-CPP_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py localsgd_ext/_cuda_toolkit.py csrc/sources.txt $(wildcard $(shell find csrc -type f))
 
 .DEFAULT_GOAL := help
@@ -31,30 +31,32 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
+	@touch $@.start
 	$(BIN)/python setup.py -q build_ext --inplace
-	@touch $@
+	@mv $@.start $@  # dated before the build, so that an edit made during it counts as new
 
 demo: venv ## Train a small CNN with SGD, a frozen prefix and localized learning: table and picture in runs/demo (under 5 minutes)
+	rm -rf runs/demo
 	$(BIN)/localsgd compare $(DEMO_FLAGS) --out runs/demo
 
 test: venv native ## Run every test, native and Python (under 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --benchmark-disable $(TEST_FLAGS)
 
-native: ## Build the kernels without Python or PyTorch and run their C++ tests
-	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo
-	cmake --build build/native --parallel 2
-	ctest --test-dir build/native --output-on-failure
+native: venv ## Build the kernels without Python or PyTorch and run their C++ tests
+	$(BIN)/cmake -S . -B build/native
+	$(BIN)/cmake --build build/native --parallel 2
+	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=error
 
 lint: venv ## Check formatting, style and types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(if $(CPP_FILES),$(BIN)/clang-format --dry-run --Werror $(CPP_FILES))
+	@failed=0; \
+	for check in 'ruff check .' 'ruff format --check .' 'mypy' 'clang-format --dry-run --Werror $(CPP_FILES)'; do \
+	  echo "$$check" | cut -c 1-60; $(BIN)/$$check || failed=1; \
+	done; exit $$failed
 
 format: venv ## Format Python and C++
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(if $(CPP_FILES),$(BIN)/clang-format -i $(CPP_FILES))
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 bench: venv ## Run the benchmarks
 	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "benchmarks/ holds none yet" >&2; exit 1; }

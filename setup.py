@@ -9,6 +9,7 @@ Environment:
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -160,8 +161,11 @@ def main():
     sources = read_sources()
     toolkit, remark = choose_toolkit(sources["cuda"], os.environ.get("LOCALSGD_CUDA"), torch.version.cuda)
     set_environment(toolkit)
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    logger.setLevel(logging.ERROR)  # its "No CUDA runtime is found" only means that this machine has no GPU
     from torch.utils import cpp_extension  # not before: it reads CUDA_HOME when it is imported
 
+    logger.setLevel(logging.NOTSET)
     setup(
         ext_modules=[make_extension(cpp_extension, sources, toolkit)],
         cmdclass={"build_ext": make_build_command(cpp_extension, toolkit, remark)},

@@ -11,16 +11,18 @@ using namespace localsgd;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-Tensor py_correlation(Tensor x, OptionalTensor z, Tensor weight, OptionalTensor bias, Ints stride, Padding padding, Ints dilation,
-                      int64_t groups, std::string padding_mode, bool z_is_output, const std::string& algorithm, bool benchmark) {
-    return correlation({x, z, weight, bias, stride, padding, dilation, groups, padding_mode, z_is_output}, algorithm, benchmark);
+Tensor py_correlation(Tensor x, OptionalTensor z, Tensor weight, OptionalTensor bias, Ints stride, Padding padding,
+                      Ints dilation, int64_t groups, std::string padding_mode, bool z_is_output, const std::string& algorithm,
+                      bool benchmark) {
+    return correlation({x, z, weight, bias, stride, padding, dilation, groups, padding_mode, z_is_output}, algorithm,
+                       benchmark);
 }
 
 void py_hebbian_update_(Tensor weight, Tensor x, OptionalTensor z, Lr lr, OptionalTensor bias, Ints stride, Padding padding,
                         Ints dilation, int64_t groups, std::string padding_mode, bool z_is_output, bool normalize,
                         const std::string& algorithm, OptionalTensor skipped, bool benchmark) {
-    hebbian_update_({x, z, weight, bias, stride, padding, dilation, groups, padding_mode, z_is_output}, lr, normalize, algorithm,
-                    skipped, benchmark);
+    hebbian_update_({x, z, weight, bias, stride, padding, dilation, groups, padding_mode, z_is_output}, lr, normalize,
+                    algorithm, skipped, benchmark);
 }
 
 Plan py_plan(Tensor x, OptionalTensor z, Tensor weight, OptionalTensor bias, Ints stride, Padding padding, Ints dilation,
@@ -40,9 +42,8 @@ PYBIND11_MODULE(_C, m) {
         .def_readonly("automatic", &Candidate::automatic)
         .def_readonly("why_not", &Candidate::why_not)
         .def_readonly("estimated_us", &Candidate::estimated_us)
-        .def_property_readonly("measured_us", [](const Candidate& c) {
-            return c.measured_us < 0 ? std::nullopt : std::optional(c.measured_us);
-        });
+        .def_property_readonly(
+            "measured_us", [](const Candidate& c) { return c.measured_us < 0 ? std::nullopt : std::optional(c.measured_us); });
     py::class_<Plan>(m, "Plan")
         .def_property_readonly("geometry", [](const Plan& p) { return describe(p.query.geometry); })
         .def_property_readonly("channels_last", [](const Plan& p) { return p.query.channels_last; })

@@ -19,7 +19,8 @@ std::vector<int64_t> per_dimension(const Ints& value, int64_t dims, const char* 
         values.assign(dims, *one);
     else
         values = std::get<std::vector<int64_t>>(value);
-    TORCH_CHECK_VALUE(static_cast<int64_t>(values.size()) == dims, name, " must be an int or ", dims, " ints, got ", text(values));
+    TORCH_CHECK_VALUE(static_cast<int64_t>(values.size()) == dims, name, " must be an int or ", dims, " ints, got ",
+                      text(values));
     for (const int64_t v : values) TORCH_CHECK_VALUE(v >= least, name, " must be at least ", least, ", got ", text(values));
     return values;
 }
@@ -75,8 +76,8 @@ void fill_linear(const LayerArguments& a, Layer& layer) {
 
 void fill_conv(const LayerArguments& a, Layer& layer) {
     const int64_t dims = a.weight.dim() - 2;
-    TORCH_CHECK_VALUE(a.groups >= 1 && a.weight.size(0) % a.groups == 0, "groups must be positive and divide weight.shape[0] = ",
-                      a.weight.size(0), ", got ", a.groups);
+    TORCH_CHECK_VALUE(a.groups >= 1 && a.weight.size(0) % a.groups == 0,
+                      "groups must be positive and divide weight.shape[0] = ", a.weight.size(0), ", got ", a.groups);
     const int64_t channels = a.weight.size(1) * a.groups;
     const bool unbatched = a.x.dim() == dims + 1;
     TORCH_CHECK_VALUE(a.x.dim() == dims + 2 || unbatched, "x must have ", dims + 2, " dimensions (", dims + 1,
@@ -139,10 +140,14 @@ void check_floating(const at::Tensor& tensor, const char* name) {
 
 Kind kind_of(const at::Tensor& tensor) {
     switch (tensor.scalar_type()) {
-    case at::kHalf: return Kind::f16;
-    case at::kBFloat16: return Kind::bf16;
-    case at::kDouble: return Kind::f64;
-    default: return Kind::f32;
+    case at::kHalf:
+        return Kind::f16;
+    case at::kBFloat16:
+        return Kind::bf16;
+    case at::kDouble:
+        return Kind::f64;
+    default:
+        return Kind::f32;
     }
 }
 
@@ -168,8 +173,8 @@ Layer canonical(const LayerArguments& a) {
     layer.weight = a.weight;
     layer.bias = a.bias;
     layer.z_is_output = a.z_is_output;
-    const bool wide = a.x.scalar_type() == at::kDouble || a.weight.scalar_type() == at::kDouble ||
-                      (a.z && a.z->scalar_type() == at::kDouble);
+    const bool wide =
+        a.x.scalar_type() == at::kDouble || a.weight.scalar_type() == at::kDouble || (a.z && a.z->scalar_type() == at::kDouble);
     layer.accumulate = wide ? at::kDouble : at::kFloat;
     a.weight.dim() == 2 ? fill_linear(a, layer) : fill_conv(a, layer);
     layer.x = layer.x.resolve_neg(); // kernels read memory as it is

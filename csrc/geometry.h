@@ -29,9 +29,9 @@ struct Geometry {
     int64_t out_per_group() const { return out_channels / groups; }
     int64_t taps() const { return product(kernel); }
     int64_t image_positions() const { return product(output); }
-    int64_t positions() const { return batch * image_positions(); }  // GEMM K: one column per output position
-    int64_t patch() const { return in_per_group() * taps(); }        // GEMM N: one row of D
-    bool pointwise() const { return taps() == 1; }                   // every output reads at most one input position
+    int64_t positions() const { return batch * image_positions(); } // GEMM K: one column per output position
+    int64_t patch() const { return in_per_group() * taps(); }       // GEMM N: one row of D
+    bool pointwise() const { return taps() == 1; }                  // every output reads at most one input position
     bool depthwise() const { return groups == in_channels && groups > 1; }
 };
 

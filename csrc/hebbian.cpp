@@ -24,7 +24,9 @@ struct Plain {
     c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-bool is_empty(const Layer& layer) { return layer.x.numel() == 0 || layer.weight.numel() == 0 || layer.geometry.positions() == 0; }
+bool is_empty(const Layer& layer) {
+    return layer.x.numel() == 0 || layer.weight.numel() == 0 || layer.geometry.positions() == 0;
+}
 
 at::Tensor no_correlation(const Layer& layer) {
     return at::zeros(layer.weight.sizes(), layer.weight.options().dtype(layer.accumulate));
@@ -45,8 +47,8 @@ at::Tensor forward(const Layer& layer) {
     // Zeros on both sides to the larger amount, then the outputs that start too early are dropped ('same', stride 1).
     std::vector<int64_t> pads;
     for (int i = 3 - g.dims; i < 3; ++i) pads.push_back((g.kernel[i] - 1) * g.dilation[i] - g.pad[i]);
-    at::Tensor z = at::convolution(x, w, b, tail(g.stride), pads, tail(g.dilation), false, std::vector<int64_t>(g.dims, 0),
-                                   g.groups);
+    at::Tensor z =
+        at::convolution(x, w, b, tail(g.stride), pads, tail(g.dilation), false, std::vector<int64_t>(g.dims, 0), g.groups);
     for (int i = 3 - g.dims; i < 3; ++i) z = z.narrow(i - 1 + g.dims, pads[i - 3 + g.dims] - g.pad[i], g.output[i]);
     return z;
 }
@@ -60,6 +62,7 @@ Query query_of(const Layer& layer) {
     q.z_present = layer.z.has_value();
     q.z_is_output = layer.z_is_output;
     q.channels_last = strides_of(layer.x).channel == 1 && layer.geometry.in_channels > 1;
+    q.fast_bf16 = cpu_multiplies_bf16();
     q.threads = at::get_num_threads();
     return q;
 }
@@ -155,7 +158,8 @@ void check_weight(const at::Tensor& weight) {
 void check_skipped(const std::optional<at::Tensor>& skipped, int64_t weights, at::Device device) {
     if (!skipped) return;
     TORCH_CHECK_TYPE(skipped->scalar_type() == at::kLong, "skipped must be int64, got ", toString(skipped->scalar_type()));
-    TORCH_CHECK_VALUE(skipped->device() == device, "skipped must be on the weight's device ", device, ", got ", skipped->device());
+    TORCH_CHECK_VALUE(skipped->device() == device, "skipped must be on the weight's device ", device, ", got ",
+                      skipped->device());
     TORCH_CHECK_VALUE(skipped->numel() == 1 || skipped->numel() == weights, "skipped must have 1 element",
                       weights == 1 ? "" : " or one per weight", ", got shape ", text(skipped->sizes()));
     TORCH_CHECK_VALUE(!may_overlap(*skipped), "skipped must not overlap itself in memory");

@@ -35,9 +35,7 @@ double wgrad_flops(const Geometry& g) { return 2.0 * g.positions() * g.out_chann
 // Narrow GEMMs run below the peak.
 double narrow(double size) { return 1 + 16 / size; }
 
-double forward_us(const Query& q) {
-    return gemm_us(q, wgrad_flops(q.geometry)) + stream_us(q, x_bytes(q) + 2 * z_bytes(q));
-}
+double forward_us(const Query& q) { return gemm_us(q, wgrad_flops(q.geometry)) + stream_us(q, x_bytes(q) + 2 * z_bytes(q)); }
 
 bool gathers(const Query& q, Kind kind, bool strided) { return strided || kind_size(kind) != element_bytes(q); }
 
@@ -47,8 +45,8 @@ double gram_us(const Query& q) {
     const double triangle = c >= 256 ? 0.625 : 1; // blocked: only the lower blocks
     const bool strided = product(g.stride) > 1 || product(g.pad) > 0;
     const double gather = gathers(q, q.x_kind, strided) ? 2 * rows * g.in_channels * element_bytes(q) : 0;
-    return gemm_us(q, 2 * rows * c * c * g.groups * triangle * narrow(c)) +
-           gemm_us(q, 2.0 * g.out_channels * c * c) + stream_us(q, x_bytes(q)) + gather_us(q, gather) + 4 * kCallUs;
+    return gemm_us(q, 2 * rows * c * c * g.groups * triangle * narrow(c)) + gemm_us(q, 2.0 * g.out_channels * c * c) +
+           stream_us(q, x_bytes(q)) + gather_us(q, gather) + 4 * kCallUs;
 }
 
 double direct_us(const Query& q) {
@@ -69,10 +67,15 @@ double depthwise_us(const Query& q) {
 
 double library_us(const Query& q) {
     const Geometry& g = q.geometry;
-    const bool low = kind_size(q.x_kind) < 4 || kind_size(q.z_kind) < 4;
-    // oneDNN reorders x and z to its blocked layout; grouped layers and low precision without matrix units are slow there.
-    const double reorder = g.dims == 0 ? 0 : (q.channels_last ? 1 : 2) * (x_bytes(q) + z_bytes(q));
-    const double slow = (g.groups > 1 ? 2 : 1) * (g.depthwise() ? 8 : 1) * (low ? 3 : 1) * (g.pointwise() && g.dims > 0 ? 1.3 : 1);
+    if (g.dims == 0) return direct_us(q) * 1.05; // the same GEMM, and a conversion of all of x and z at once if any
+    const bool bf16 = q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16;
+    const bool converts = !bf16 && (kind_size(q.x_kind) != element_bytes(q) || kind_size(q.z_kind) != element_bytes(q));
+    // oneDNN reorders x and z to its blocked layout; grouped layers are slow there, and so is bf16 that the CPU must emulate.
+    const double reorder = (q.channels_last ? 1 : 2) * (converts ? 2 : 1) * (x_bytes(q) + z_bytes(q));
+    const double slow = (g.groups > 1 ? 2 : 1) * (g.depthwise() ? 8 : 1) * (g.pointwise() ? 1.3 : 1) *
+                        (!bf16         ? 1
+                         : q.fast_bf16 ? 0.5
+                                       : 3);
     return gemm_us(q, wgrad_flops(g) * slow) + stream_us(q, x_bytes(q) + z_bytes(q)) + gather_us(q, reorder) + 10 * kCallUs;
 }
 
@@ -84,8 +87,10 @@ Candidate candidate_for(const Query& q, Algorithm algorithm) {
     case Algorithm::kGram:
         c.eligible = g.pointwise();
         c.automatic = c.eligible && (!q.z_present || q.z_is_output);
-        if (!c.eligible) c.why_not = "needs a kernel of size 1 or a linear layer";
-        else if (!c.automatic) c.why_not = "ignores z, which was not promised to be the layer's output (z_is_output=True)";
+        if (!c.eligible)
+            c.why_not = "needs a kernel of size 1 or a linear layer";
+        else if (!c.automatic)
+            c.why_not = "ignores z, which was not promised to be the layer's output (z_is_output=True)";
         c.estimated_us = gram_us(q);
         break;
     case Algorithm::kDepthwise:
@@ -112,14 +117,16 @@ std::string list(const Triple& t, int dims) {
     return text;
 }
 
-template <double Candidate::*Cost>
+template <double Candidate::* Cost>
 void pick_cheapest(Plan& plan, const char* how) {
     const Candidate* best = nullptr;
     const Candidate* second = nullptr;
     for (const Candidate& c : plan.candidates) {
         if (!c.automatic) continue;
-        if (!best || c.*Cost < best->*Cost) second = best, best = &c;
-        else if (!second || c.*Cost < second->*Cost) second = &c;
+        if (!best || c.*Cost < best->*Cost)
+            second = best, best = &c;
+        else if (!second || c.*Cost < second->*Cost)
+            second = &c;
     }
     plan.pick = best->algorithm;
     char text[160];
@@ -135,11 +142,23 @@ void pick_cheapest(Plan& plan, const char* how) {
 
 const char* algorithm_name(Algorithm algorithm) {
     switch (algorithm) {
-    case Algorithm::kGram: return "gram";
-    case Algorithm::kDepthwise: return "depthwise";
-    case Algorithm::kDirect: return "direct";
-    default: return "library";
+    case Algorithm::kGram:
+        return "gram";
+    case Algorithm::kDepthwise:
+        return "depthwise";
+    case Algorithm::kDirect:
+        return "direct";
+    default:
+        return "library";
     }
+}
+
+bool cpu_multiplies_bf16() {
+#if defined(__x86_64__) && defined(__GNUC__)
+    return __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
 }
 
 const Candidate& Plan::candidate(Algorithm algorithm) const {
@@ -161,15 +180,16 @@ std::string describe(const Geometry& g) {
         return "linear " + std::to_string(g.in_channels) + "->" + std::to_string(g.out_channels) + " x " +
                std::to_string(g.positions()) + " rows";
     }
-    return "conv" + std::to_string(g.dims) + "d " + std::to_string(g.in_channels) + "->" + std::to_string(g.out_channels) + " k" +
-           list(g.kernel, g.dims) + " s" + list(g.stride, g.dims) + " p" + list(g.pad, g.dims) + " d" + list(g.dilation, g.dims) +
-           " g" + std::to_string(g.groups) + " " + std::to_string(g.batch) + "x(" + list(g.input, g.dims) + "->" +
-           list(g.output, g.dims) + ")";
+    return "conv" + std::to_string(g.dims) + "d " + std::to_string(g.in_channels) + "->" + std::to_string(g.out_channels) +
+           " k" + list(g.kernel, g.dims) + " s" + list(g.stride, g.dims) + " p" + list(g.pad, g.dims) + " d" +
+           list(g.dilation, g.dims) + " g" + std::to_string(g.groups) + " " + std::to_string(g.batch) + "x(" +
+           list(g.input, g.dims) + "->" + list(g.output, g.dims) + ")";
 }
 
 std::string plan_key(const Query& q) {
     return describe(q.geometry) + " " + kind_name(q.x_kind) + " " + kind_name(q.z_kind) + (q.z_present ? "" : " no-z") +
-           (q.z_is_output ? " output" : "") + (q.channels_last ? " channels_last " : " ") + std::to_string(q.threads) + " threads";
+           (q.z_is_output ? " output" : "") + (q.channels_last ? " channels_last " : " ") + std::to_string(q.threads) +
+           " threads";
 }
 
 } // namespace localsgd

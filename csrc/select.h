@@ -18,20 +18,21 @@ const char* algorithm_name(Algorithm algorithm);
 struct Query {
     Geometry geometry;
     Kind x_kind = Kind::f32;
-    Kind z_kind = Kind::f32;     // where z is absent: the dtype the forward would give it
+    Kind z_kind = Kind::f32; // where z is absent: the dtype the forward would give it
     bool z_present = true;
-    bool z_is_output = false;    // z equals conv(x, W) + b up to rounding
-    bool channels_last = false;  // x's channel stride is 1
+    bool z_is_output = false;   // z equals conv(x, W) + b up to rounding
+    bool channels_last = false; // x's channel stride is 1
+    bool fast_bf16 = false;     // the CPU multiplies bf16 natively
     int threads = 1;
 };
 
 struct Candidate {
     Algorithm algorithm;
-    bool eligible = false;        // by geometry: may be asked for explicitly
-    bool automatic = false;       // may be picked by "auto"
-    const char* why_not = "";     // where not eligible or not automatic
+    bool eligible = false;    // by geometry: may be asked for explicitly
+    bool automatic = false;   // may be picked by "auto"
+    const char* why_not = ""; // where not eligible or not automatic
     double estimated_us = 0;
-    double measured_us = -1;      // negative: never timed
+    double measured_us = -1; // negative: never timed
 };
 
 struct Plan {
@@ -42,6 +43,8 @@ struct Plan {
 
     const Candidate& candidate(Algorithm algorithm) const;
 };
+
+bool cpu_multiplies_bf16();
 
 // Eligibility, cost estimates and the pick by estimate.
 Plan make_plan(const Query& query);

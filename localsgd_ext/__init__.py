@@ -1,7 +1,11 @@
 """LoCal+SGD for PyTorch: a growing prefix of the network learns locally during the forward pass, the rest by SGD."""
 
+import sys
+import types
 from importlib.metadata import PackageNotFoundError, version
 
+from . import ops
+from .explain import explain
 from .freezing import freeze_prefix
 from .layers import ExecutionPlan, trace_layers
 from .learning import LocalizedLearning
@@ -15,6 +19,22 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
+
+class _Package(types.ModuleType):
+    """So that ``localsgd_ext.benchmark = True`` reaches the operations, as ``torch.backends.cudnn.benchmark`` does."""
+
+    @property
+    def benchmark(self) -> bool:
+        """Whether ``algorithm="auto"`` times the eligible algorithms once per geometry instead of estimating."""
+        return ops.benchmark
+
+    @benchmark.setter
+    def benchmark(self, value: bool) -> None:
+        ops.benchmark = bool(value)
+
+
+sys.modules[__name__].__class__ = _Package
+
 __all__ = [
     "DynamicModeSelection",
     "ExecutionPlan",
@@ -25,6 +45,7 @@ __all__ = [
     "WeakSupervision",
     "apply_update_",
     "correlation",
+    "explain",
     "freeze_prefix",
     "hebbian_update_",
     "trace_layers",

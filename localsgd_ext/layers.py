@@ -123,7 +123,7 @@ def trace_layers(model: nn.Module, *args: Any, include: Patterns = None, skip: P
                     buffer.copy_(buffers[name])
         for module in lazy:  # materialised by this forward, which its statistics are not to remember
             if not any(is_lazy(buffer) for buffer in module.buffers(recurse=False)) and hasattr(module, "reset_running_stats"):
-                module.reset_running_stats()
+                module.reset_running_stats()  # type: ignore[operator]
     return tracer.plan()
 
 

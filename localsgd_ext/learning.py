@@ -310,6 +310,11 @@ class LocalizedLearning:
         if self.supervision is not None:
             self.supervision.load_state_dict(state["supervision"])
         self.epoch = state["epoch"]
+        if plan is None and self._plan is not None:  # back to before the first training forward, which is traced anew
+            self._prefix().remove()
+            if self._updater is not None:
+                self._updater.enable(())
+            self._plan = self._freeze = self._epoch_start = None
         if plan is not None:
             self._plan = plan
             self._freeze = self._freeze or PrefixFreeze(self.model, plan, optimizers=self._optimizers, bn_stats=self._bn_stats)

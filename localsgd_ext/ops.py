@@ -78,7 +78,9 @@ def correlation(
             may choose ``"gram"``, which does not read it.
         algorithm: ``"gram"``: ``W·G + bias ⊗ Σx`` with ``G = XXᵀ``; kernels of size 1 and linear layers only.
             ``"depthwise"``: ``groups == C`` only. ``"direct"``: implicit GEMM in bounded workspace.
-            ``"library"``: PyTorch's own weight gradient. ``"auto"``: the cheapest eligible one, by cost model or, with
+            ``"library"``: PyTorch's own weight gradient, which is rounded to bfloat16 where both operands are bfloat16. All
+            give the same bits on every run with the same number of threads, also without
+            ``torch.use_deterministic_algorithms``. ``"auto"``: the cheapest eligible one, by cost model or, with
             :data:`benchmark`, by timing; never ``"gram"`` for a ``z`` that was not promised to be the output.
 
     Returns:

@@ -13,12 +13,15 @@ of the output's gradient (paper, equation 3)::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ALGORITHMS = ("auto", "gram", "direct", "depthwise", "library")
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 IntOrTuple = int | Sequence[int]
@@ -39,15 +42,20 @@ def correlation(
     algorithm: str = "auto",
 ) -> Tensor:
     """Return the correlation ``D`` of a layer's input and output (paper, equation 3); see :func:`localsgd_ext.ops.correlation`."""
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    with torch.no_grad(), _no_autocast(x.device.type):
         x, z, geometry = _canonical(
             x, z, weight, bias=bias, stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode
         )
         dtype = accumulate_dtype(x, z, weight)
         if algorithm == "gram":
             return _gram_correlation(x.to(dtype), z, weight, bias, geometry)
-        if algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+        if algorithm == "depthwise" and not (weight.dim() > 2 and groups > 1 and weight.shape[1] == 1):
+            raise ValueError(
+                f"algorithm 'depthwise' needs groups == in_channels > 1, got weight of shape {tuple(weight.shape)} "
+                f"and groups={groups}"
+            )
         if z is None:
             z = _forward(x, weight, bias, geometry)
         return _weight_grad(x.to(dtype), z.to(dtype), weight, geometry)
@@ -64,15 +72,27 @@ def apply_update_(
     """``W += lr * D / ||D||_2`` for every pair (paper, equation 4); see :func:`localsgd_ext.ops.apply_update_`."""
     if len(weights) != len(correlations):
         raise ValueError(f"weights and correlations must have the same length, got {len(weights)} and {len(correlations)}")
+    for i, (weight, d) in enumerate(zip(weights, correlations, strict=True)):
+        _check_weight(weight)
+        if d.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"correlations[{i}] must be float32 or float64, got {d.dtype}")
+        if weight.shape != d.shape:
+            raise ValueError(f"correlations[{i}] must have shape {tuple(weight.shape)}, got {tuple(d.shape)}")
+        if not d.device == weight.device == weights[0].device:
+            raise ValueError(
+                f"weights[{i}] and correlations[{i}] must be on {weights[0].device}, got {weight.device} and {d.device}"
+            )
+    if weights:
+        _check_scalars(lr, skipped, weights)
+    step = lr.reshape(()).to(torch.float64) if isinstance(lr, Tensor) else lr
     with torch.no_grad():
         for i, (weight, d) in enumerate(zip(weights, correlations, strict=True)):
-            if weight.shape != d.shape:
-                raise ValueError(f"correlations[{i}] must have shape {tuple(weight.shape)}, got {tuple(d.shape)}")
-            # The norm is taken in fp64 so that neither squares nor sums can overflow or vanish.
-            norm = torch.linalg.vector_norm(d, dtype=torch.float64)
+            # In fp64 neither squares nor sums nor lr / norm can overflow or vanish.
+            wide = d.to(torch.float64)
+            norm = torch.linalg.vector_norm(wide)
             usable = torch.isfinite(norm) & (norm > 0)
-            scale = (lr / norm if normalize else lr + torch.zeros_like(norm)).to(d.dtype)
-            weight.copy_(torch.where(usable, (weight.to(d.dtype) + scale * d).to(weight.dtype), weight))
+            scale = step / norm if normalize else step
+            weight.copy_(torch.where(usable, (weight.to(torch.float64) + scale * wide).to(weight.dtype), weight))
             if skipped is not None:
                 skipped.view(-1)[i if skipped.numel() > 1 else 0].add_(~usable)
 
@@ -95,6 +115,7 @@ def hebbian_update_(
     skipped: Tensor | None = None,
 ) -> None:
     """``W += lr * D / ||D||_2`` in place, ``D = correlation(x, z)``; see :func:`localsgd_ext.ops.hebbian_update_`."""
+    _check_weight(weight)
     d = correlation(
         x,
         z,
@@ -111,6 +132,11 @@ def hebbian_update_(
     apply_update_([weight], [d], lr, normalize=normalize, skipped=skipped)
 
 
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    known = torch.amp.is_autocast_available(device_type)  # not on meta, for one
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
+
+
 class _Geometry:
     """A convolution's arguments as tuples, ``padding`` numeric and symmetric (anything else is padded beforehand)."""
 
@@ -123,11 +149,56 @@ def accumulate_dtype(x: Tensor, z: Tensor | None, weight: Tensor) -> torch.dtype
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _tuple(value: IntOrTuple, dims: int, name: str) -> tuple[int, ...]:
+def _tuple(value: IntOrTuple, dims: int, name: str, least: int) -> tuple[int, ...]:
     values = (value,) * dims if isinstance(value, int) else tuple(value)
     if len(values) != dims:
         raise ValueError(f"{name} must be an int or {dims} ints, got {value!r}")
+    if min(values) < least:
+        raise ValueError(f"{name} must be at least {least}, got {values}")
     return values
+
+
+def _check_floating(tensor: Tensor, name: str) -> None:
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+
+
+def _check_weight(weight: Tensor) -> None:
+    _check_floating(weight, "weight")
+    if _may_overlap(weight):
+        raise ValueError(
+            f"weight must not overlap itself in memory, got shape {tuple(weight.shape)} with strides {weight.stride()}"
+        )
+
+
+def _may_overlap(t: Tensor) -> bool:
+    """Sufficient, not necessary: walked from the smallest stride up, no dimension steps back into the one before."""
+    extent = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1):
+        if stride < extent:
+            return True
+        extent += (size - 1) * stride
+    return False
+
+
+def _check_scalars(lr: float | Tensor, skipped: Tensor | None, weights: Sequence[Tensor]) -> None:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a float or a tensor of one element, got shape {tuple(lr.shape)}")
+    if skipped is None:
+        return
+    if skipped.dtype != torch.int64:
+        raise TypeError(f"skipped must be int64, got {skipped.dtype}")
+    if skipped.device != weights[0].device:
+        raise ValueError(f"skipped must be on the weight's device {weights[0].device}, got {skipped.device}")
+    if skipped.numel() not in (1, len(weights)):
+        raise ValueError(f"skipped must have 1 element or one per weight, got shape {tuple(skipped.shape)}")
+
+
+def _check_output(z: Tensor | None, expected: tuple[int, ...]) -> None:
+    if z is not None and tuple(z.shape) != expected:
+        raise ValueError(f"z must have shape {expected}, got {tuple(z.shape)}")
 
 
 def _canonical(
@@ -144,32 +215,69 @@ def _canonical(
 ) -> tuple[Tensor, Tensor | None, _Geometry]:
     """Batched, explicitly padded operands; a linear layer becomes ``x [M, C]``, ``z [M, K]``."""
     dims = weight.dim() - 2
+    for name, tensor in (("weight", weight), ("x", x), ("z", z), ("bias", bias)):
+        if tensor is not None:
+            _check_floating(tensor, name)
+            if tensor.device != weight.device:
+                raise ValueError(f"{name} must be on the weight's device {weight.device}, got {tensor.device}")
     if dims not in (0, 1, 2, 3):
         raise ValueError(f"weight must have 2 (linear), 3, 4 or 5 (conv) dimensions, got shape {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
     if dims == 0:
+        if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"x must have shape (..., {weight.shape[1]}) for a weight of shape {tuple(weight.shape)}, got {tuple(x.shape)}"
+            )
+        _check_output(z, (*x.shape[:-1], weight.shape[0]))
         rows = x.reshape(-1, x.shape[-1])
-        return rows, None if z is None else z.reshape(-1, z.shape[-1]), _Geometry((), (), (), 1)
+        return rows, None if z is None else z.reshape(-1, weight.shape[0]), _Geometry((), (), (), 1)
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups must be positive and divide weight.shape[0] = {weight.shape[0]}, got {groups}")
+    if x.dim() not in (dims + 1, dims + 2):
+        raise ValueError(
+            f"x must have {dims + 2} dimensions ({dims + 1} if unbatched) for a weight of shape {tuple(weight.shape)}, "
+            f"got shape {tuple(x.shape)}"
+        )
+    if x.shape[-dims - 1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"x must have {weight.shape[1] * groups} channels (weight.shape[1] * groups), got shape {tuple(x.shape)}"
+        )
+    strides, dilations = _tuple(stride, dims, "stride", 1), _tuple(dilation, dims, "dilation", 1)
+    pads = _padding_pairs(padding, weight.shape[2:], strides, dilations)
+    room = [
+        n + before + after - d * (k - 1) - 1
+        for n, (before, after), d, k in zip(x.shape[-dims:], pads, dilations, weight.shape[2:], strict=True)
+    ]
+    if min(room) < 0:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} is smaller than the kernel of weight {tuple(weight.shape)} after padding"
+        )
+    outputs = [r // s + 1 for r, s in zip(room, strides, strict=True)]
+    _check_output(z, (*x.shape[: -dims - 1], weight.shape[0], *outputs))
     if x.dim() == dims + 1:
         x, z = x.unsqueeze(0), None if z is None else z.unsqueeze(0)
-    strides, dilations = _tuple(stride, dims, "stride"), _tuple(dilation, dims, "dilation")
-    pads = _padding_pairs(padding, weight.shape[2:], dilations)
-    if padding_mode == "zeros" and all(before == after for before, after in pads):
+    if x.numel() == 0 or (padding_mode == "zeros" and all(before == after for before, after in pads)):
         return x, z, _Geometry(strides, tuple(before for before, _ in pads), dilations, groups)
     flat = [side for pair in reversed(pads) for side in pair]  # F.pad starts at the last dimension
     x = F.pad(x, flat) if padding_mode == "zeros" else F.pad(x, flat, mode=padding_mode)
     return x, z, _Geometry(strides, (0,) * dims, dilations, groups)
 
 
-def _padding_pairs(padding: IntOrTuple | str, kernel: Sequence[int], dilation: tuple[int, ...]) -> list[tuple[int, int]]:
+def _padding_pairs(
+    padding: IntOrTuple | str, kernel: Sequence[int], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> list[tuple[int, int]]:
     """(before, after) for each spatial dimension, as ``nn.Conv*`` pads for ints, ``'same'`` and ``'valid'``."""
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise ValueError(f"padding must be ints, 'same' or 'valid', got {padding!r}")
+        if padding == "same" and max(stride) > 1:
+            raise ValueError(f"padding 'same' needs stride 1, got {stride}")
         totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
         return [(total // 2, total - total // 2) for total in totals]
-    return [(p, p) for p in _tuple(padding, len(kernel), "padding")]
+    return [(p, p) for p in _tuple(padding, len(kernel), "padding", 0)]
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, g: _Geometry) -> Tensor:
@@ -188,9 +296,10 @@ def _weight_grad(x: Tensor, z: Tensor, weight: Tensor, g: _Geometry) -> Tensor:
     dims = len(g.stride)
     if x.shape[0] == 0:
         return torch.zeros_like(like)
-    return torch.ops.aten.convolution_backward(
+    gradient: Tensor = torch.ops.aten.convolution_backward(
         z, x, like, None, g.stride, g.padding, g.dilation, False, [0] * dims, g.groups, [False, True, False]
     )[1]
+    return gradient
 
 
 def _gram_correlation(x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, g: _Geometry) -> Tensor:
@@ -203,10 +312,7 @@ def _gram_correlation(x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor 
     rounded = weight if z is None or z.dtype.itemsize >= weight.dtype.itemsize else weight.to(z.dtype)
     for dim, (stride, pad) in enumerate(zip(g.stride, g.padding, strict=True)):
         first = -(-pad // stride) * stride - pad  # positions inside the zero padding contribute nothing
-        index = torch.arange(first, x.shape[2 + dim], stride, device=x.device)
-        if z is not None:
-            index = index[: max(0, z.shape[2 + dim] - -(-pad // stride))]
-        x = x.index_select(2 + dim, index)
+        x = x[(slice(None),) * (2 + dim) + (slice(first, None, stride),)]
     rows = x.movedim(1, -1).reshape(-1, g.groups, x.shape[1] // g.groups) if g.stride else x.unsqueeze(1)  # [M, groups, C/g]
     w = rounded.to(x.dtype).reshape(rows.shape[1], -1, rows.shape[2])  # [groups, K/g, C/g]
     gram = torch.einsum("mgc,mgd->gcd", rows, rows)

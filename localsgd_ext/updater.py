@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -56,6 +58,13 @@ class HebbianUpdater:
         if activation is not None and not callable(activation):
             raise TypeError(f"activation must be callable, got {type(activation).__name__}")
         refuse_wrappers(model)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                f"local updates are not averaged over the {dist.get_world_size()} processes: where they train one model together, "
+                "their copies of the prefix drift apart",
+                UserWarning,
+                stacklevel=2,
+            )
         self.model = model
         self.lr = float(lr)
         self.normalize = normalize
@@ -73,6 +82,9 @@ class HebbianUpdater:
         self._hooks = {
             name: _LayerHook(self, name, modules[name]) for name in modules if name in names and is_plain(modules[name])
         }
+        taken = [n for n in self._hooks if any(isinstance(h, _LayerHook) for h in modules[n]._forward_hooks.values())]
+        if taken:  # a second one (a notebook cell run twice) would double every step
+            raise ValueError(f"model must not be under another updater: {taken[0]!r} is; call remove() on that one first")
         self._handles = [
             modules[name].register_forward_hook(hook, prepend=True, with_kwargs=True) for name, hook in self._hooks.items()
         ]
@@ -296,8 +308,11 @@ def refuse_wrappers(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.DataParallel):
+        raise TypeError("model must not be wrapped in nn.DataParallel: its replicas' updates are lost")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
         raise TypeError(
-            "model must not be wrapped in nn.DataParallel: its replicas' updates are lost; use DistributedDataParallel"
+            "model must not be wrapped in DistributedDataParallel: correlations are not averaged over the processes yet, "
+            "so their copies of the prefix would drift apart"
         )
     for name, parameter in model.named_parameters():
         kind = type(parameter.data).__name__ if not is_lazy(parameter) else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -278,8 +278,3 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
     """Names in ``state_dict`` whose bits differ from ``before``."""
     return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-
-
-def weights_of(model: nn.Module, names: Iterable[str]) -> Iterator[nn.Parameter]:
-    for name in names:
-        yield model.get_submodule(name).weight  # type: ignore[misc]

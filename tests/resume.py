@@ -56,8 +56,16 @@ SCENARIOS = {
         PlainCNN, adamw, lambda: {"schedule": StaticModeSelection(kind=lambda epoch: (0, 2, 3, 1, 3, 2, 0)[epoch]), "lr": 0.01}
     ),
     "frozen": Scenario(PlainCNN, adamw, lambda: quick_moves(rule="frozen")),
-    "deferred": Scenario(twice_used, momentum_sgd, quick_moves, cuts=tuple(range(1, STEPS))),
-    "mid-epoch": Scenario(TwoBlockResNet, momentum_sgd, lambda: quick_moves(momentum=0.5), cuts=tuple(range(1, STEPS, 2))),
+    "deferred": Scenario(
+        twice_used,
+        momentum_sgd,
+        lambda: {"schedule": StaticModeSelection(kind=lambda epoch: (0, 2, 1, 2, 3, 2, 2)[epoch], l_max=1.0), "lr": 0.01},
+        cuts=tuple(range(1, STEPS)),
+    ),
+    # t_shift 3 gives K = 3 and one move, after epoch 3: the norm of the last epoch stays in the history, where it is compared.
+    "mid-epoch": Scenario(
+        TwoBlockResNet, momentum_sgd, lambda: quick_moves(momentum=0.5, t_shift=3), cuts=tuple(range(1, STEPS))
+    ),
 }
 
 

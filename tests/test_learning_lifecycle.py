@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
 from models import PlainCNN, TwoBlockResNet, at, batches, changed, run_epoch, seeded, snapshot, twice_used, with_boundary
 
 from localsgd_ext import (
@@ -17,6 +16,7 @@ from localsgd_ext import (
     StaticModeSelection,
     WeakSupervision,
     freeze_prefix,
+    reference,
     trace_layers,
 )
 
@@ -356,6 +356,19 @@ def test_a_schedule_made_for_another_depth_is_refused():
         model(batches(1)[0][0])
 
 
+def test_a_second_object_on_the_same_model_is_refused_until_the_first_is_removed():
+    model = seeded(PlainCNN)
+    local = with_boundary(model, sgd(model), 1)
+    count = hooks(model)
+    for second in (lambda: LocalizedLearning(model, sgd(model), epochs=20), lambda: HebbianUpdater(model)):
+        with pytest.raises(ValueError, match=r"'features\.0'.*remove"):
+            second()
+    assert hooks(model) == count
+    LocalizedLearning(copy.deepcopy(model), sgd(model), epochs=20)  # a copy is another model
+    local.remove()
+    LocalizedLearning(model, sgd(model), epochs=20)
+
+
 def test_updater_refuses_names_it_does_not_know():
     model = seeded(PlainCNN)
     updater = HebbianUpdater(model)
@@ -365,10 +378,18 @@ def test_updater_refuses_names_it_does_not_know():
         HebbianUpdater(model, "nothing")
 
 
-def test_one_layer_may_be_inside_another_hook_of_the_user():
-    """The user's own forward hooks see the layer's output as it was, and may replace it."""
+def test_a_users_hook_that_replaces_the_output_does_not_enter_the_correlation():
+    """The update takes what the layer itself computed, in whatever order the hooks were registered."""
     model = seeded(PlainCNN)
-    model.features[0].register_forward_hook(lambda module, args, output: output * 2)
+    layer, seen = model.features[0], []
+
+    def square(module, args, output):
+        seen.append((args[0], output))
+        return output.square()
+
+    layer.register_forward_hook(square)
     with_boundary(model, sgd(model), 1, lr=0.1)
+    expected = layer.weight.detach().clone()
     assert updated_by_a_forward(model) == {"features.0.weight"}
-    F.cross_entropy(model(batches(1)[0][0]), batches(1)[0][1]).backward()
+    reference.hebbian_update_(expected, *seen[-1], 0.1, padding=1)
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-5, atol=1e-6)

@@ -24,10 +24,14 @@ LOCALSGD_INLINE void add(W* __restrict w, const D* __restrict d, int64_t count, 
 template <typename D>
 LOCALSGD_INLINE void add_to(void* w, Kind kind, const D* d, int64_t count, double scale) {
     switch (kind) {
-    case Kind::f16: return add(static_cast<Half*>(w), d, count, scale);
-    case Kind::bf16: return add(static_cast<BFloat16*>(w), d, count, scale);
-    case Kind::f32: return add(static_cast<float*>(w), d, count, scale);
-    case Kind::f64: return add(static_cast<double*>(w), d, count, scale);
+    case Kind::f16:
+        return add(static_cast<Half*>(w), d, count, scale);
+    case Kind::bf16:
+        return add(static_cast<BFloat16*>(w), d, count, scale);
+    case Kind::f32:
+        return add(static_cast<float*>(w), d, count, scale);
+    case Kind::f64:
+        return add(static_cast<double*>(w), d, count, scale);
     }
 }
 

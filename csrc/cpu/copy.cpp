@@ -15,10 +15,14 @@ LOCALSGD_INLINE void run(To* __restrict to, const From* __restrict from, int64_t
 template <typename To>
 LOCALSGD_INLINE void run_of(To* to, const void* from, Kind kind, int64_t count, int64_t stride) {
     switch (kind) {
-    case Kind::f16: return run(to, static_cast<const Half*>(from), count, stride);
-    case Kind::bf16: return run(to, static_cast<const BFloat16*>(from), count, stride);
-    case Kind::f32: return run(to, static_cast<const float*>(from), count, stride);
-    case Kind::f64: return run(to, static_cast<const double*>(from), count, stride);
+    case Kind::f16:
+        return run(to, static_cast<const Half*>(from), count, stride);
+    case Kind::bf16:
+        return run(to, static_cast<const BFloat16*>(from), count, stride);
+    case Kind::f32:
+        return run(to, static_cast<const float*>(from), count, stride);
+    case Kind::f64:
+        return run(to, static_cast<const double*>(from), count, stride);
     }
 }
 

@@ -22,20 +22,27 @@ namespace {
 
 at::TensorOptions accumulator(const Layer& layer) { return at::TensorOptions().dtype(layer.accumulate); }
 
+constexpr int64_t kNarrow = 8; // rows of D below which BLAS sums in one long chain instead of in blocks
+
 // sum [G, m, n] += a^T b with a [G, T, m], b [G, T, n].
 void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
-    if (sum.size(0) == 1)
+    if (a.size(2) < kNarrow)
+        sum.add_(at::bmm(a.transpose(1, 2), b)); // a chain of its own, see longest_tile
+    else if (sum.size(0) == 1)
         sum.select(0, 0).addmm_(a.select(0, 0).t(), b.select(0, 0));
     else
         sum.baddbmm_(a.transpose(1, 2), b);
 }
+
+// Long chains of additions cost precision: narrow products are summed tile by tile, in short ones.
+int64_t longest_tile(int64_t rows) { return rows < kNarrow ? 128 : int64_t{1} << 16; }
 
 // D = Z^T X over tiles of positions, X the im2col matrix.
 at::Tensor direct(const Layer& layer) {
     const Geometry& g = layer.geometry;
     Tiles x(layer.x, g, layer.accumulate), z(*layer.z, output_geometry(g), layer.accumulate);
     const at::Tensor d = at::zeros({g.groups, g.out_per_group(), g.patch()}, accumulator(layer)); // [G, K/G, patch]
-    for_each_tile(g.positions(), g.image_positions(), {&x, &z},
+    for_each_tile(g.positions(), g.image_positions(), longest_tile(g.out_per_group()), {&x, &z},
                   [&](int64_t first, int64_t count) { add_product(d, z.at(first, count), x.at(first, count)); });
     if (!x.channels_last()) return d.view(layer.weight.sizes());
     return d.view({g.out_channels, g.taps(), g.in_per_group()}).transpose(1, 2).contiguous().view(layer.weight.sizes());
@@ -63,7 +70,7 @@ at::Tensor gram(const Layer& layer) {
     Tiles x(layer.x, g, layer.accumulate);
     const at::Tensor gram = at::zeros({g.groups, in, in}, accumulator(layer));
     const at::Tensor sums = layer.bias ? at::zeros({g.groups, in}, accumulator(layer)) : at::Tensor();
-    for_each_tile(g.positions(), g.image_positions(), {&x}, [&](int64_t first, int64_t count) {
+    for_each_tile(g.positions(), g.image_positions(), longest_tile(in), {&x}, [&](int64_t first, int64_t count) {
         const at::Tensor tile = x.at(first, count);
         add_gram(gram, tile);
         if (layer.bias) sums.add_(tile.sum(1));
@@ -97,8 +104,9 @@ void depthwise_into(const DepthwiseArgs& args, Acc* d) {
 at::Tensor depthwise(const Layer& layer) {
     const at::Tensor& z = *layer.z;
     const at::Tensor d = at::empty(layer.weight.sizes(), accumulator(layer));
-    const DepthwiseArgs args{layer.geometry,     layer.x.const_data_ptr(), kind_of(layer.x), strides_of(layer.x),
-                             z.const_data_ptr(), kind_of(z),               strides_of(z)};
+    const DepthwiseArgs args{layer.geometry,      layer.x.const_data_ptr(), kind_of(layer.x),
+                             strides_of(layer.x), z.const_data_ptr(),       kind_of(z),
+                             strides_of(z)};
     if (layer.accumulate == at::kDouble)
         depthwise_into(args, d.mutable_data_ptr<double>());
     else
@@ -106,10 +114,11 @@ at::Tensor depthwise(const Layer& layer) {
     return d;
 }
 
-// PyTorch's own weight gradient.
+// PyTorch's own weight gradient, which is rounded to the operands' dtype: not fp16, whose range a sum over positions exceeds.
 at::Tensor library(const Layer& layer) {
     const Geometry& g = layer.geometry;
-    const auto common = c10::promoteTypes(layer.x.scalar_type(), layer.z->scalar_type());
+    auto common = c10::promoteTypes(layer.x.scalar_type(), layer.z->scalar_type());
+    if (common == at::kHalf) common = at::kFloat;
     at::Tensor x = layer.x.to(common);
     const at::Tensor z = layer.z->to(common);
     if (g.dims == 0) return at::mm(z.t(), x).to(layer.accumulate);
@@ -158,10 +167,14 @@ bool update_run(void* w, Kind kind, const D* d, int64_t count, double lr, bool n
 
 at::Tensor correlate(const Layer& layer, Algorithm algorithm) {
     switch (algorithm) {
-    case Algorithm::kGram: return gram(layer);
-    case Algorithm::kDepthwise: return depthwise(layer);
-    case Algorithm::kDirect: return direct(layer);
-    default: return library(layer);
+    case Algorithm::kGram:
+        return gram(layer);
+    case Algorithm::kDepthwise:
+        return depthwise(layer);
+    case Algorithm::kDirect:
+        return direct(layer);
+    default:
+        return library(layer);
     }
 }
 

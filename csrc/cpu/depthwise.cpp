@@ -50,7 +50,8 @@ LOCALSGD_INLINE void set_tail_mask(typename Vector<Acc>::Mask& mask, int64_t val
 }
 
 template <typename Acc, int R, int S>
-LOCALSGD_INLINE void plane_block(const Sweep& w, const Acc* x, const Acc* z, int64_t r0, int64_t s0, int64_t taps_wide, double* d) {
+LOCALSGD_INLINE void plane_block(const Sweep& w, const Acc* x, const Acc* z, int64_t r0, int64_t s0, int64_t taps_wide,
+                                 double* d) {
     using V = typename Vector<Acc>::Type;
     V sums[R][S] = {};
     const int64_t whole = w.width - w.width % kLanes<Acc>;
@@ -127,13 +128,14 @@ struct PhasedRow {
 
 // x plane (n, channel, depth) into `to` [padded height, pitch], which is zero wherever padding stays.
 template <typename Acc>
-void pack_plane(const DepthwiseArgs& a, const PhasedRow& row, int64_t n, int64_t channel, int64_t depth, int64_t height, Acc* to) {
+void pack_plane(const DepthwiseArgs& a, const PhasedRow& row, int64_t n, int64_t channel, int64_t depth, int64_t height,
+                Acc* to) {
     const Geometry& g = a.geometry;
     for (int64_t i = 0; i < height; ++i) {
         const int64_t h = i - g.pad[1];
         if (h < 0 || h >= g.input[1]) continue;
-        const int64_t start = n * a.x_strides.batch + channel * a.x_strides.channel + depth * a.x_strides.space[0] +
-                              h * a.x_strides.space[1];
+        const int64_t start =
+            n * a.x_strides.batch + channel * a.x_strides.channel + depth * a.x_strides.space[0] + h * a.x_strides.space[1];
         for (int64_t phase = 0; phase < row.stride; ++phase) {
             const int64_t length = row.padded > phase ? ceil_div(row.padded - phase, row.stride) : 0;
             const Range in = valid_outputs(length, g.input[2], row.stride, phase - g.pad[2]);
@@ -149,8 +151,8 @@ template <typename Acc>
 void pack_output(const DepthwiseArgs& a, int64_t n, int64_t k, int64_t depth, int64_t pitch, Acc* to) {
     const Geometry& g = a.geometry;
     for (int64_t p = 0; p < g.output[1]; ++p) {
-        const int64_t element = n * a.z_strides.batch + k * a.z_strides.channel + depth * a.z_strides.space[0] +
-                                p * a.z_strides.space[1];
+        const int64_t element =
+            n * a.z_strides.batch + k * a.z_strides.channel + depth * a.z_strides.space[0] + p * a.z_strides.space[1];
         copy_run(to + p * pitch, offset(a.z, a.z_kind, element), a.z_kind, g.output[2], a.z_strides.space[2]);
     }
 }
@@ -171,17 +173,20 @@ LOCALSGD_INLINE void pixel_block(const Sweep& w, const Acc* x, const Acc* z, int
                                  int64_t taps_wide, Acc* d) {
     using V = typename Vector<Acc>::Type;
     V sums[R][S] = {};
-    for (int64_t p = 0; p < w.rows; ++p)
+    for (int64_t p = 0; p < w.rows; ++p) {
+        V row[R][S] = {}; // summed apart: one long chain of additions would cost precision
         for (int64_t q = 0; q < w.width; ++q) {
             const V zv = *reinterpret_cast<const V*>(z + p * w.z_pitch + q * kPixelChannels);
             const Acc* corner = x + (p * w.row_step + r0 * w.tap_rows) * w.x_pitch + q * column_step;
             for (int r = 0; r < R; ++r)
                 for (int s = 0; s < S; ++s)
-                    sums[r][s] += zv * *reinterpret_cast<const V*>(corner + r * w.tap_rows * w.x_pitch + w.column[s0 + s]);
+                    row[r][s] += zv * *reinterpret_cast<const V*>(corner + r * w.tap_rows * w.x_pitch + w.column[s0 + s]);
         }
+        for (int r = 0; r < R; ++r)
+            for (int s = 0; s < S; ++s) sums[r][s] += row[r][s];
+    }
     for (int r = 0; r < R; ++r)
-        for (int s = 0; s < S; ++s)
-            *reinterpret_cast<V*>(d + ((r0 + r) * taps_wide + s0 + s) * kPixelChannels) = sums[r][s];
+        for (int s = 0; s < S; ++s) *reinterpret_cast<V*>(d + ((r0 + r) * taps_wide + s0 + s) * kPixelChannels) = sums[r][s];
 }
 
 template <typename Acc>
@@ -278,8 +283,8 @@ void depthwise_pixels(const DepthwiseArgs& a, int64_t block, double* partial) {
         const int64_t n = first / (g.output[0] * g.output[1]), p0 = first / g.output[1] % g.output[0], p1 = first % g.output[1];
         const int64_t count = std::min({band, end - first, g.output[1] - p1}); // a band stays within one plane
         const int64_t height = (count - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1;
-        const Sweep sweep{count, g.output[2], g.output[2] * kPixelChannels, width * kPixelChannels, g.stride[1], g.dilation[1],
-                          column.data()};
+        const Sweep sweep{count,         g.output[2],  g.output[2] * kPixelChannels, width * kPixelChannels, g.stride[1],
+                          g.dilation[1], column.data()};
         for (int64_t c0 = 0; c0 < g.in_channels; c0 += kPixelChannels) {
             const int64_t channels = std::min(kPixelChannels, g.in_channels - c0);
             for (int64_t pixel = 0; pixel < count * g.output[2]; ++pixel) {
@@ -302,8 +307,8 @@ void depthwise_pixels(const DepthwiseArgs& a, int64_t block, double* partial) {
                                             h * a.x_strides.space[1] + w * a.x_strides.space[2];
                     copy_run(to, offset(a.x, a.x_kind, element), a.x_kind, channels, 1);
                 }
-                sweep_pixels(sweep, x_tile.data(), z_tile.data(), g.stride[2] * kPixelChannels, g.kernel[1], g.kernel[2], channels,
-                             sums.data());
+                sweep_pixels(sweep, x_tile.data(), z_tile.data(), g.stride[2] * kPixelChannels, g.kernel[1], g.kernel[2],
+                             channels, sums.data());
                 for (int64_t tap = 0; tap < plane_taps; ++tap)
                     for (int64_t c = 0; c < channels; ++c)
                         partial[(r * plane_taps + tap) * g.in_channels + c0 + c] +=

@@ -20,10 +20,14 @@ enum class Kind { f16, bf16, f32, f64 };
 
 inline const char* kind_name(Kind kind) {
     switch (kind) {
-    case Kind::f16: return "float16";
-    case Kind::bf16: return "bfloat16";
-    case Kind::f32: return "float32";
-    default: return "float64";
+    case Kind::f16:
+        return "float16";
+    case Kind::bf16:
+        return "bfloat16";
+    case Kind::f32:
+        return "float32";
+    default:
+        return "float64";
     }
 }
 
@@ -63,7 +67,8 @@ LOCALSGD_INLINE void store(double& to, double v) { to = v; }
 LOCALSGD_INLINE void store(BFloat16& to, double v) {
     const uint32_t bits = bit_cast<uint32_t>(static_cast<float>(v));
     const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    to.bits = nan ? static_cast<uint16_t>((bits >> 16) | 0x40) : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    to.bits =
+        nan ? static_cast<uint16_t>((bits >> 16) | 0x40) : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 LOCALSGD_INLINE void store(Half& to, double v) {
     // Adding 2^(exponent + 13) to |v| makes the FPU round its mantissa to 10 bits, at the subnormals' fixed step as well.

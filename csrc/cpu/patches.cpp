@@ -72,7 +72,8 @@ void pack_position(const PatchSource& s, int64_t first, int64_t count, int64_t t
         const int64_t i0 = input_index(g, 0, p.p0, tap.r0), i1 = input_index(g, 1, p.p1, tap.r1);
         const int64_t i2 = input_index(g, 2, p.p2, tap.r2);
         const bool in = inside(g, 0, i0) && inside(g, 1, i1) && inside(g, 2, i2);
-        const int64_t element = p.n * s.strides.batch + i0 * s.strides.space[0] + i1 * s.strides.space[1] + i2 * s.strides.space[2];
+        const int64_t element =
+            p.n * s.strides.batch + i0 * s.strides.space[0] + i1 * s.strides.space[1] + i2 * s.strides.space[2];
         for (int64_t group = 0; group < g.groups; ++group) {
             Acc* to = tile + ((group * count + t) * g.taps() + index) * channels;
             if (in)

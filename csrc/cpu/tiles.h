@@ -2,6 +2,9 @@
 // strides allow, else gathered (im2col, conversion to the accumulation type) into one reused workspace.
 #pragma once
 
+#include <algorithm>
+#include <initializer_list>
+
 #include <ATen/core/Tensor.h>
 
 #include "patches.h"
@@ -30,10 +33,11 @@ class Tiles {
     at::Tensor workspace_;
 };
 
-// Calls body(first, count) over all positions in order, in tiles that suit every operand: long where all are views, within
-// the workspace bound where one must be gathered.
+// Calls body(first, count) over all positions in order, in tiles that suit every operand: up to `longest` where all are views,
+// within the workspace bound where one must be gathered.
 template <typename Body>
-void for_each_tile(int64_t positions, int64_t image, std::initializer_list<Tiles*> operands, const Body& body) {
+void for_each_tile(int64_t positions, int64_t image, int64_t longest, std::initializer_list<Tiles*> operands,
+                   const Body& body) {
     constexpr int64_t kWorkspace = int64_t{2} << 20; // elements gathered at once
     constexpr int64_t kLeast = 256;                  // shorter tiles are all overhead
     int64_t span = positions, gathered = 0;
@@ -42,7 +46,7 @@ void for_each_tile(int64_t positions, int64_t image, std::initializer_list<Tiles
     if (span < kLeast) span = positions; // small images: several per tile, gathered
     for (const Tiles* tiles : operands)
         if (tiles->viewable() < span) gathered += tiles->features();
-    const int64_t limit = gathered == 0 ? int64_t{1} << 16 : std::max(kLeast, kWorkspace / gathered);
+    const int64_t limit = gathered == 0 ? longest : std::min(longest, std::max(kLeast, kWorkspace / gathered));
     for (int64_t begin = 0; begin < positions; begin += span) {
         const int64_t end = std::min(begin + span, positions);
         for (int64_t first = begin; first < end; first += limit) body(first, std::min(limit, end - first));

@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kApplyThreads) apply_kernel(const ApplyParams 
         for (int chunk = static_cast<int>(blockIdx.x); chunk < p.chunks; chunk += static_cast<int>(gridDim.x)) {
             const ApplyTensor& t = p.tensors[tensor_of(p, chunk)];
             const int64 begin = static_cast<int64>(chunk - t.first_chunk) * kChunk;
-            const double sum = block_sum<kApplyThreads>(chunk_squares(t.d + begin, static_cast<int>(min(t.count - begin, int64{kChunk}))));
+            const double sum =
+                block_sum<kApplyThreads>(chunk_squares(t.d + begin, static_cast<int>(min(t.count - begin, int64{kChunk}))));
             if (threadIdx.x == 0) p.workspace.squares[chunk] = sum;
         }
     }

@@ -1,7 +1,6 @@
 // Norm and signed write of many tensors on a GPU: what the host calls.
 #pragma once
 
-
 #include <cstddef>
 
 #include "platform.cuh"

@@ -1,13 +1,13 @@
 #include "direct.cuh"
 
 // Every direct kernel: tile, access to z, access to x. Other pairs of accesses are read by a slower one that also fits.
-#define LOCALSGD_DIRECT_ACCESSES(X, m, n)                   \
-    X(m, n, Access::channels4, Access::channels4)           \
-    X(m, n, Access::channels4, Access::scalar)              \
-    X(m, n, Access::positions4, Access::positions4)         \
-    X(m, n, Access::positions4, Access::scalar)             \
+#define LOCALSGD_DIRECT_ACCESSES(X, m, n)           \
+    X(m, n, Access::channels4, Access::channels4)   \
+    X(m, n, Access::channels4, Access::scalar)      \
+    X(m, n, Access::positions4, Access::positions4) \
+    X(m, n, Access::positions4, Access::scalar)     \
     X(m, n, Access::scalar, Access::scalar)
-#define LOCALSGD_DIRECT_KERNELS(X)      \
+#define LOCALSGD_DIRECT_KERNELS(X)        \
     LOCALSGD_DIRECT_ACCESSES(X, 128, 128) \
     LOCALSGD_DIRECT_ACCESSES(X, 64, 128)  \
     LOCALSGD_DIRECT_ACCESSES(X, 128, 64)  \
@@ -61,7 +61,8 @@ struct Collapsed {
 Collapsed collapse(const Geometry& geometry, const Strides& strides) {
     Collapsed c{geometry, strides};
     Geometry& g = c.geometry;
-    const bool in_place = g.pointwise() && product(g.stride) == 1 && product(g.input) == product(g.output) && g.pad == Triple{0, 0, 0};
+    const bool in_place =
+        g.pointwise() && product(g.stride) == 1 && product(g.input) == product(g.output) && g.pad == Triple{0, 0, 0};
     if (!in_place) return c;
     int64_t size = 1, step = strides.space[2]; // of the innermost run
     for (int d = 2; d >= 0; --d) {
@@ -94,8 +95,8 @@ bool aligned(const Operand& o) { return reinterpret_cast<uintptr_t>(o.data) % (4
 Access access_of(const Operand& o, const Geometry& g, const Strides& s) {
     if (!aligned(o)) return Access::scalar;
     bool strides = g.batch == 1 || multiple_of_4(s.batch);
-    if (g.pointwise() && product(g.stride) == 1 && g.input == g.output && g.output[0] == 1 && g.output[1] == 1 && s.space[2] == 1 &&
-        strides && multiple_of_4(s.channel) && multiple_of_4(g.output[2]))
+    if (g.pointwise() && product(g.stride) == 1 && g.input == g.output && g.output[0] == 1 && g.output[1] == 1 &&
+        s.space[2] == 1 && strides && multiple_of_4(s.channel) && multiple_of_4(g.output[2]))
         return Access::positions4;
     for (int d = 0; d < 3; ++d) strides = strides && (g.input[d] == 1 || multiple_of_4(s.space[d]));
     if (s.channel == 1 && multiple_of_4(g.in_per_group()) && strides) return Access::channels4;
@@ -110,7 +111,7 @@ Patches patches_of(const Operand& o, const Geometry& geometry) {
     p.positions = static_cast<int>(g.positions());
     p.columns = static_cast<int>(g.patch());
     p.batch_stride = s.batch;
-    p.group_stride = g.in_per_group() * s.channel;
+    p.group_stride = static_cast<int>(g.in_per_group() * s.channel);
     p.channel_stride = static_cast<int>(s.channel);
     p.image = fast_div(std::max<int64_t>(1, g.image_positions()));
     p.plane = fast_div(std::max<int64_t>(1, g.output[1] * g.output[2]));
@@ -132,7 +133,7 @@ Patches patches_of(const Operand& o, const Geometry& geometry) {
 
 bool fits(const Operand& o, const Geometry& geometry) {
     const auto [g, s] = collapse(geometry, o.strides);
-    int64_t reach = (g.in_per_group() - 1) * s.channel;
+    int64_t reach = g.in_channels * s.channel;
     for (int d = 0; d < 3; ++d) {
         if (s.space[d] > kMaxInt || g.input[d] > kMaxInt || g.pad[d] > kMaxInt || g.stride[d] > kMaxInt) return false;
         if (g.output[d] * g.stride[d] > kMaxInt) return false;
@@ -153,7 +154,8 @@ double estimate(const DirectConfig& c, const Chip& chip) {
     const double multiply = double(c.split_positions) * c.tile_m * c.tile_n / 128 / share;
     const double read = double(c.split_positions) * (c.tile_m + c.tile_n) * 4 / kBytesPerClock;
     const double partials = units * c.tile_m * c.tile_n * 4 * 2 / (kBytesPerClock * chip.multiprocessors);
-    return each * (std::max(multiply, read) + 0.25 * std::min(multiply, read) + kUnitClocks / resident) + partials + 2 * kBarrierClocks;
+    return each * (std::max(multiply, read) + 0.25 * std::min(multiply, read) + kUnitClocks / resident) + partials +
+           2 * kBarrierClocks;
 }
 
 const char* access_name(Access access) {
@@ -184,7 +186,8 @@ cudaError_t run(const DirectParams& params, const DirectConfig& c, Phase last, c
     for (int phase = kCorrelate; phase <= last; ++phase) {
         p.first = static_cast<Phase>(phase);
         p.last = c.cooperative ? last : p.first;
-        const cudaError_t error = launch(kVariants[c.kernel].kernel, dim3(c.blocks), dim3(c.threads), 0, c.cooperative, stream, p);
+        const cudaError_t error =
+            launch(kVariants[c.kernel].kernel, dim3(c.blocks), dim3(c.threads), 0, c.cooperative, stream, p);
         if (error != cudaSuccess || c.cooperative) return error;
     }
     return cudaSuccess;
@@ -273,8 +276,8 @@ cudaError_t correlate(const DirectProblem& problem, const DirectConfig& config, 
     return run(p, config, kReduce, stream);
 }
 
-cudaError_t correlate_and_update(const DirectProblem& problem, const DirectConfig& config, const Target& target, const Step& step,
-                                 void* workspace, cudaStream_t stream) {
+cudaError_t correlate_and_update(const DirectProblem& problem, const DirectConfig& config, const Target& target,
+                                 const Step& step, void* workspace, cudaStream_t stream) {
     DirectParams p = params_of(problem, config, target, workspace);
     p.step = step;
     return run(p, config, kWrite, stream);

@@ -1,7 +1,6 @@
 // Direct correlation on a GPU: what the host calls.
 #pragma once
 
-
 #include <cstddef>
 #include <string>
 
@@ -27,7 +26,7 @@ constexpr int kDirectTiles = 4, kDirectAccesses = 5;
 // What the choice depends on besides the problem.
 struct Chip {
     int multiprocessors = 0;
-    bool cooperative = false; // whether a grid may have barriers
+    bool cooperative = false;                        // whether a grid may have barriers
     int blocks[kDirectTiles * kDirectAccesses] = {}; // of each kernel, alive at once on a multiprocessor
 };
 
@@ -35,8 +34,8 @@ struct DirectConfig {
     int kernel = 0; // which of the tiles and accesses
     int tile_m = 0, tile_n = 0, threads = 0;
     Access z_access = Access::scalar, x_access = Access::scalar;
-    int tiles = 0;           // of D, all groups
-    int splits = 1;          // of the positions
+    int tiles = 0;  // of D, all groups
+    int splits = 1; // of the positions
     int split_positions = 0;
     int sharers = 1;
     int blocks = 1;
@@ -56,7 +55,8 @@ const char* unsupported(const DirectProblem& problem);
 DirectConfig get_best_config(const DirectProblem& problem, const Chip& chip);
 
 // Bytes of device memory, aligned to 256, that a launch uses. The first kWorkspaceHeader bytes must be zero before the first
-// launch that uses it and belong to the kernels afterwards; the rest may hold anything. Launches that may overlap need one each.
+// launch that uses it and belong to the kernels afterwards; the rest may hold anything. Launches that may overlap need one
+// each.
 constexpr size_t kWorkspaceHeader = 256;
 size_t workspace_bytes(const DirectConfig& config);
 
@@ -65,7 +65,7 @@ cudaError_t correlate(const DirectProblem& problem, const DirectConfig& config, 
                       cudaStream_t stream);
 
 // W += lr * D / ||D||, `target` being W; nothing is written and `step.skipped` goes up where ||D|| is 0 or not finite.
-cudaError_t correlate_and_update(const DirectProblem& problem, const DirectConfig& config, const Target& target, const Step& step,
-                                 void* workspace, cudaStream_t stream);
+cudaError_t correlate_and_update(const DirectProblem& problem, const DirectConfig& config, const Target& target,
+                                 const Step& step, void* workspace, cudaStream_t stream);
 
 } // namespace localsgd::cuda

@@ -1,4 +1,5 @@
-// fp16, bf16 and fp32 in memory, fp32 in registers. CUDA's own fp16/bf16 headers are not used: NVRTC and the emulation lack them.
+// fp16, bf16 and fp32 in memory, fp32 in registers. CUDA's own fp16/bf16 headers are not used: NVRTC and the emulation lack
+// them.
 #pragma once
 
 #include "platform.cuh"
@@ -41,7 +42,9 @@ LOCALSGD_DEVICE unsigned float_to_half(float value) {
 }
 
 LOCALSGD_DEVICE float widen(unsigned bits, Element element) {
-    return element == Element::f32 ? __uint_as_float(bits) : element == Element::bf16 ? bfloat16_to_float(bits) : half_to_float(bits);
+    return element == Element::f32    ? __uint_as_float(bits)
+           : element == Element::bf16 ? bfloat16_to_float(bits)
+                                      : half_to_float(bits);
 }
 
 // Loads leave their bits as they are: a conversion right after a load would wait for it, and the main loops issue theirs one

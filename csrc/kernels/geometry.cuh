@@ -23,7 +23,7 @@ struct PatchRow {
     int i0, i1, i2;
 };
 struct alignas(16) PatchColumn {
-    int offset; // the launcher makes sure that it fits
+    int offset; // of the group and the channel as well; the launcher makes sure that it fits
     int t0, t1, t2;
 };
 
@@ -55,15 +55,15 @@ LOCALSGD_DEVICE void split_column(const Patches& p, unsigned column, unsigned& c
     tap[2] = rest;
 }
 
-LOCALSGD_DEVICE PatchColumn patch_column(const Patches& p, unsigned column) {
+LOCALSGD_DEVICE PatchColumn patch_column(const Patches& p, int group, unsigned column) {
     unsigned channel, tap[3];
     split_column(p, column, channel, tap);
     PatchColumn c;
     c.t0 = static_cast<int>(tap[0]) * p.dilation[0];
     c.t1 = static_cast<int>(tap[1]) * p.dilation[1];
     c.t2 = static_cast<int>(tap[2]) * p.dilation[2];
-    c.offset = static_cast<int>(channel) * p.channel_stride + c.t0 * p.space_stride[0] + c.t1 * p.space_stride[1] +
-               c.t2 * p.space_stride[2];
+    c.offset = group * p.group_stride + static_cast<int>(channel) * p.channel_stride + c.t0 * p.space_stride[0] +
+               c.t1 * p.space_stride[1] + c.t2 * p.space_stride[2];
     if (column >= static_cast<unsigned>(p.columns)) c.t0 = kOutside;
     return c;
 }

@@ -9,7 +9,8 @@ using uint64 = unsigned long long;
 // Known at run time: kernels branch on it uniformly, once per 16-byte load, instead of existing nine times.
 enum class Element : int { f16, bf16, f32 };
 
-// n / divisor for 0 <= n < 2^31 as one high multiplication (Granlund and Montgomery 1994): a division costs some 20 instructions.
+// n / divisor for 0 <= n < 2^31 as one high multiplication (Granlund and Montgomery 1994): a division costs some 20
+// instructions.
 struct FastDiv {
     unsigned divisor = 1, multiplier = 1, shift = 0;
 };
@@ -29,7 +30,7 @@ struct Patches {
     int positions; // rows: batch * output positions
     int columns;   // channels per group * taps
     int64 batch_stride;
-    int64 group_stride; // channels per group * channel_stride
+    int group_stride; // channels per group * channel_stride
     int channel_stride;
     int space_stride[3];
     // position -> (image, p0, p1, p2); with `flat` there is a single spatial dimension

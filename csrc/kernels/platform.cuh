@@ -12,7 +12,7 @@
 
 // One object of a block's shared memory; no constructors run.
 #if defined(LOCALSGD_EMULATION)
-#define LOCALSGD_SHARED(type, name)            \
+#define LOCALSGD_SHARED(type, name)               \
     static constexpr char name##_declaration = 0; \
     auto& name = emulation::static_shared<type>(&name##_declaration)
 #define LOCALSGD_DYNAMIC_SHARED(name) unsigned char* const name = emulation::dynamic_shared()

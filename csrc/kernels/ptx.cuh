@@ -1,5 +1,6 @@
-// Instructions that C++ has no words for, each under one name with its emulated twin. PTX ISA, "cp.async" and "Warp-level matrix
-// instructions". A function exists only where its instruction does; LOCALSGD_ARCH is the architecture being compiled for.
+// Instructions that C++ has no words for, each under one name with its emulated twin. PTX ISA, "cp.async" and "Warp-level
+// matrix instructions". A function exists only where its instruction does; LOCALSGD_ARCH is the architecture being compiled
+// for.
 #pragma once
 
 #include "platform.cuh"
@@ -64,7 +65,8 @@ LOCALSGD_DEVICE void cp_async16(void* to, const void* from, bool valid = true) {
 #if defined(LOCALSGD_EMULATION)
     emulation::copy_async(to, from, valid ? 16 : 0, 16);
 #else
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
 #endif
 }
 

@@ -27,7 +27,8 @@ LOCALSGD_DEVICE float4* partial_quad(const Workspace& w, const TileGrid& grid, i
 }
 
 template <class T>
-LOCALSGD_DEVICE void store_partial(const Workspace& w, const TileGrid& grid, unsigned tile, int split, const float (&sum)[8][8]) {
+LOCALSGD_DEVICE void store_partial(const Workspace& w, const TileGrid& grid, unsigned tile, int split,
+                                   const float (&sum)[8][8]) {
 #pragma unroll
     for (int slot = 0; slot < T::kSlots; ++slot) {
         const float* s = &sum[slot / 2][slot % 2 * 4];
@@ -38,9 +39,8 @@ LOCALSGD_DEVICE void store_partial(const Workspace& w, const TileGrid& grid, uns
 LOCALSGD_DEVICE int64 target_offset(const Target& target, const Patches& x, int64 out_channel, int column) {
     unsigned channel, tap[3];
     split_column(x, column, channel, tap);
-    return out_channel * target.out_stride + channel * target.channel_stride +
-           tap[0] * target.tap_stride[0] + tap[1] * target.tap_stride[1] +
-           tap[2] * target.tap_stride[2];
+    return out_channel * target.out_stride + channel * target.channel_stride + tap[0] * target.tap_stride[0] +
+           tap[1] * target.tap_stride[1] + tap[2] * target.tap_stride[2];
 }
 
 // Calls visit(quad in the workspace, sums over the splits or not, out channel, first column, columns) for the quads that this
@@ -48,7 +48,8 @@ LOCALSGD_DEVICE int64 target_offset(const Target& target, const Patches& x, int6
 // meet in the shuffles.
 template <class T, bool kSum, class Visit>
 LOCALSGD_DEVICE void for_owned_quads(const Workspace& w, const TileGrid& grid, int m_size, int n_size, const Visit& visit) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(blockIdx.x * (T::kThreads / 32) + threadIdx.x / 32);
+    const int lane = static_cast<int>(threadIdx.x) % 32,
+              warp = static_cast<int>(blockIdx.x * (T::kThreads / 32) + threadIdx.x / 32);
     const int warps = static_cast<int>(gridDim.x) * (T::kThreads / 32);
     const int quads_a_warp = 32 / grid.sharers, sharer = lane / quads_a_warp;
     constexpr int kTileQuads = T::kElements / 4;
@@ -117,7 +118,8 @@ LOCALSGD_DEVICE void norm_and_write(const Workspace& w, const TileGrid& grid, co
         const float4 d = __ldcg(quad);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            if (i < count) add_scaled_at(target.data, target_offset(target, x, k, n + i), target.element, scale, component(d, i));
+            if (i < count)
+                add_scaled_at(target.data, target_offset(target, x, k, n + i), target.element, scale, component(d, i));
     });
 }
 

@@ -19,18 +19,18 @@ class Stage {
     static constexpr int kLoads = kStepPositions * kColumns / (kThreads * kWidth);
     static_assert(kLoads * kThreads * kWidth == kStepPositions * kColumns);
 
-public:
+  public:
     // `table`: the tile's columns, which all threads have written before a barrier.
     LOCALSGD_DEVICE Stage(const Patches& patches, const PatchColumn* table) : patches_(patches), table_(table) {}
 
-    LOCALSGD_DEVICE void load(int position, int end, int64 base) {
+    LOCALSGD_DEVICE void load(int position, int end) {
         if constexpr (kAccess == Access::channels4) {
             const PatchColumn column = table_[first_column()]; // again in every step: kept, it would take 4 registers
 #pragma unroll
             for (int i = 0; i < kLoads; ++i) {
                 const PatchRow row = patch_row(patches_, position + first_row() + i * kRowsApart, end);
                 bits4_[i] = inside(patches_, row, column)
-                                ? load_bits4(patches_.data, base + row.offset + column.offset, patches_.element)
+                                ? load_bits4(patches_.data, row.offset + column.offset, patches_.element)
                                 : make_uint4(0, 0, 0, 0);
             }
         } else {
@@ -39,7 +39,7 @@ public:
 #pragma unroll
             for (int i = 0; i < kLoads; ++i) {
                 const PatchColumn column = table_[first_column() + i * kColumnsApart];
-                const int64 at = base + row.offset + column.offset;
+                const int64 at = row.offset + column.offset;
                 const bool valid = inside(patches_, row, column);
                 if constexpr (kAccess == Access::positions4)
                     bits4_[i] = valid ? load_bits4(patches_.data, at, patches_.element) : make_uint4(0, 0, 0, 0);
@@ -53,7 +53,8 @@ public:
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
             if constexpr (kAccess == Access::channels4) {
-                *reinterpret_cast<float4*>(&slice[first_row() + i * kRowsApart][first_column()]) = widen4(bits4_[i], patches_.element);
+                *reinterpret_cast<float4*>(&slice[first_row() + i * kRowsApart][first_column()]) =
+                    widen4(bits4_[i], patches_.element);
             } else {
                 const int column = first_column() + i * kColumnsApart, row = first_row();
                 if constexpr (kAccess == Access::positions4) {
@@ -69,7 +70,7 @@ public:
         }
     }
 
-private:
+  private:
     // channels4: threads run along a row, then down; otherwise down (8 positions in 8 lanes, or 2 lanes of 4), then along.
     static constexpr int kDown = kStepPositions / (kAccess == Access::positions4 ? 4 : 1);
     static constexpr int kRowsApart = kThreads * 4 / kColumns;

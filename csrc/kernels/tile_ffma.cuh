@@ -38,8 +38,8 @@ struct FfmaStorage {
 };
 
 template <int kColumns, int kThreads>
-LOCALSGD_DEVICE void tabulate(PatchColumn (&table)[kColumns], const Patches& patches, int first) {
-    for (int i = static_cast<int>(threadIdx.x); i < kColumns; i += kThreads) table[i] = patch_column(patches, first + i);
+LOCALSGD_DEVICE void tabulate(PatchColumn (&table)[kColumns], const Patches& patches, int group, int first) {
+    for (int i = static_cast<int>(threadIdx.x); i < kColumns; i += kThreads) table[i] = patch_column(patches, group, first + i);
 }
 
 template <class T>
@@ -67,14 +67,13 @@ LOCALSGD_DEVICE void correlate_ffma(float (&sum)[8][8], FfmaStorage<T>& shared, 
     for (int i = 0; i < 8; ++i)
 #pragma unroll
         for (int j = 0; j < 8; ++j) sum[i][j] = 0;
-    tabulate<T::kM, T::kThreads>(shared.z_columns, z, first_m);
-    tabulate<T::kN, T::kThreads>(shared.x_columns, x, first_n);
+    tabulate<T::kM, T::kThreads>(shared.z_columns, z, group, first_m);
+    tabulate<T::kN, T::kThreads>(shared.x_columns, x, group, first_n);
     __syncthreads();
-    const int64 z_base = group * z.group_stride, x_base = group * x.group_stride;
     Stage<kZ, T::kM, T::kThreads> z_stage(z, shared.z_columns);
     Stage<kX, T::kN, T::kThreads> x_stage(x, shared.x_columns);
-    z_stage.load(begin, end, z_base);
-    x_stage.load(begin, end, x_base);
+    z_stage.load(begin, end);
+    x_stage.load(begin, end);
     z_stage.store(shared.z[0]);
     x_stage.store(shared.x[0]);
     __syncthreads();
@@ -82,8 +81,8 @@ LOCALSGD_DEVICE void correlate_ffma(float (&sum)[8][8], FfmaStorage<T>& shared, 
     for (int position = begin; position < end; position += kStepPositions) {
         const bool more = position + kStepPositions < end;
         if (more) {
-            z_stage.load(position + kStepPositions, end, z_base);
-            x_stage.load(position + kStepPositions, end, x_base);
+            z_stage.load(position + kStepPositions, end);
+            x_stage.load(position + kStepPositions, end);
         }
         multiply_slices<T>(sum, shared.z[current], shared.x[current]);
         if (more) {

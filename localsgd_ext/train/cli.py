@@ -16,8 +16,9 @@ from localsgd_ext.train import data as data_sets
 from localsgd_ext.train import models, progress, report, rundir
 from localsgd_ext.train import options as o
 from localsgd_ext.train.checkpoint import CheckpointError
-from localsgd_ext.train.config import RunConfig, resolve
+from localsgd_ext.train.config import DATA_SETS, RunConfig, resolve
 from localsgd_ext.train.loop import Trainer
+from localsgd_ext.train.presets import DEFAULT_MODELS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,8 +95,8 @@ def train(
 def compare(
     data: o.DataSet = None,
     model: o.Model = None,
-    methods: Annotated[str | None, typer.Option(help="Methods, comma-separated.  [default: sgd,freeze,local]")] = None,
-    seeds: Annotated[int | None, typer.Option(help="How many seeds, from --seed upwards.  [default: 1]")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, comma-separated (default: sgd,freeze,local).")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds, from --seed upwards (default: 1).")] = None,
     preset: o.Preset = None,
     out: o.Out = None,
     resume: o.Resume = False,
@@ -182,11 +183,11 @@ def _given(arguments: dict[str, Any], leave_out: tuple[str, ...]) -> dict[str, A
 
 
 def _new_config(flags: dict[str, Any]) -> RunConfig:
-    for name in ("data", "model"):
-        if name not in flags:
-            raise ValueError(f"--{name} is required")
+    if "data" not in flags:
+        raise ValueError(f"--data is required: one of {', '.join(DATA_SETS)}")
     flags = {"device": "cuda" if torch.cuda.is_available() else "cpu", **flags}
-    return resolve(flags.pop("data"), flags.pop("model"), flags.pop("method"), flags.pop("preset", None), **flags)
+    model = flags.pop("model", None) or DEFAULT_MODELS.get(flags["data"], "small_resnet")
+    return resolve(flags.pop("data"), model, flags.pop("method"), flags.pop("preset", None), **flags)
 
 
 def _resumed_comparison(out: Path, methods: str | None, seeds: int | None, flags: dict[str, Any]) -> comparing.Comparison:

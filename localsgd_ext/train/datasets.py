@@ -42,7 +42,7 @@ class Arrays:
 
 def _glyphs(config: RunConfig, log: Log) -> Arrays:
     _reject_image_size(config)
-    arrays = glyphs.load(config.train_size or 20000, config.test_size or 4000, seed=0, log=log)
+    arrays = glyphs.load(config.train_size or 6000, config.test_size or 2000, seed=0, log=log)
     return Arrays(*arrays, num_classes=26, crop=2)
 
 

@@ -29,6 +29,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.close(directory)
 
 
+def unfinished(directory: Path) -> list[Path]:
+    """Temporary files that a killed :func:`write_atomically` left in ``directory``."""
+    return list(directory.glob(".*.*.tmp"))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -6,6 +6,7 @@ built with, and a data set can be told by its checksum.
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ def masters(faces: tuple[Face, ...]) -> npt.NDArray[np.float32]:
     return np.stack([_face_masters(face) for face in faces])
 
 
+@functools.cache
 def _face_masters(face: Face) -> npt.NDArray[np.float32]:
     import matplotlib
     from fontTools.ttLib import TTFont

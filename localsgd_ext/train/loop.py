@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import math
+import os
 import random
 import time
 import warnings
@@ -98,6 +100,8 @@ class Trainer:
             "epoch": number,
             "boundary": boundary,
             "num_layers": self.num_layers,
+            "train_images": self.data.train_size,
+            "test_images": self.data.test_size,
             "train_loss": _finite(loss),
             "test_loss": _finite(test_loss),
             "test_accuracy": test_accuracy,
@@ -202,8 +206,6 @@ class Trainer:
         """Write the summary and the trained weights (``model.pt``, a plain state dict); take the hooks off."""
         if self.local:
             self.local.remove()
-        import io
-
         buffer = io.BytesIO()
         torch.save(self.model.state_dict(), buffer)
         write_atomically(self.directory.path / "model.pt", buffer.getvalue())
@@ -221,6 +223,7 @@ class Trainer:
     def _logged_warnings(self) -> Iterator[None]:
         """The library's warnings belong into the run's log, not only onto a screen nobody looks at."""
         with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
             yield
         for warning in caught:
             self.say(f"warning: {warning.message}")
@@ -259,6 +262,7 @@ def _set_determinism(config: RunConfig, device: torch.device) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
         torch.use_deterministic_algorithms(True)
 
 

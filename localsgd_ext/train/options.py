@@ -18,7 +18,9 @@ def _listed(values: tuple[str, ...] | dict[str, object]) -> str:
 
 
 DataSet = Annotated[str | None, typer.Option(help=f"Data set: {_listed(DATA_SETS)}.")]
-Model = Annotated[str | None, typer.Option(help=f"Network: {', '.join(MODELS)}, or timm:NAME.")]
+Model = Annotated[
+    str | None, typer.Option(help=f"Network: {', '.join(MODELS)}, or timm:NAME (default: one that suits the data).")
+]
 Method = Annotated[
     str | None,
     typer.Option(help=f"{_listed(METHODS)}: local updates the prefix by the Hebbian rule, freeze leaves it as it is."),
@@ -26,7 +28,7 @@ Method = Annotated[
 Preset = Annotated[
     str | None, typer.Option(help="paper: section 6.1's values for this data set and network; options override.")
 ]
-Out = Annotated[Path | None, typer.Option(help="Directory of the run; must be new or empty.  [default: under runs/]")]
+Out = Annotated[Path | None, typer.Option(help="Directory of the run; must be new or empty (default: under runs/).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out, bit for bit, from its last epoch.")]
 Seed = Annotated[int | None, typer.Option(help="First weights, order of the data, augmentation.")]
 
@@ -61,7 +63,7 @@ ImageSize = Annotated[int | None, typer.Option(help="Side in pixels (digits, fak
 Workers = Annotated[int | None, typer.Option(help="Processes that read imagenet.", rich_help_panel=_DATA)]
 
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ...  [default: cuda if there is one]", rich_help_panel=_MACHINE)
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: cuda if there is one).", rich_help_panel=_MACHINE)
 ]
 ChannelsLast = Annotated[bool | None, typer.Option("--channels-last/--no-channels-last", rich_help_panel=_MACHINE)]
 Amp = Annotated[str | None, typer.Option(help="Autocast: " + _listed(AMP) + ".", rich_help_panel=_MACHINE)]

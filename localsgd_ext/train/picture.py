@@ -9,23 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from localsgd_ext.train.config import METHODS
+from localsgd_ext.train.config import METHODS, RunConfig
 
 if TYPE_CHECKING:
     from localsgd_ext.train.report import Run
 
 # Okabe and Ito's palette: told apart with any colour vision; line styles and markers tell them apart in grey.
 _STYLE = {
-    "sgd": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
-    "freeze": {"color": "#E69F00", "linestyle": "--", "marker": "s"},
-    "local": {"color": "#009E73", "linestyle": "-", "marker": "^"},
-    "local-paper": {"color": "#CC79A7", "linestyle": "-.", "marker": "D"},
-}
-_NAMES = {
-    "sgd": "SGD",
-    "freeze": "frozen prefix",
-    "local": "local prefix (default rate)",
-    "local-paper": "local prefix (paper's rate)",
+    "sgd": {"color": "#0072B2", "linestyle": "-", "linewidth": 2.0, "marker": "o"},
+    "freeze": {"color": "#E69F00", "linestyle": "-", "linewidth": 4.5, "marker": "s"},  # wide: local often lies on top of it
+    "local": {"color": "#009E73", "linestyle": "-", "linewidth": 1.8, "marker": "^"},
+    "local-paper": {"color": "#CC79A7", "linestyle": "--", "linewidth": 1.8, "marker": "D"},
 }
 
 
@@ -35,34 +29,37 @@ def draw(runs: Sequence[Run], title: str) -> dict[str, bytes]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    figure = Figure(figsize=(15, 5.2), layout="constrained")
     FigureCanvasAgg(figure)  # no display is needed, and pyplot's global state is left alone
     time_axis, boundary_axis, memory_axis = figure.subplots(1, 3)
     methods = [m for m in METHODS if any(run.config.method == m for run in runs)]
     for method in methods:
         mine = [run for run in runs if run.config.method == method]
+        name = _name(mine[0].config)
         many = max(len(run.metrics) for run in mine) > 30
-        style = {**_STYLE[method], "markersize": 0 if many else 5, "linewidth": 2}
+        style = {**_STYLE[method], "markersize": 0 if many else 5}
         epochs = _series(mine, lambda m: m["epoch"])[0]
 
         accuracy = 100 * _series(mine, lambda m: m["test_accuracy"])
         seconds = _series(mine, lambda m: m["elapsed_train_seconds"]).mean(axis=0)
-        time_axis.plot(seconds, accuracy.mean(axis=0), label=_NAMES[method], **style)
+        time_axis.plot(seconds, accuracy.mean(axis=0), label=name, **style)
         if len(mine) > 1:
             time_axis.fill_between(seconds, accuracy.min(axis=0), accuracy.max(axis=0), color=style["color"], alpha=0.15, lw=0)
 
         # Methods that move alike would hide one another: each is drawn a little beside its place.
         beside = 0.06 * (methods.index(method) - (len(methods) - 1) / 2)
         boundary = _series(mine, lambda m: m["boundary"]).mean(axis=0)
-        boundary_axis.step(epochs, boundary + beside, where="mid", label=_NAMES[method], **style)
+        boundary_axis.step(epochs, boundary + beside, where="mid", label=name, **style)
 
         memory = _series(mine, lambda m: m["saved_activation_bytes"] / 2**20)
-        memory_axis.plot(epochs, memory.mean(axis=0), label=_NAMES[method], **style)
+        memory_axis.plot(epochs, memory.mean(axis=0), label=name, **style)
 
     layers = runs[0].last["num_layers"]
     seeds = len({run.config.seed for run in runs})
     shading = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
-    time_axis.set(xlabel="training time, seconds (without evaluation)", ylabel="test accuracy, %", ylim=(0, None))
+    time_axis.set(
+        xlabel="training time, seconds (without evaluation)", ylabel="test accuracy, %", xlim=(0, None), ylim=(0, None)
+    )
     time_axis.set_title(f"Accuracy over time ({shading})")
     boundary_axis.set(xlabel="epoch", ylabel=f"layers before the boundary (of {layers})", ylim=(-0.4, layers + 0.4))
     boundary_axis.axhline(layers, color="0.6", linewidth=1, linestyle=":")
@@ -75,7 +72,7 @@ def draw(runs: Sequence[Run], title: str) -> dict[str, bytes]:
         axis.spines[["top", "right"]].set_visible(False)
     for axis in (boundary_axis, memory_axis):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    time_axis.legend(loc="lower right")
+    figure.legend(*time_axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
     figure.suptitle(title, fontweight="bold")
 
     pictures = {}
@@ -84,6 +81,12 @@ def draw(runs: Sequence[Run], title: str) -> dict[str, bytes]:
         figure.savefig(buffer, format=suffix, dpi=130)
         pictures[suffix] = buffer.getvalue()
     return pictures
+
+
+def _name(config: RunConfig) -> str:
+    if config.method == "sgd":
+        return "SGD"
+    return "frozen prefix" if config.method == "freeze" else f"local prefix, learning rate {config.local_lr:g}"
 
 
 def _series(runs: Sequence[Run], value: Callable[[dict[str, Any]], float]) -> npt.NDArray[np.float64]:

@@ -54,8 +54,24 @@ PAPER: dict[tuple[str, str], Hyperparameters] = {
 _DEFAULT_LOCAL_LR = 1e-4  # a hundredth of the paper's: at 0.01 the filters collapse onto one direction
 
 DEFAULTS = Hyperparameters(
-    epochs=20, lr=0.05, lr_schedule="cosine", lr_step=30, lr_gamma=0.1, weight_decay=5e-4, local_lr=_DEFAULT_LOCAL_LR
+    epochs=10,
+    batch_size=32,
+    lr=0.01,
+    lr_schedule="cosine",
+    lr_step=30,
+    lr_gamma=0.1,
+    weight_decay=5e-4,
+    local_lr=_DEFAULT_LOCAL_LR,
 )
+
+DEFAULT_MODELS = {
+    "digits": "small_resnet",
+    "glyphs": "small_resnet",
+    "fake": "small_resnet",
+    "cifar10": "resnet18",
+    "cifar100": "resnet18",
+    "imagenet": "resnet50",
+}
 
 
 def paper(data: str, model: str) -> Hyperparameters:

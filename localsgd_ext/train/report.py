@@ -65,9 +65,12 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
     baseline = by_method.get(BASELINE, {})
     rows = [_row(method, by_method[method], baseline) for method in METHODS if method in by_method]
     first = runs[0]
-    about = ("data", "model", "epochs", "batch_size", "train_size", "test_size", "preset", "device", "amp", "channels_last")
+    about = ("data", "model", "epochs", "batch_size", "preset", "device", "amp", "channels_last")
     return {
-        "benchmark": {name: getattr(first.config, name) for name in about},
+        "benchmark": {
+            **{name: getattr(first.config, name) for name in about},
+            **{name: first.last[name] for name in ("train_images", "test_images")},
+        },
         "seeds": sorted({run.config.seed for run in runs}),
         "environment": {k: v for k, v in first.environment.items() if k != "command"},
         "methods": rows,
@@ -122,8 +125,8 @@ def table(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 def caption(summary: dict[str, Any]) -> str:
     """What was run on what, in one line."""
     b, e, seeds = summary["benchmark"], summary["environment"], summary["seeds"]
-    hardware = e["gpu"] or f"{e['cpu']}, {e['threads']} threads"
-    size = f"{b['train_size']} training pictures, " if b["train_size"] else ""
+    hardware = e["gpu"] or f"{e['cpu']}, {e['threads']} thread{'' if e['threads'] == 1 else 's'}"
+    size = f"{b['train_images']} training and {b['test_images']} test pictures, "
     preset = "the paper's hyper-parameters, " if b["preset"] else ""
     kernels = "compiled kernels" if e["compiled_kernels"] else "PyTorch reference (no compiled kernels)"
     commit = f", commit {e['git_commit'][:9]}{'+' if e['git_commit'].endswith('+') else ''}" if e["git_commit"] else ""

@@ -8,7 +8,7 @@ from typing import Any
 
 from localsgd_ext.train import environment
 from localsgd_ext.train.config import RunConfig, differences
-from localsgd_ext.train.files import append_json_line, read_json, read_json_lines, write_json, write_json_lines
+from localsgd_ext.train.files import append_json_line, read_json, read_json_lines, unfinished, write_json, write_json_lines
 
 CONFIG, ENVIRONMENT, LOG, METRICS, SUMMARY = "config.json", "environment.json", "log.txt", "metrics.jsonl", "summary.json"
 
@@ -30,6 +30,8 @@ class RunDirectory:
     def __init__(self, path: Path, config: RunConfig, *, resume: bool) -> None:
         self.path, self.config = path, config
         if resume:
+            for leftover in unfinished(path):
+                leftover.unlink()
             changed = differences(read_config(path), config)
             if changed:
                 raise ValueError(f"--resume: the run in {path} was started with other options: {'; '.join(changed)}")
@@ -90,7 +92,7 @@ def epochs_done(path: Path) -> int:
 
 def require_empty(path: Path) -> None:
     """Raises ``ValueError`` if ``path`` exists and holds anything."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or set(path.iterdir()) - set(unfinished(path))):
         raise ValueError(
             f"--out {path} exists and is not empty: choose another directory, or continue the run in it with --resume"
         )

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "cpu/elements.h"
 #include "emulation/guarded.h"
 #include "geometry.h"
@@ -22,21 +23,9 @@ struct Case {
     Geometry geometry;
 };
 
-inline Case layer(const char* name, int64_t batch, int64_t in, int64_t out, Triple input, Triple kernel, Triple stride = {1, 1, 1},
-                  Triple pad = {0, 0, 0}, Triple dilation = {1, 1, 1}, int64_t groups = 1) {
-    Geometry g;
-    g.dims = 3;
-    g.batch = batch;
-    g.in_channels = in;
-    g.out_channels = out;
-    g.groups = groups;
-    g.input = input;
-    g.kernel = kernel;
-    g.stride = stride;
-    g.pad = pad;
-    g.dilation = dilation;
-    for (int d = 0; d < 3; ++d) g.output[d] = (input[d] + 2 * pad[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;
-    return {name, g};
+inline Case layer(const char* name, int64_t batch, int64_t in, int64_t out, Triple input, Triple kernel,
+                  Triple stride = {1, 1, 1}, Triple pad = {0, 0, 0}, Triple dilation = {1, 1, 1}, int64_t groups = 1) {
+    return {name, test::geometry(batch, in, out, groups, input, kernel, stride, dilation, pad)};
 }
 
 inline std::vector<Case> cases() {
@@ -67,7 +56,9 @@ inline std::vector<Case> cases() {
 inline Case every_access() { return layer("every access", 2, 136, 132, {1, 4, 5}, {1, 1, 1}); }
 
 enum class Layout { nchw, nhwc, sliced };
-inline const char* name_of(Layout layout) { return layout == Layout::nchw ? "NCHW" : layout == Layout::nhwc ? "NHWC" : "sliced"; }
+inline const char* name_of(Layout layout) {
+    return layout == Layout::nchw ? "NCHW" : layout == Layout::nhwc ? "NHWC" : "sliced";
+}
 
 using Shape = std::array<int64_t, 5>; // N, C, D, H, W
 
@@ -88,10 +79,10 @@ inline std::vector<float> random(int64_t count, unsigned seed) {
     return values;
 }
 
-// Random values of some dtype and layout in guarded memory; `sliced`: every second element of rows twice as long, so that no two
-// are neighbours and the gaps hold NaN.
+// Random values of some dtype and layout in guarded memory; `sliced`: every second element of rows twice as long, so that no
+// two are neighbours and the gaps hold NaN.
 class Tensor {
-public:
+  public:
     Tensor(const Shape& shape, Kind kind, Layout layout, emulation::Flush flush, unsigned seed)
         : shape_(shape), kind_(kind), memory_(extent(shape, layout) * static_cast<size_t>(localsgd::kind_size(kind)), flush) {
         const int64_t c = shape[1], w = shape[4], hw = shape[3] * w, dhw = shape[2] * hw;
@@ -135,7 +126,7 @@ public:
         return values;
     }
 
-private:
+  private:
     static size_t extent(const Shape& s, Layout layout) {
         const int64_t count = s[0] * s[1] * s[2] * s[3] * s[4];
         return static_cast<size_t>(layout == Layout::sliced && count ? 2 * count - 1 : count);

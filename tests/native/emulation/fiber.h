@@ -22,7 +22,7 @@ constexpr size_t kStackBytes = 128 << 10;
 
 // Memory for the stacks of one block's threads; pages that no thread touches are never backed.
 class Stacks {
-public:
+  public:
     explicit Stacks(size_t count) : bytes_(count * kStackBytes) {
         void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) std::abort();
@@ -33,7 +33,7 @@ public:
     ~Stacks() { munmap(memory_, bytes_); }
     char* operator[](size_t i) const { return memory_ + i * kStackBytes; }
 
-private:
+  private:
     size_t bytes_;
     char* memory_;
 };
@@ -67,7 +67,7 @@ localsgd_emulation_switch:
 
 // A place in some stack where execution can go on. The address sanitizer is told of every switch: it tracks stacks itself.
 class Context {
-public:
+  public:
     // The caller's own stack; it becomes valid with the first switch away from it.
     Context() = default;
 
@@ -118,7 +118,7 @@ public:
         (void)fake;
     }
 
-private:
+  private:
     const void* stack_ = nullptr;
     size_t size_ = 0;
     void* fake_ = nullptr;

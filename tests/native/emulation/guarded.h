@@ -14,11 +14,11 @@ namespace emulation {
 enum class Flush { end, begin };
 
 // A buffer whose end (or beginning) lies against an unmapped page, so that reading or writing past it crashes. Alignment to 16
-// bytes and the other side leave room for a guard zone of NaN, which `intact()` checks for writes, and which a stray read brings
-// into the result. Fresh contents are NaN.
+// bytes and the other side leave room for a guard zone of NaN, which `intact()` checks for writes, and which a stray read
+// brings into the result. Fresh contents are NaN.
 template <class T>
 class Guarded {
-public:
+  public:
     explicit Guarded(size_t count, Flush flush = Flush::end) : count_(count) {
         const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), bytes = count * sizeof(T);
         const size_t aligned = (bytes + 15) / 16 * 16;
@@ -45,18 +45,20 @@ public:
     const T& operator[](size_t i) const { return data_[i]; }
     std::vector<T> values() const { return std::vector<T>(data_, data_ + count_); }
 
-    bool intact() const {
+    bool intact(bool report = true) const {
         const auto* begin = reinterpret_cast<const unsigned char*>(data_);
         const auto* end = begin + count_ * sizeof(T);
         for (const unsigned char* p = zone_; p < zone_ + inner_; ++p)
             if ((p < begin || p >= end) && *p != 0xff) {
-                std::fprintf(stderr, "guard zone overwritten %td bytes from a buffer of %zu bytes\n", p - begin, count_ * sizeof(T));
+                if (report)
+                    std::fprintf(stderr, "guard zone overwritten %td bytes from a buffer of %zu bytes\n", p - begin,
+                                 count_ * sizeof(T));
                 return false;
             }
         return true;
     }
 
-private:
+  private:
     static constexpr size_t kZone = 256;
     size_t count_, inner_ = 0, mapped_ = 0;
     unsigned char *base_ = nullptr, *zone_ = nullptr;

@@ -23,11 +23,11 @@
 namespace emulation {
 
 struct Options {
-    unsigned seed = 0;          // 0: threads and blocks in order; otherwise both are shuffled
+    unsigned seed = 0; // 0: threads and blocks in order; otherwise both are shuffled
     unsigned multiprocessors = 2;
     unsigned blocks_per_multiprocessor = 2;
-    bool cooperative = true;    // whether the device has cooperative launches
-    double hang_seconds = 120;  // a block that only spins for so long is hung
+    bool cooperative = true;   // whether the device has cooperative launches
+    double hang_seconds = 120; // a block that only spins for so long is hung
 };
 inline Options& options() {
     static Options value;
@@ -52,8 +52,8 @@ struct Thread {
     uint3 index{};
     unsigned lane = 0, warp = 0;
     bool done = false;
-    const char* waiting = nullptr;                // what for
-    std::vector<AsyncCopy> open;                  // cp.async issued since the last commit
+    const char* waiting = nullptr;                 // what for
+    std::vector<AsyncCopy> open;                   // cp.async issued since the last commit
     std::vector<std::vector<AsyncCopy>> committed; // oldest group first
 };
 
@@ -78,8 +78,8 @@ struct Block {
     Context scheduler;
     unsigned current = 0, alive = 0, arrived = 0;
     uint64_t generation = 0;
-    uint64_t progress = 0;  // anything that happened
-    bool spinning = false;  // some thread waits for another block
+    uint64_t progress = 0; // anything that happened
+    bool spinning = false; // some thread waits for another block
 };
 
 inline thread_local Block* running = nullptr;
@@ -134,23 +134,25 @@ inline void block_barrier() {
 }
 
 // All live lanes of a warp meet in one operation, each with a message that the others may read until the next operation.
-inline const unsigned char (*warp_exchange(const char* operation, unsigned mask, const void* message, size_t bytes))[kMessageBytes] {
-    Thread& t = self();
-    Warp& w = running->warps[t.warp];
-    if ((mask & w.live) != w.live) fail("%s with mask %08x, but lanes %08x are alive", operation, mask, w.live);
-    if (w.operation && std::strcmp(w.operation, operation) != 0) fail("%s while other lanes are at %s", operation, w.operation);
-    w.operation = operation;
-    const uint64_t generation = w.generation;
-    auto* mail = w.mail[generation & 1];
-    if (bytes) std::memcpy(mail[t.lane], message, bytes);
-    ++w.arrived;
-    ++running->progress;
-    release_warp_if_complete(w);
-    t.waiting = operation;
-    while (w.generation == generation) yield();
-    t.waiting = nullptr;
-    return mail;
-}
+inline const unsigned char (*warp_exchange(const char* operation, unsigned mask, const void* message, size_t bytes))
+    [kMessageBytes] {
+        Thread& t = self();
+        Warp& w = running->warps[t.warp];
+        if ((mask & w.live) != w.live) fail("%s with mask %08x, but lanes %08x are alive", operation, mask, w.live);
+        if (w.operation && std::strcmp(w.operation, operation) != 0)
+            fail("%s while other lanes are at %s", operation, w.operation);
+        w.operation = operation;
+        const uint64_t generation = w.generation;
+        auto* mail = w.mail[generation & 1];
+        if (bytes) std::memcpy(mail[t.lane], message, bytes);
+        ++w.arrived;
+        ++running->progress;
+        release_warp_if_complete(w);
+        t.waiting = operation;
+        while (w.generation == generation) yield();
+        t.waiting = nullptr;
+        return mail;
+    }
 
 // In a loop that waits for another block.
 inline void backoff() {

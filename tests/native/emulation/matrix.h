@@ -65,13 +65,14 @@ struct HalfBits {
     static float value(uint32_t bits) {
         const uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023;
         const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                                : exponent    ? std::ldexp(1.0f + mantissa / 1024.0f, static_cast<int>(exponent) - 15)
-                                              : std::ldexp(mantissa / 1024.0f, -14);
+                                : exponent     ? std::ldexp(1.0f + mantissa / 1024.0f, static_cast<int>(exponent) - 15)
+                                               : std::ldexp(mantissa / 1024.0f, -14);
         return bits & 0x8000 ? -magnitude : magnitude;
     }
 };
 
-// Matrix products by whole fragments: `a_at(lanes, row, k)` and `b_at(lanes, k, column)` find an element in the lanes' registers.
+// Matrix products by whole fragments: `a_at(lanes, row, k)` and `b_at(lanes, k, column)` find an element in the lanes'
+// registers.
 template <int kK, class Fragment, class AAt, class BAt>
 inline void multiply(const char* operation, float (&d)[4], const Fragment& mine, const AAt& a_at, const BAt& b_at) {
     static_assert(sizeof(Fragment) <= kMessageBytes);
@@ -92,7 +93,8 @@ struct Registers {
     uint32_t a[kA], b[kB];
 };
 
-// 16-bit elements, two a register. A: lane 4*(row%8) + (k%8)/2, register (row/8) + 2*(k/8). B: lane 4*column + (k%8)/2, register k/8.
+// 16-bit elements, two a register. A: lane 4*(row%8) + (k%8)/2, register (row/8) + 2*(k/8). B: lane 4*column + (k%8)/2,
+// register k/8.
 template <class Bits, int kK>
 inline void mma_16bit(float (&d)[4], const uint32_t (&a)[kK / 4], const uint32_t (&b)[kK / 8]) {
     using Fragment = Registers<kK / 4, kK / 8>;
@@ -115,7 +117,8 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     std::memcpy(mine.b, b, sizeof(b));
     const auto value = [](uint32_t bits) { return emulated_bit_cast<float>(bits & 0xffffe000u); };
     multiply<8>(
-        "mma", d, mine, [&](const Fragment* f, int row, int k) { return value(f[4 * (row % 8) + k % 4].a[row / 8 + 2 * (k / 4)]); },
+        "mma", d, mine,
+        [&](const Fragment* f, int row, int k) { return value(f[4 * (row % 8) + k % 4].a[row / 8 + 2 * (k / 4)]); },
         [&](const Fragment* f, int k, int column) { return value(f[4 * column + k % 4].b[k / 4]); });
 }
 

@@ -18,7 +18,8 @@ inline cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrCooperativeLaunch ? emulation::options().cooperative : int(emulation::options().multiprocessors);
+    *value = attribute == cudaDevAttrCooperativeLaunch ? emulation::options().cooperative
+                                                       : int(emulation::options().multiprocessors);
     return cudaSuccess;
 }
 template <class Kernel>

@@ -40,7 +40,8 @@ struct Memory {
     Target weight_target, d_target;
 
     Memory(const Case& c, Kind x_kind, Kind z_kind, Layout layout, Flush flush)
-        : x(layers::input(c), x_kind, layout, flush, 1), z(layers::output(c), z_kind, layout, flush, 2),
+        : x(layers::input(c), x_kind, layout, flush, 1),
+          z(layers::output(c), z_kind, layout, flush, 2),
           weight(layers::random(c.geometry.out_channels * c.geometry.patch(), 3), flush),
           d(static_cast<size_t>(c.geometry.out_channels * c.geometry.patch()), flush) {
         const Geometry& g = c.geometry;
@@ -83,8 +84,8 @@ double error_of(const Guarded<float>& d, const std::vector<double>& oracle) {
 // Sums of n products of about unit size, added in fp32 by runs: rounding errors grow as a random walk.
 constexpr double kTolerance = 2e-6;
 
-void check_weight(const Memory& m, const Case& c, const std::vector<float>& before, const std::vector<double>& oracle, double lr,
-                  const char* what) {
+void check_weight(const Memory& m, const Case& c, const std::vector<float>& before, const std::vector<double>& oracle,
+                  double lr, const std::string& what) {
     const Geometry& g = c.geometry;
     double norm = 0, worst = 0;
     for (const double v : oracle) norm += v * v;
@@ -96,7 +97,7 @@ void check_weight(const Memory& m, const Case& c, const std::vector<float>& befo
             const size_t i = m.weight_index(k, j / taps, t);
             worst = std::max(worst, std::fabs(m.weight[i] - (before[i] + lr * oracle[k * g.patch() + j] / norm)));
         }
-    EXPECT_IN(what, worst <= 1e-6); // half an ulp of |W| < 8, and D's own error
+    CHECK_THAT(worst <= 1e-6, what); // half an ulp of |W| < 8, and D's own error
 }
 
 void run_case(const Case& c, Kind x_kind, Kind z_kind, Layout layout, unsigned seed, int splits) {
@@ -104,7 +105,7 @@ void run_case(const Case& c, Kind x_kind, Kind z_kind, Layout layout, unsigned s
     const Flush flush = seed % 2 ? Flush::begin : Flush::end;
     Memory m(c, x_kind, z_kind, layout, flush);
     const std::vector<double> oracle = layers::correlation(c.geometry, m.x, m.z);
-    EXPECT(unsupported(m.problem) == nullptr);
+    CHECK(unsupported(m.problem) == nullptr);
     DirectConfig config = get_best_config(m.problem, kChip);
     if (splits > 0) { // other than the chosen number, to see more splits than blocks, and none
         config.splits = splits;
@@ -115,10 +116,10 @@ void run_case(const Case& c, Kind x_kind, Kind z_kind, Layout layout, unsigned s
     const std::string what = std::string(c.name) + " " + kind_name(x_kind) + "/" + kind_name(z_kind) + " " +
                              layers::name_of(layout) + ": " + config.text();
     m.make_workspace(config);
-    EXPECT_IN(what.c_str(), cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess);
-    EXPECT_IN(what.c_str(), m.intact());
+    CHECK_THAT(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess, what);
+    CHECK_THAT(m.intact(), what);
     const double error = error_of(m.d, oracle);
-    if (!EXPECT_IN(what.c_str(), error <= kTolerance)) std::fprintf(stderr, "    error %g\n", error);
+    CHECK_THAT(error <= kTolerance, what + ": error " + std::to_string(error));
 
     // Twice with the workspace as the last launch left it, the rate once from the host and once from the device.
     const float rate = -0.5f;
@@ -130,22 +131,23 @@ void run_case(const Case& c, Kind x_kind, Kind z_kind, Layout layout, unsigned s
         if (repeat) step.rate.device_float = &rate;
         step.skipped = skipped.data();
         const std::vector<float> before = m.weight.values();
-        EXPECT_IN(what.c_str(), correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess);
-        EXPECT_IN(what.c_str(), m.intact() && skipped.intact());
+        CHECK_THAT(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess,
+                   what);
+        CHECK_THAT(m.intact() && skipped.intact(), what);
         double norm = 0;
         for (const double v : oracle) norm += v * v;
-        EXPECT_IN(what.c_str(), skipped[0] == (norm > 0 ? 7u : 8u));
+        CHECK_THAT(skipped[0] == (norm > 0 ? 7u : 8u), what);
         if (norm > 0)
             check_weight(m, c, before, oracle, repeat ? rate : 0.25, what.c_str());
         else
-            EXPECT_IN(what.c_str(), std::memcmp(before.data(), m.weight.data(), before.size() * sizeof(float)) == 0);
+            CHECK_THAT(std::memcmp(before.data(), m.weight.data(), before.size() * sizeof(float)) == 0, what);
     }
     // Without cooperative launches, and in another order of blocks and threads: the same bits.
     const std::vector<float> d = m.d.values();
     use(seed + 17, false);
     config.cooperative = false;
-    EXPECT_IN(what.c_str(), cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess);
-    EXPECT_IN(what.c_str(), m.intact() && std::memcmp(d.data(), m.d.data(), d.size() * sizeof(float)) == 0);
+    CHECK_THAT(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess, what);
+    CHECK_THAT(m.intact() && std::memcmp(d.data(), m.d.data(), d.size() * sizeof(float)) == 0, what);
 }
 
 // A batch that holds NaN or Inf, or whose correlation is zero, must not move the weight, and the next one must.
@@ -166,12 +168,12 @@ void test_bad_batches() {
             m.z.fill(0);
         else
             m.z.set(m.z.size() / 2, poison);
-        EXPECT(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess);
-        EXPECT(skipped[0] == 1);
-        EXPECT(std::memcmp(before.data(), m.weight.data(), before.size() * sizeof(float)) == 0);
+        CHECK(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess);
+        CHECK(skipped[0] == 1);
+        CHECK(std::memcmp(before.data(), m.weight.data(), before.size() * sizeof(float)) == 0);
         for (size_t i = 0; i < good_z.size(); ++i) m.z.set(i, good_z[i]);
-        EXPECT(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess);
-        EXPECT(skipped[0] == 1);
+        CHECK(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess);
+        CHECK(skipped[0] == 1);
         check_weight(m, c, before, layers::correlation(c.geometry, m.x, m.z), 0.1, "after a bad batch");
     }
 }
@@ -192,15 +194,15 @@ void test_half_weights() {
         const std::vector<float> before = weight.floats();
         Step step;
         step.rate.value = 3;
-        EXPECT(correlate_and_update(m.problem, config, target, step, m.workspace->data(), nullptr) == cudaSuccess);
+        CHECK(correlate_and_update(m.problem, config, target, step, m.workspace->data(), nullptr) == cudaSuccess);
         double norm = 0, worst = 0;
         for (const double v : oracle) norm += v * v;
         for (size_t i = 0; i < oracle.size(); ++i) {
             const double expected = before[i] + 3 * oracle[i] / std::sqrt(norm);
             worst = std::max(worst, std::fabs(weight.floats()[i] - expected) / std::max(0.1, std::fabs(expected)));
         }
-        EXPECT(worst <= (kind == Kind::f16 ? 0.51 / 1024 : 0.51 / 128)); // rounded once
-        EXPECT(weight.intact());
+        CHECK(worst <= (kind == Kind::f16 ? 0.51 / 1024 : 0.51 / 128)); // rounded once
+        CHECK(weight.intact());
     }
 }
 
@@ -212,11 +214,10 @@ void test_fast_div() {
         const unsigned any = random() & 0x7fffffff;
         for (const unsigned n : {0u, by - 1, by, any, any / by * by, any / by * by - 1 + !(any / by), 0x7fffffffu})
             if (quotient(n, fast_div(by)) != n / by) {
-                EXPECT(!"quotient");
+                CHECK_THAT(false, std::to_string(n) + " / " + std::to_string(by));
                 return;
             }
     }
-    EXPECT(true);
 }
 
 void test_configurations() {
@@ -231,18 +232,18 @@ void test_configurations() {
     p.x = p.z = {nullptr, Kind::bf16, {56 * 56 * 64, 1, {56 * 56 * 64, 56 * 64, 64}}};
     DirectConfig c = get_best_config(p, big);
     std::printf("  %s\n", c.text().c_str());
-    EXPECT(c.z_access == Access::channels4 && c.x_access == Access::channels4);
-    EXPECT(c.tile_m == 64 && c.blocks >= 132 && int64_t{c.splits} * c.split_positions >= p.geometry.positions());
+    CHECK(c.z_access == Access::channels4 && c.x_access == Access::channels4);
+    CHECK(c.tile_m == 64 && c.blocks >= 132 && int64_t{c.splits} * c.split_positions >= p.geometry.positions());
     p.x.strides = p.z.strides = {56 * 56 * 64, 56 * 56, {56 * 56, 56, 1}};
     c = get_best_config(p, big);
-    EXPECT(c.z_access == Access::positions4 && c.x_access == Access::scalar);
+    CHECK(c.z_access == Access::positions4 && c.x_access == Access::scalar);
     p.geometry.batch = 1 << 20;
-    EXPECT(unsupported(p) != nullptr);
+    CHECK(unsupported(p) != nullptr);
     p.geometry.batch = 1;
     p.x.strides.channel = int64_t{1} << 31;
-    EXPECT(unsupported(p) != nullptr);
+    CHECK(unsupported(p) != nullptr);
     p.x.kind = Kind::f64;
-    EXPECT(unsupported(p) != nullptr);
+    CHECK(unsupported(p) != nullptr);
 }
 
 // Tiles are chosen by shape; every one of them, with every pair of accesses, has to have run.
@@ -254,7 +255,7 @@ void test_every_kernel() {
         const bool planes = v.z == Access::positions4;
         Memory m(c, Kind::f32, Kind::f32, planes ? Layout::nchw : Layout::nhwc, Flush::end);
         DirectConfig config = get_best_config(m.problem, kChip);
-        EXPECT(config.z_access == (planes ? Access::positions4 : Access::channels4) && config.x_access == config.z_access);
+        CHECK(config.z_access == (planes ? Access::positions4 : Access::channels4) && config.x_access == config.z_access);
         config.kernel = kernel;
         config.tile_m = v.tile_m;
         config.tile_n = v.tile_n;
@@ -268,9 +269,9 @@ void test_every_kernel() {
         config.sharers = 2;
         config.blocks = std::min(6, config.tiles * 3);
         m.make_workspace(config);
-        EXPECT(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess);
-        EXPECT_IN(config.text().c_str(), m.intact());
-        EXPECT_IN(config.text().c_str(), error_of(m.d, layers::correlation(c.geometry, m.x, m.z)) <= kTolerance);
+        CHECK(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess);
+        CHECK_THAT(m.intact(), config.text());
+        CHECK_THAT(error_of(m.d, layers::correlation(c.geometry, m.x, m.z)) <= kTolerance, config.text());
     }
 }
 
@@ -291,5 +292,5 @@ int main() {
         }
     test_bad_batches();
     test_half_weights();
-    return check::summary("cuda_direct");
+    return test::finish("test_cuda_direct");
 }

@@ -26,7 +26,8 @@ struct Weights {
         for (size_t i = 0; i < sizes.size(); ++i) {
             const Kind kind = kinds[i % 3];
             const Flush flush = i % 2 ? Flush::end : Flush::begin;
-            weights.push_back(std::make_unique<layers::Tensor>(layers::Shape{sizes[i], 1, 1, 1, 1}, kind, layers::Layout::nchw, flush, i));
+            weights.push_back(
+                std::make_unique<layers::Tensor>(layers::Shape{sizes[i], 1, 1, 1, 1}, kind, layers::Layout::nchw, flush, i));
             correlations.push_back(std::make_unique<Guarded<float>>(layers::random(sizes[i] + shift, 100 + i), flush));
             const Element element = kind == Kind::f32 ? Element::f32 : kind == Kind::bf16 ? Element::bf16 : Element::f16;
             items.push_back({weights[i]->data(), element, correlations[i]->data() + shift, sizes[i]});
@@ -56,7 +57,7 @@ void run(const std::vector<int64_t>& sizes, unsigned seed, bool cooperative, boo
     const int count = static_cast<int>(sizes.size());
     if (bad >= 0) (*w.correlations[bad])[sizes[bad] / 2 + shift] = seed % 2 ? std::nanf("") : -HUGE_VALF;
     ApplyChip chip;
-    EXPECT(query_chip(chip) == cudaSuccess && chip.cooperative == cooperative && chip.blocks > 0);
+    CHECK(query_chip(chip) == cudaSuccess && chip.cooperative == cooperative && chip.blocks > 0);
     Guarded<unsigned char> workspace(apply_workspace_bytes(w.items.data(), count));
     std::memset(workspace.data(), 0, 256);
     Guarded<uint64> skipped(sizes.size());
@@ -70,19 +71,19 @@ void run(const std::vector<int64_t>& sizes, unsigned seed, bool cooperative, boo
         rate[0] = repeat == 1 ? 0.75 : -0.125;
         std::vector<std::vector<float>> before;
         for (const auto& t : w.weights) before.push_back(t->floats());
-        EXPECT(apply_update(w.items.data(), count, step, 1, chip, workspace.data(), nullptr) == cudaSuccess);
-        EXPECT(w.intact() && workspace.intact() && skipped.intact());
+        CHECK(apply_update(w.items.data(), count, step, 1, chip, workspace.data(), nullptr) == cudaSuccess);
+        CHECK(w.intact() && workspace.intact() && skipped.intact());
         for (size_t i = 0; i < sizes.size(); ++i) {
             const double norm = w.norm(i);
             const bool good = std::isfinite(norm) && norm > 0;
-            EXPECT(skipped[i] == 10 * i + (good ? 0 : repeat));
+            CHECK(skipped[i] == 10 * i + (good ? 0 : repeat));
             const std::vector<float> after = w.weights[i]->floats();
             double worst = 0;
             for (size_t j = 0; j < after.size(); ++j) {
                 const double expected = before[i][j] + (good ? rate[0] * w.items[i].d[j] / (normalize ? norm : 1) : 0);
                 worst = std::max(worst, std::fabs(after[j] - expected) / std::max(std::fabs(expected), 0.01));
             }
-            EXPECT(good ? worst <= 1.001 * unit(w.items[i].element) : after == before[i]);
+            CHECK(good ? worst <= 1.001 * unit(w.items[i].element) : after == before[i]);
         }
     }
 }
@@ -95,16 +96,16 @@ void test_extreme_norms() {
         for (size_t j = 0; j < 129; ++j) (*w.correlations[0])[j] = size;
         const std::vector<float> before = w.weights[0]->floats();
         ApplyChip chip;
-        EXPECT(query_chip(chip) == cudaSuccess);
+        CHECK(query_chip(chip) == cudaSuccess);
         Guarded<unsigned char> workspace(apply_workspace_bytes(w.items.data(), 1));
         std::memset(workspace.data(), 0, 256);
         Step step;
         step.rate.value = 1;
-        EXPECT(apply_update(w.items.data(), 1, step, 0, chip, workspace.data(), nullptr) == cudaSuccess);
+        CHECK(apply_update(w.items.data(), 1, step, 0, chip, workspace.data(), nullptr) == cudaSuccess);
         const std::vector<float> after = w.weights[0]->floats();
         double worst = 0;
         for (size_t j = 0; j < 129; ++j) worst = std::max(worst, std::fabs(after[j] - before[j] - 1 / std::sqrt(129.0)));
-        EXPECT(worst < 5e-7);
+        CHECK(worst < 5e-7);
     }
 }
 
@@ -113,7 +114,7 @@ void test_shared_counter() {
     Weights w({5, 0, 7, 3});
     for (int j = 0; j < 7; ++j) (*w.correlations[2])[j] = 0;
     ApplyChip chip;
-    EXPECT(query_chip(chip) == cudaSuccess);
+    CHECK(query_chip(chip) == cudaSuccess);
     Guarded<unsigned char> workspace(apply_workspace_bytes(w.items.data(), 4));
     std::memset(workspace.data(), 0, 256);
     Guarded<uint64> skipped(1);
@@ -121,8 +122,8 @@ void test_shared_counter() {
     Step step;
     step.rate.value = 1;
     step.skipped = skipped.data();
-    EXPECT(apply_update(w.items.data(), 4, step, 0, chip, workspace.data(), nullptr) == cudaSuccess);
-    EXPECT(skipped[0] == 2);
+    CHECK(apply_update(w.items.data(), 4, step, 0, chip, workspace.data(), nullptr) == cudaSuccess);
+    CHECK(skipped[0] == 2);
 }
 
 } // namespace
@@ -140,5 +141,5 @@ int main() {
     run(many, 2, true, true, 0, 150);
     test_extreme_norms();
     test_shared_counter();
-    return check::summary("cuda_apply");
+    return test::finish("test_cuda_apply");
 }

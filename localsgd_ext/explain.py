@@ -1,0 +1,148 @@
+"""Which algorithm each layer's correlation runs with, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localsgd_ext import ops
+from localsgd_ext.layers import LAYER_TYPES, is_plain
+
+_HEADINGS = ("layer", "geometry", "x", "z", "layout")
+
+
+@dataclass(frozen=True)
+class AlgorithmCost:
+    """One algorithm for one layer."""
+
+    algorithm: str
+    eligible: bool
+    """Whether ``algorithm=`` may name it for this layer."""
+    automatic: bool
+    """Whether ``algorithm="auto"`` may pick it."""
+    why_not: str
+    """Empty where it is eligible and automatic."""
+    estimated_us: float
+    """Microseconds by the cost model, which is about ratios, not about this machine."""
+    measured_us: float | None
+    """Microseconds measured, if ``localsgd_ext.benchmark`` was on."""
+
+    def __str__(self) -> str:
+        if not self.automatic:
+            return "-"
+        return f"{self.estimated_us:.0f}" if self.measured_us is None else f"{self.estimated_us:.0f} ({self.measured_us:.0f})"
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """One call of one layer."""
+
+    name: str
+    geometry: str
+    """Channels, kernel, stride, padding, dilation, groups, and batch x (input -> output size)."""
+    x_dtype: torch.dtype
+    z_dtype: torch.dtype
+    layout: str
+    """``"channels_last"`` or ``"contiguous"`` (and whatever else the strides are), of the input."""
+    costs: tuple[AlgorithmCost, ...]
+    """Empty where no kernel is compiled for the device."""
+    pick: str
+    """The algorithm's name, or ``"reference"``."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The choices for a network, in execution order; printed, an aligned table."""
+
+    layers: tuple[LayerChoice, ...]
+
+    def __iter__(self) -> Iterator[LayerChoice]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __str__(self) -> str:
+        algorithms = [a for a in ops.ALGORITHMS if a != "auto"]
+        timed = any(cost.measured_us is not None for layer in self.layers for cost in layer.costs)
+        unit = "µs (measured)" if timed else "µs"
+        rows = [(*_HEADINGS, *(f"{a} {unit}" for a in algorithms), "pick", "why")]
+        for layer in self.layers:
+            costs = {cost.algorithm: str(cost) for cost in layer.costs}
+            dtypes = [str(dtype).removeprefix("torch.") for dtype in (layer.x_dtype, layer.z_dtype)]
+            shown = [costs.get(algorithm, "-") for algorithm in algorithms]
+            rows.append((layer.name, layer.geometry, *dtypes, layer.layout, *shown, layer.pick, layer.reason))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        first_number, last_number = len(_HEADINGS), len(_HEADINGS) + len(algorithms)
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if first_number <= i < last_number else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+
+def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+    """Run ``model`` once on example inputs and return which algorithm ``algorithm="auto"`` picks for each layer, and why.
+
+    The forward runs without gradients and in eval mode, so that nothing in the model changes; under autocast if the caller
+    is. Only shapes, dtypes and strides of the example matter. With ``localsgd_ext.benchmark = True`` the algorithms are
+    timed, and the picks are those that training will use. As in training, the output is known to be the layer's own.
+
+    Args:
+        model: any module; its ``Conv1d/2d/3d`` and ``Linear`` layers with unmodified ``forward`` are listed, once per call.
+        *args, **kwargs: what ``model`` is called with, of the batch size that is to be trained with.
+
+    Returns:
+        An :class:`Explanation`: a sequence of rows; ``print`` shows an aligned table.
+    """
+    choices: list[LayerChoice] = []
+    names: dict[nn.Module, str] = {
+        module: name for name, module in model.named_modules() if isinstance(module, LAYER_TYPES) and is_plain(module)
+    }
+
+    def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        choices.append(_choice(names[module], module, inputs[0], output))
+
+    handles = [module.register_forward_hook(record) for module in names]
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    return Explanation(tuple(choices))
+
+
+def _choice(name: str, module: nn.Module, x: Tensor, z: Tensor) -> LayerChoice:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    layout = (
+        "channels_last"
+        if weight.dim() > 2 and x.shape[1 - weight.dim()] > 1 and x.stride(1 - weight.dim()) == 1
+        else "contiguous"
+    )
+    if not ops.is_compiled(weight.device):
+        geometry = f"{type(module).__name__} {tuple(x.shape)} -> {tuple(z.shape)}"
+        reason = f"no kernels are compiled for {weight.device.type}"
+        return LayerChoice(name, geometry, x.dtype, z.dtype, layout, (), "reference", reason)
+    geometry_arguments = (
+        {}
+        if isinstance(module, nn.Linear)
+        else {key: getattr(module, key) for key in ("stride", "padding", "dilation", "groups", "padding_mode")}
+    )
+    plan = ops.plan(x, z, weight, bias=module.bias, z_is_output=True, **geometry_arguments)  # type: ignore[arg-type]
+    costs = tuple(
+        AlgorithmCost(c.algorithm, c.eligible, c.automatic, c.why_not, c.estimated_us, c.measured_us) for c in plan.candidates
+    )
+    return LayerChoice(name, plan.geometry, x.dtype, z.dtype, layout, costs, plan.pick, plan.reason)

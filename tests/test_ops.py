@@ -1,0 +1,195 @@
+"""Every algorithm, dtype and layout against fp64, and what holds whatever the values are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, EMPTY_CASES, LAYOUTS, Case, with_layout
+from oracle import FP64, bound, exact, relative_error
+from torch import Tensor
+
+from localsgd_ext import ops
+
+pytestmark = [
+    pytest.mark.skipif(not ops.is_compiled(), reason="the compiled module is what is tested here"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+]
+
+DTYPES = (  # of x and z; weights are fp32, or fp64 with fp64 operands
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float64),
+)
+
+ELIGIBLE = [(case, algorithm) for case in CASES for algorithm in case.algorithms]
+
+
+def operands(
+    case: Case, x_dtype: torch.dtype, z_dtype: torch.dtype, layout: str = "contiguous"
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    x, weight, bias = case.sample(FP64)
+    z = case.forward(x, weight, bias).to(z_dtype)
+    wide = torch.float64 if FP64 in (x_dtype, z_dtype) else torch.float32
+    bias = None if bias is None else bias.to(wide)
+    return with_layout(x.to(x_dtype), layout, case), with_layout(z, layout, case), weight.to(wide), bias
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("case", "algorithm"), ELIGIBLE, ids=lambda v: str(v))
+def test_agrees_with_fp64(case: Case, algorithm: str, layout: str) -> None:
+    for x_dtype, z_dtype in DTYPES:
+        x, z, weight, bias = operands(case, x_dtype, z_dtype, layout)
+        d = ops.correlation(x, z, weight, bias=bias, algorithm=algorithm, **case.arguments)
+        assert d.shape == weight.shape
+        assert d.is_contiguous()
+        accumulate = FP64 if FP64 in (x_dtype, z_dtype) else torch.float32
+        assert d.dtype == accumulate
+        # Sums run in fp32 even over low-precision operands; only PyTorch's own gradient is rounded to their dtype.
+        dtype = torch.bfloat16 if (algorithm, x_dtype, z_dtype) == ("library", torch.bfloat16, torch.bfloat16) else accumulate
+        if algorithm == "gram":
+            seen = z_dtype if z.element_size() < weight.element_size() else weight.dtype
+            w, b = weight.to(seen), None if bias is None else bias.to(seen)
+            error, limit = relative_error(d, exact(case, x, None, w, b)), bound(case, x, None, w, b, dtype)
+        else:
+            error, limit = relative_error(d, exact(case, x, z, weight, bias)), bound(case, x, z, weight, bias, dtype)
+        assert error <= limit, f"x {x_dtype}, z {z_dtype}: error {error:.2e}, allowed {limit:.2e}"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_without_z_means_the_layers_own_output(case: Case, layout: str) -> None:
+    x, weight, bias = case.sample(layout=layout)
+    for algorithm in ("auto", *case.algorithms):
+        d = ops.correlation(x, None, weight, bias=bias, algorithm=algorithm, **case.arguments)
+        z = case.forward(x.double(), weight.double(), None if bias is None else bias.double())
+        assert relative_error(d, exact(case, x, z, weight, bias)) < 2e-6
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_auto_reads_the_z_it_is_given(case: Case) -> None:
+    x, weight, bias = case.sample()
+    z = torch.randn_like(case.forward(x, weight, bias))  # not the layer's output
+    d = ops.correlation(x, z, weight, bias=bias, **case.arguments)
+    assert relative_error(d, exact(case, x, z, weight, bias)) < 2e-6
+    assert ops.plan(x, z, weight, bias=bias, **case.arguments).pick != "gram"
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("case", "algorithm"), ELIGIBLE, ids=lambda v: str(v))
+def test_same_bits_every_run(case: Case, algorithm: str, layout: str) -> None:
+    x, z, weight, bias = operands(case, torch.float32, torch.float32, layout)
+    first = ops.correlation(x, z, weight, bias=bias, algorithm=algorithm, **case.arguments)
+    for _ in range(2):
+        again = ops.correlation(x, z, weight, bias=bias, algorithm=algorithm, **case.arguments)
+        assert (again - first).abs().max().item() == 0.0
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.depthwise], ids=str)
+def test_depthwise_bits_do_not_depend_on_the_number_of_threads(case: Case, layout: str) -> None:
+    x, z, weight, _ = operands(case, torch.float32, torch.float32, layout)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(ops.correlation(x, z, weight, algorithm="depthwise", **case.arguments))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("case", "algorithm"), ELIGIBLE, ids=lambda v: str(v))
+def test_reads_no_uninitialized_memory(case: Case, algorithm: str, layout: str) -> None:
+    x, z, weight, bias = operands(case, torch.bfloat16, torch.float32, layout)
+    d = ops.correlation(x, z, weight, bias=bias, algorithm=algorithm, **case.arguments)
+    assert d.isfinite().all()
+
+
+@pytest.mark.parametrize("case", [*CASES, *EMPTY_CASES], ids=str)
+def test_operands_are_left_alone(case: Case) -> None:
+    x, weight, bias = case.sample()
+    z = case.forward(x, weight, bias)
+    kept = [t.clone() for t in (x, z, weight)]
+    versions = [t._version for t in (x, z, weight)]
+    for algorithm in case.algorithms:
+        ops.correlation(x, z, weight, bias=bias, algorithm=algorithm, **case.arguments)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (x, z, weight), strict=True))
+    assert versions == [t._version for t in (x, z, weight)]
+
+
+@pytest.mark.parametrize("case", EMPTY_CASES, ids=str)
+def test_empty_batch_has_no_correlation(case: Case) -> None:
+    x, weight, bias = case.sample()
+    for algorithm in ("auto", *case.algorithms):
+        d = ops.correlation(x, case.forward(x, weight, bias), weight, bias=bias, algorithm=algorithm, **case.arguments)
+        assert d.shape == weight.shape
+        assert d.dtype == torch.float32
+        assert not d.any()
+
+
+@pytest.mark.parametrize("where", ["one tap", "unread", "last column"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("algorithm", ["depthwise", "direct"])
+def test_a_bad_number_reaches_exactly_the_taps_that_read_it(algorithm: str, layout: str, value: float, where: str) -> None:
+    """Vectors longer than a row must not let a neighbour's Inf in: 0 * Inf is NaN."""
+    touched = torch.zeros(4, 1, 3, 3, dtype=torch.bool)
+    if where == "last column":  # 11: read by column 2 of the kernel only, but beside what the others read last
+        case, column = Case("", (1, 4, 12, 12), (4, 1, 3, 3), groups=4), 11
+        touched[2, 0, :, 2] = True
+    else:  # columns 3, 4, 8 and 9 are never read; 6 is 1 * 5 + 1
+        case, column = Case("", (1, 4, 13, 13), (4, 1, 3, 3), stride=5, groups=4), 6 if where == "one tap" else 8
+        touched[2, 0, 0, 1] = where == "one tap"
+    x, weight, _ = case.sample(FP64)
+    z = torch.randn_like(case.forward(x, weight, None))
+    x[0, 2, 5, column] = value  # row 5: 1 * 5 + 0, and in reach of all three rows where the stride is 1
+    x, z = with_layout(x.float(), layout, case), with_layout(z.float(), layout, case)
+    d = ops.correlation(x, z, weight.float(), algorithm=algorithm, **case.arguments)
+    assert torch.equal(~d.isfinite(), touched)
+
+
+def test_autocast_and_grad_mode_do_not_matter() -> None:
+    case = Case("", (2, 8, 9, 9), (12, 8, 1, 1), bias=True)
+    x, weight, bias = case.sample()
+    weight.requires_grad_()
+    z = case.forward(x, weight, bias).detach()
+    for algorithm in case.algorithms:
+        plain = ops.correlation(x, z, weight, bias=bias, algorithm=algorithm)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = ops.correlation(x, z, weight, bias=bias, algorithm=algorithm)
+        with torch.inference_mode():
+            inference = ops.correlation(x, z, weight, bias=bias, algorithm=algorithm)
+        assert not plain.requires_grad
+        assert torch.equal(plain, cast)
+        assert torch.equal(plain, inference)
+
+
+def test_negated_views_are_resolved() -> None:
+    x = torch.randn(6, 5, dtype=torch.complex64).conj().imag  # memory holds the opposite sign
+    assert x.is_neg()
+    z, weight = torch.randn(6, 4), torch.randn(4, 5)
+    for algorithm in ("gram", "direct", "library"):
+        kwargs = {"algorithm": algorithm, "z_is_output": True}
+        assert torch.equal(
+            ops.correlation(x, z, weight, **kwargs), ops.correlation(x.resolve_neg().clone(), z, weight, **kwargs)
+        )
+
+
+@pytest.mark.parametrize("algorithm", ["gram", "direct", "library", "auto"])
+def test_half_precision_sums_do_not_overflow(algorithm: str) -> None:
+    x, weight = torch.full((1, 2, 100, 100), 4.0, dtype=torch.float16), torch.full((3, 2, 1, 1), 0.5)
+    z = torch.nn.functional.conv2d(x.float(), weight).half()
+    d = ops.correlation(x, z, weight, algorithm=algorithm)
+    assert torch.equal(d, torch.full_like(weight, 4.0 * 4.0 * 10000))  # fp16 ends at 65504
+
+
+def test_meta_tensors_give_the_shape() -> None:
+    x, weight = torch.empty(2, 3, 8, 8, device="meta"), torch.empty(4, 3, 3, 3, device="meta")
+    d = ops.correlation(x, torch.empty(2, 4, 6, 6, device="meta"), weight)
+    assert d.shape == weight.shape
+    assert d.is_meta

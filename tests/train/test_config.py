@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from localsgd_ext.train.config import RunConfig, differences, resolve
+from localsgd_ext.train.options import parse_t_shift
+
+
+def _config(**flags: Any) -> RunConfig:
+    return resolve("fake", "small_resnet", flags.pop("method", "local"), **flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"method": "hebb"}, "--method must be one of sgd, freeze, local, local-paper, got 'hebb'"),
+        ({"lr_schedule": "linear"}, "--lr-schedule must be one of step, cosine, constant, got 'linear'"),
+        ({"preset": "nature"}, "--preset must be paper, got 'nature'"),
+        ({"epochs": 0}, "--epochs must be at least 1, got 0"),
+        ({"lr": -0.1}, "--lr must be positive, got -0.1"),
+        ({"lr": float("nan")}, "--lr must be positive, got nan"),
+        ({"momentum": 1.0}, r"--momentum must be in \[0, 1\), got 1.0"),
+        ({"l_max": 1.5}, r"--l-max must be in \(0, 1\), got 1.5"),
+        ({"t_shift": 0}, "--t-shift must be positive, got 0"),
+        ({"train_size": 0}, "--train-size must be at least 1, got 0"),
+        ({"amp": "fp16"}, "--amp fp16 needs a CUDA device, got --device cpu"),
+    ],
+)
+def test_a_wrong_option_is_named(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _config(**flags)
+
+
+def test_json_round_trip() -> None:
+    config = _config(t_shift=0.1, preset=None, seed=3)
+    assert RunConfig.from_json(config.to_json()) == config
+
+
+def test_json_of_something_else() -> None:
+    with pytest.raises(ValueError, match=r"unknown fields \['colour'\], missing fields \['alpha', "):
+        RunConfig.from_json({"colour": "red"})
+
+
+def test_differences_leave_out_what_does_not_matter() -> None:
+    config = _config()
+    assert differences(config, config.replace(root="/elsewhere", workers=0)) == []
+    assert differences(config, config.replace(lr=0.5, batch_size=8)) == ["--batch-size: 32 -> 8", "--lr: 0.01 -> 0.5"]
+
+
+def test_t_shift() -> None:
+    assert [parse_t_shift(text) for text in (None, "auto", "3", "0.1")] == [None, "auto", 3, 0.1]
+    assert isinstance(parse_t_shift("3"), int)
+    with pytest.raises(ValueError, match="--t-shift must be auto, a number of layers or a fraction of the depth, got 'many'"):
+        parse_t_shift("many")

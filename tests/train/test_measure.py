@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from localsgd_ext.train.measure import PHASES, PhaseTimer, saved_activations
+
+
+def test_bytes_saved_by_a_small_chain() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    x = torch.randn(4, 8)
+    with saved_activations(model) as saved:
+        model(x)
+    # The input (4 x 8 floats) for the first weight's gradient; the ReLU's output (4 x 16), which ReLU and the second layer
+    # both save, once; the second layer's weight not at all.
+    assert saved.total == 4 * 8 * 4 + 4 * 16 * 4
+
+
+def test_a_frozen_prefix_saves_nothing() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    for parameter in model[0].parameters():
+        parameter.requires_grad_(False)
+    with saved_activations(model) as saved:
+        loss = model(torch.randn(4, 8)).sum()
+    assert saved.total == 4 * 16 * 4  # the input of the second linear layer alone
+    loss.backward()
+    assert model[2].weight.grad is not None
+
+
+def test_views_of_one_storage_count_once_in_full() -> None:
+    x = torch.randn(6, 4)
+    weight = torch.randn(4, requires_grad=True)
+    with saved_activations(nn.Module()) as saved:
+        loss = (x[:3] * weight).sum() + (x[3:] * weight).sum()
+    assert saved.total == 6 * 4 * 4
+    loss.backward()
+
+
+def test_gradients_are_the_same_when_measured() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+    x = torch.randn(5, 3, 8, 8)
+    model(x).square().sum().backward()
+    plain = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    with saved_activations(model):
+        loss = model(x).square().sum()
+    loss.backward()
+    assert all(torch.equal(p.grad, q) for p, q in zip(model.parameters(), plain, strict=True) if p.grad is not None)
+
+
+def test_medians_leave_out_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(
+        [0.0, 1.0, 2.0, 3.0, 4.0, *(4 + t for t in (0.001, 0.003, 0.006, 0.010)), *(5 + t for t in (0, 0.004, 0.009, 0.015))]
+    )
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    timer = PhaseTimer(torch.device("cpu"))
+    timer.start()
+    for _ in range(2):
+        for phase in PHASES:
+            timer.mark(phase)
+    assert timer.medians() == pytest.approx({"data": 1, "forward": 2, "backward": 3, "optimizer": 4})
+
+
+def test_medians_of_a_single_step_and_of_none() -> None:
+    timer = PhaseTimer(torch.device("cpu"))
+    assert timer.medians() == dict.fromkeys(PHASES, 0.0)
+    timer.start()
+    for phase in PHASES:
+        timer.mark(phase)
+    assert all(value > 0 for value in timer.medians().values())

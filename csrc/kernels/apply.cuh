@@ -30,7 +30,7 @@ LOCALSGD_DEVICE double chunk_squares(const float* d, int count) {
     if (is_aligned(d, 16)) {
         done = count / 4 * 4;
         for (int i = static_cast<int>(threadIdx.x) * 4; i < done; i += kApplyThreads * 4) {
-            const float4 v = *reinterpret_cast<const float4*>(d + i);
+            const float4 v = quad(d + i);
             sum += static_cast<double>(v.x) * v.x + static_cast<double>(v.y) * v.y + static_cast<double>(v.z) * v.z +
                    static_cast<double>(v.w) * v.w;
         }
@@ -46,9 +46,9 @@ LOCALSGD_DEVICE void chunk_write(const ApplyTensor& t, int64 begin, int count, d
         done = count / 4 * 4;
         float* w = static_cast<float*>(t.weight) + begin;
         for (int i = static_cast<int>(threadIdx.x) * 4; i < done; i += kApplyThreads * 4) {
-            const float4 v = *reinterpret_cast<const float4*>(d + i), old = *reinterpret_cast<const float4*>(w + i);
-            *reinterpret_cast<float4*>(w + i) = make_float4(add_scaled(old.x, scale, v.x), add_scaled(old.y, scale, v.y),
-                                                            add_scaled(old.z, scale, v.z), add_scaled(old.w, scale, v.w));
+            const float4 v = quad(d + i), old = quad(w + i);
+            quad(w + i) = make_float4(add_scaled(old.x, scale, v.x), add_scaled(old.y, scale, v.y),
+                                      add_scaled(old.z, scale, v.z), add_scaled(old.w, scale, v.w));
         }
     }
     for (int i = done + static_cast<int>(threadIdx.x); i < count; i += kApplyThreads)

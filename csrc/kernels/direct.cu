@@ -171,6 +171,7 @@ DirectParams params_of(const DirectProblem& problem, const DirectConfig& c, cons
     p.grid.tiles_m = (p.z.columns + c.tile_m - 1) / c.tile_m;
     p.grid.tiles_n = (p.x.columns + c.tile_n - 1) / c.tile_n;
     p.grid.splits = c.splits;
+    p.grid.units = c.tiles * c.splits;
     p.grid.split_positions = c.split_positions;
     p.grid.sharers = c.sharers;
     p.grid.by_splits = fast_div(c.splits);

@@ -10,15 +10,16 @@ template <class T, Access kZ, Access kX>
 __global__ void __launch_bounds__(T::kThreads, kResidentBlocks<T, kZ, kX>) direct_kernel(const DirectParams p) {
     if (p.first == kCorrelate) {
         LOCALSGD_SHARED(FfmaStorage<T>, shared);
-        const unsigned units = static_cast<unsigned>(p.grid.groups * p.grid.tiles_m * p.grid.tiles_n * p.grid.splits);
-        for (unsigned unit = blockIdx.x; unit < units; unit += gridDim.x) {
+        for (unsigned unit = blockIdx.x; unit < static_cast<unsigned>(p.grid.units); unit += gridDim.x) {
             unsigned split = unit;
-            const unsigned tile = divide(split, p.grid.by_splits);
-            const TilePlace place = place_of<T>(p.grid, tile);
+            const TilePlace place = place_of<T>(p.grid, divide(split, p.grid.by_splits));
             const int begin = static_cast<int>(split) * p.grid.split_positions;
             const int end = min(begin + p.grid.split_positions, p.x.positions);
             float sum[8][8];
             correlate_ffma<T, kZ, kX>(sum, shared, p.z, p.x, place.group, place.m, place.n, begin, end);
+            LOCALSGD_FORGET(unit); // two registers less in the main loop
+            split = unit;
+            const unsigned tile = divide(split, p.grid.by_splits);
             store_partial<T>(p.workspace, p.grid, tile, split, sum);
         }
     }

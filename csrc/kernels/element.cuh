@@ -71,6 +71,15 @@ LOCALSGD_DEVICE float4 widen4(uint4 bits, Element element) {
                        half_to_float(bits.y >> 16));
 }
 
+// Four neighbours as one access; the hardware faults where they are not aligned to 16 bytes, so the emulation does.
+LOCALSGD_DEVICE float4& quad(float* p) {
+#if defined(LOCALSGD_EMULATION)
+    if (reinterpret_cast<uint64>(p) % 16) emulation::fail("misaligned 16-byte access");
+#endif
+    return *reinterpret_cast<float4*>(p);
+}
+LOCALSGD_DEVICE const float4& quad(const float* p) { return quad(const_cast<float*>(p)); }
+
 // w[index] += scale * d, in fp64 and rounded once; by plain loads: these are the weights being written.
 LOCALSGD_DEVICE float add_scaled(float w, double scale, float d) {
     return static_cast<float>(static_cast<double>(w) + scale * static_cast<double>(d));

@@ -46,6 +46,7 @@ struct Patches {
 struct TileGrid {
     int groups, tiles_m, tiles_n; // tile = (group * tiles_m + m) * tiles_n + n
     int splits, split_positions;
+    int units; // tiles * splits
     // Lanes that share the sum of a quad over the splits, each a run of them: with few tiles and many splits a single lane
     // would be a long chain of loads. A power of two, at most 16.
     int sharers;

@@ -21,6 +21,13 @@
 #define LOCALSGD_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
 
+// The compiler forgets where an int came from: what was computed from it is computed again rather than kept in registers.
+#if defined(__CUDA_ARCH__)
+#define LOCALSGD_FORGET(value) asm volatile("" : "+r"(value))
+#else
+#define LOCALSGD_FORGET(value)
+#endif
+
 #define LOCALSGD_DEVICE __device__ __forceinline__
 
 namespace localsgd::cuda {

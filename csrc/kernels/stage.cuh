@@ -53,8 +53,7 @@ class Stage {
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
             if constexpr (kAccess == Access::channels4) {
-                *reinterpret_cast<float4*>(&slice[first_row() + i * kRowsApart][first_column()]) =
-                    widen4(bits4_[i], patches_.element);
+                quad(&slice[first_row() + i * kRowsApart][first_column()]) = widen4(bits4_[i], patches_.element);
             } else {
                 const int column = first_column() + i * kColumnsApart, row = first_row();
                 if constexpr (kAccess == Access::positions4) {

@@ -47,8 +47,8 @@ LOCALSGD_DEVICE void multiply_slices(float (&sum)[8][8], const Slice<T::kM>& z, 
     const int m = T::first_m(threadIdx.x), n = T::first_n(threadIdx.x);
 #pragma unroll
     for (int k = 0; k < kStepPositions; ++k) {
-        const float4 a0 = *reinterpret_cast<const float4*>(&z[k][m]), a1 = *reinterpret_cast<const float4*>(&z[k][m + 16]);
-        const float4 b0 = *reinterpret_cast<const float4*>(&x[k][n]), b1 = *reinterpret_cast<const float4*>(&x[k][n + 32]);
+        const float4 a0 = quad(&z[k][m]), a1 = quad(&z[k][m + 16]);
+        const float4 b0 = quad(&x[k][n]), b1 = quad(&x[k][n + 32]);
         const float a[8] = {a0.x, a0.y, a0.z, a0.w, a1.x, a1.y, a1.z, a1.w};
         const float b[8] = {b0.x, b0.y, b0.z, b0.w, b1.x, b1.y, b1.z, b1.w};
 #pragma unroll

@@ -19,18 +19,20 @@ struct Weights {
     std::vector<std::unique_ptr<layers::Tensor>> weights;
     std::vector<std::unique_ptr<Guarded<float>>> correlations;
     std::vector<ApplyItem> items;
+    int weight_shift;
 
-    // `shift`: the correlations begin so many elements into their buffers, which then are not aligned to 16 bytes.
-    explicit Weights(const std::vector<int64_t>& sizes, int shift = 0) {
+    // Weights and correlations begin so many elements into their buffers, which then are not aligned to 16 bytes.
+    explicit Weights(const std::vector<int64_t>& sizes, int weight_shift_ = 0, int shift = 0) : weight_shift(weight_shift_) {
         const Kind kinds[] = {Kind::f32, Kind::bf16, Kind::f16};
         for (size_t i = 0; i < sizes.size(); ++i) {
             const Kind kind = kinds[i % 3];
             const Flush flush = i % 2 ? Flush::end : Flush::begin;
-            weights.push_back(
-                std::make_unique<layers::Tensor>(layers::Shape{sizes[i], 1, 1, 1, 1}, kind, layers::Layout::nchw, flush, i));
+            weights.push_back(std::make_unique<layers::Tensor>(layers::Shape{sizes[i] + weight_shift, 1, 1, 1, 1}, kind,
+                                                               layers::Layout::nchw, flush, i));
             correlations.push_back(std::make_unique<Guarded<float>>(layers::random(sizes[i] + shift, 100 + i), flush));
             const Element element = kind == Kind::f32 ? Element::f32 : kind == Kind::bf16 ? Element::bf16 : Element::f16;
-            items.push_back({weights[i]->data(), element, correlations[i]->data() + shift, sizes[i]});
+            auto* weight = static_cast<unsigned char*>(weights[i]->data()) + weight_shift * kind_size(kind);
+            items.push_back({weight, element, correlations[i]->data() + shift, sizes[i]});
         }
     }
 
@@ -50,10 +52,11 @@ struct Weights {
 // What a write may be off by: half a unit in the last place of the result.
 double unit(Element element) { return element == Element::f32 ? 0x1p-24 : element == Element::f16 ? 0x1p-11 : 0x1p-8; }
 
-void run(const std::vector<int64_t>& sizes, unsigned seed, bool cooperative, bool normalize, int shift, int bad = -1) {
+void run(const std::vector<int64_t>& sizes, unsigned seed, bool cooperative, bool normalize, int weight_shift, int shift,
+         int bad = -1) {
     emulation::options().seed = seed;
     emulation::options().cooperative = cooperative;
-    Weights w(sizes, shift);
+    Weights w(sizes, weight_shift, shift);
     const int count = static_cast<int>(sizes.size());
     if (bad >= 0) (*w.correlations[bad])[sizes[bad] / 2 + shift] = seed % 2 ? std::nanf("") : -HUGE_VALF;
     ApplyChip chip;
@@ -79,9 +82,10 @@ void run(const std::vector<int64_t>& sizes, unsigned seed, bool cooperative, boo
             CHECK(skipped[i] == 10 * i + (good ? 0 : repeat));
             const std::vector<float> after = w.weights[i]->floats();
             double worst = 0;
-            for (size_t j = 0; j < after.size(); ++j) {
-                const double expected = before[i][j] + (good ? rate[0] * w.items[i].d[j] / (normalize ? norm : 1) : 0);
-                worst = std::max(worst, std::fabs(after[j] - expected) / std::max(std::fabs(expected), 0.01));
+            for (size_t j = 0; j < static_cast<size_t>(sizes[i]); ++j) {
+                const size_t at = j + weight_shift;
+                const double expected = before[i][at] + (good ? rate[0] * w.items[i].d[j] / (normalize ? norm : 1) : 0);
+                worst = std::max(worst, std::fabs(after[at] - expected) / std::max(std::fabs(expected), 0.01));
             }
             CHECK(good ? worst <= 1.001 * unit(w.items[i].element) : after == before[i]);
         }
@@ -131,14 +135,15 @@ void test_shared_counter() {
 int main() {
     const std::vector<int64_t> few{1, 4, 129, 151, 4096, 4097, 12289, 3, 64};
     for (unsigned seed = 0; seed < 4; ++seed) {
-        run(few, seed, true, true, 0);
-        run(few, seed, false, true, 0);
-        run(few, seed, true, false, 1); // unaligned
-        run(few, seed, true, true, 0, 4 + static_cast<int>(seed) % 3);
+        run(few, seed, true, true, 0, 0);
+        run(few, seed, false, true, 0, 0);
+        run(few, seed, true, false, 0, 1);
+        run(few, seed, true, true, 1, 0);
+        run(few, seed, true, true, 0, 0, 4 + static_cast<int>(seed) % 3);
     }
     std::vector<int64_t> many; // more than fit into one launch
     for (int i = 0; i < 200; ++i) many.push_back(i % 7 == 0 ? 4100 + i : 1 + i);
-    run(many, 2, true, true, 0, 150);
+    run(many, 2, true, true, 0, 0, 150);
     test_extreme_norms();
     test_shared_counter();
     return test::finish("test_cuda_apply");

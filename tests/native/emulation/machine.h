@@ -23,7 +23,9 @@
 namespace emulation {
 
 struct Options {
-    unsigned seed = 0; // 0: threads and blocks in order; otherwise both are shuffled
+    // 0: threads and blocks in order. Otherwise both are shuffled, and one warp after the other is kept from running until all
+    // others wait for it: what it has not yet read must still be there.
+    unsigned seed = 0;
     unsigned multiprocessors = 2;
     unsigned blocks_per_multiprocessor = 2;
     bool cooperative = true;   // whether the device has cooperative launches
@@ -213,17 +215,24 @@ inline void run_block(Block& b, unsigned number, const Stacks& stacks) {
     }
     std::mt19937 random(options().seed * 7919u + number);
     auto last_progress = Clock::now();
+    constexpr unsigned kNone = ~0u;
+    unsigned starved = kNone; // a warp
     while (b.alive) {
         if (options().seed) std::shuffle(order.begin(), order.end(), random);
         const uint64_t before = b.progress;
         b.spinning = false;
         for (const unsigned i : order) {
-            if (b.threads[i].done) continue;
+            if (b.threads[i].done || b.threads[i].warp == starved) continue;
             b.current = i;
             b.scheduler.switch_to(b.threads[i].context);
         }
         if (b.progress != before) {
             last_progress = Clock::now();
+            if (options().seed && starved == kNone) starved = static_cast<unsigned>(random() % b.warps.size());
+            continue;
+        }
+        if (starved != kNone) { // all others wait for it
+            starved = kNone;
             continue;
         }
         if (!b.spinning) report_deadlock(b);

@@ -75,13 +75,19 @@ class Stage {
     static constexpr int kRowsApart = kThreads * 4 / kColumns;
     static constexpr int kColumnsApart = kThreads / kDown;
 
+    // In every step anew: rows, columns and addresses that follow from it would otherwise hold registers through the main loop.
+    static LOCALSGD_DEVICE int thread() {
+        int t = static_cast<int>(threadIdx.x);
+        LOCALSGD_FORGET(t);
+        return t;
+    }
     static LOCALSGD_DEVICE int first_row() {
-        const int t = static_cast<int>(threadIdx.x);
+        const int t = thread();
         if constexpr (kAccess == Access::channels4) return t / (kColumns / 4);
         return t % kDown * (kStepPositions / kDown);
     }
     static LOCALSGD_DEVICE int first_column() {
-        const int t = static_cast<int>(threadIdx.x);
+        const int t = thread();
         if constexpr (kAccess == Access::channels4) return t % (kColumns / 4) * 4;
         return t / kDown;
     }

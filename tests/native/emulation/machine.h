@@ -216,7 +216,7 @@ inline void run_block(Block& b, unsigned number, const Stacks& stacks) {
     std::mt19937 random(options().seed * 7919u + number);
     auto last_progress = Clock::now();
     constexpr unsigned kNone = ~0u;
-    unsigned starved = kNone; // a warp
+    unsigned starved = kNone, patience = 0; // a warp
     while (b.alive) {
         if (options().seed) std::shuffle(order.begin(), order.end(), random);
         const uint64_t before = b.progress;
@@ -231,7 +231,12 @@ inline void run_block(Block& b, unsigned number, const Stacks& stacks) {
             if (options().seed && starved == kNone) starved = static_cast<unsigned>(random() % b.warps.size());
             continue;
         }
-        if (starved != kNone) { // all others wait for it
+        if (starved != kNone) { // all others wait for it, or for another block, which is given time to go on without it
+            if (b.spinning && ++patience < 200) {
+                std::this_thread::yield();
+                continue;
+            }
+            patience = 0;
             starved = kNone;
             continue;
         }

@@ -1,0 +1,71 @@
+// Direct correlation on a GPU: what the host calls.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "../cpu/elements.h"
+#include "../geometry.h"
+#include "platform.cuh"
+
+namespace localsgd::cuda {
+
+struct Operand {
+    const void* data;
+    Kind kind; // not f64
+    Strides strides;
+};
+
+struct DirectProblem {
+    Geometry geometry;
+    Operand x, z;
+};
+
+constexpr int kDirectTiles = 4, kDirectAccesses = 5;
+
+// What the choice depends on besides the problem.
+struct Chip {
+    int multiprocessors = 0;
+    bool cooperative = false;                        // whether a grid may have barriers
+    int blocks[kDirectTiles * kDirectAccesses] = {}; // of each kernel, alive at once on a multiprocessor
+};
+
+struct DirectConfig {
+    int kernel = 0; // which of the tiles and accesses
+    int tile_m = 0, tile_n = 0, threads = 0;
+    Access z_access = Access::scalar, x_access = Access::scalar;
+    int tiles = 0;  // of D, all groups
+    int splits = 1; // of the positions
+    int split_positions = 0;
+    int sharers = 1;
+    int blocks = 1;
+    bool cooperative = false; // one launch; otherwise one a phase
+    double estimated_clocks = 0;
+
+    std::string text() const;
+};
+
+// Asks the runtime about the current device. Takes some microseconds per kernel: ask once and keep the answer.
+cudaError_t query_chip(Chip& chip);
+
+// Why the kernels cannot take a problem ("more than 2^31 - 2^20 output positions"), or null. fp64 is not for them either.
+const char* unsupported(const DirectProblem& problem);
+
+// Pure arithmetic, the same for the same arguments.
+DirectConfig get_best_config(const DirectProblem& problem, const Chip& chip);
+
+// Bytes of device memory, aligned to 256, that a launch uses. The first kWorkspaceHeader bytes must be zero before the first
+// launch that uses it and belong to the kernels afterwards; the rest may hold anything. Launches that may overlap need one
+// each.
+constexpr size_t kWorkspaceHeader = 256;
+size_t workspace_bytes(const DirectConfig& config);
+
+// D to `target` (fp32).
+cudaError_t correlate(const DirectProblem& problem, const DirectConfig& config, const Target& target, void* workspace,
+                      cudaStream_t stream);
+
+// W += lr * D / ||D||, `target` being W; nothing is written and `step.skipped` goes up where ||D|| is 0 or not finite.
+cudaError_t correlate_and_update(const DirectProblem& problem, const DirectConfig& config, const Target& target,
+                                 const Step& step, void* workspace, cudaStream_t stream);
+
+} // namespace localsgd::cuda

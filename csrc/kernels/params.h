@@ -1,0 +1,118 @@
+// What kernels are told: plain numbers and pointers, the same for the host's compiler, nvcc and NVRTC.
+#pragma once
+
+namespace localsgd::cuda {
+
+using int64 = long long;
+using uint64 = unsigned long long;
+
+// Known at run time: kernels branch on it uniformly, once per 16-byte load, instead of existing nine times.
+enum class Element : int { f16, bf16, f32 };
+
+// n / divisor for 0 <= n < 2^31 as one high multiplication (Granlund and Montgomery 1994): a division costs some 20
+// instructions.
+struct FastDiv {
+    unsigned divisor = 1, multiplier = 1, shift = 0;
+};
+
+// How slices of an operand are read.
+enum class Access : int {
+    scalar,     // element by element: any strides
+    channels4,  // 4 columns that are neighbours in memory (NHWC)
+    positions4, // 4 positions that are neighbours in memory (NCHW without gaps)
+};
+
+// The patch matrix of an operand: a row per output position, a column per (channel, tap). z is one with a single tap that lies
+// on the position itself.
+struct Patches {
+    const void* data;
+    Element element;
+    int positions; // rows: batch * output positions
+    int columns;   // channels per group * taps
+    int64 batch_stride;
+    int group_stride; // channels per group * channel_stride
+    int channel_stride;
+    int space_stride[3];
+    // position -> (image, p0, p1, p2); with `flat` there is a single spatial dimension
+    FastDiv image, plane, row;
+    bool flat;
+    // column -> (tap, channel) if `channels_fastest`, so that neighbouring columns are neighbours in NHWC; else (channel, tap)
+    FastDiv column_inner, tap_plane, tap_row;
+    bool channels_fastest;
+    int stride[3], pad[3], dilation[3], input[3];
+};
+
+// Tiles of D, each split over the positions. Unit u = tile * splits + split; blocks take units round robin.
+struct TileGrid {
+    int groups, tiles_m, tiles_n; // tile = (group * tiles_m + m) * tiles_n + n
+    int splits, split_positions;
+    int units; // tiles * splits
+    // Lanes that share the sum of a quad over the splits, each a run of them: with few tiles and many splits a single lane
+    // would be a long chain of loads. A power of two, at most 16.
+    int sharers;
+    FastDiv by_splits, by_tiles_n, by_tiles_m;
+};
+
+// Where an element of D goes: W, or D itself.
+struct Target {
+    void* data;
+    Element element;
+    int64 out_stride; // of the output channels
+    int64 channel_stride, tap_stride[3];
+};
+
+struct Workspace {
+    unsigned* barrier; // 0 before its first use; leaves itself ready
+    double* squares;   // a partial sum of squares for each block, or chunk
+    float* partials;   // [tiles][splits][slot][thread][4]
+};
+
+// sign * lr: a number of the host's, or a scalar on the device, so that a captured graph follows the schedule.
+struct Rate {
+    double value = 0;
+    const float* device_float = nullptr;
+    const double* device_double = nullptr;
+};
+
+struct Step {
+    Rate rate;
+    bool normalize = true;
+    uint64* skipped = nullptr; // counts steps that were not taken, or null
+};
+
+// A kernel runs the phases from `first` to `last`: all of them in one cooperative launch with grid barriers between, or one a
+// launch, whose order in the stream is then the barrier. Both give the same bits.
+enum Phase : int { kCorrelate, kReduce, kWrite };
+
+struct DirectParams {
+    Patches z, x; // z.columns: output channels per group; x.columns: C/g * taps
+    TileGrid grid;
+    Workspace workspace;
+    Target target;
+    bool to_target; // D itself is wanted: kReduce writes it and is the last phase
+    Step step;
+    Phase first, last;
+};
+
+// Tensors of an apply launch: what fits into 4 KiB of kernel parameters, so that nothing has to be uploaded.
+constexpr int kApplyTensors = 96;
+constexpr int kChunk = 4096; // elements of one tensor that a block takes at a time
+
+struct ApplyTensor {
+    void* weight;
+    const float* d;
+    int64 count;
+    int first_chunk;
+    Element element;
+};
+
+struct ApplyParams {
+    ApplyTensor tensors[kApplyTensors];
+    int count, chunks;
+    int skipped_stride; // 1: a counter for each tensor, 0: one for all
+    Step step;
+    Workspace workspace; // squares: [chunks]
+    Phase first, last;   // kReduce, kWrite
+};
+
+} // namespace localsgd::cuda

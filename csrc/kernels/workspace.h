@@ -1,0 +1,22 @@
+// The layout of a launch's workspace: header, sums of squares, partial tiles.
+#pragma once
+
+#include <cstddef>
+
+#include "params.h"
+
+namespace localsgd::cuda {
+
+inline size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+inline size_t layout_bytes(size_t squares, size_t partials) {
+    return 256 + round_up(squares * sizeof(double)) + partials * sizeof(float);
+}
+
+inline Workspace lay_out(void* memory, size_t squares) {
+    auto* bytes = static_cast<unsigned char*>(memory);
+    return {reinterpret_cast<unsigned*>(bytes), reinterpret_cast<double*>(bytes + 256),
+            reinterpret_cast<float*>(bytes + 256 + round_up(squares * sizeof(double)))};
+}
+
+} // namespace localsgd::cuda

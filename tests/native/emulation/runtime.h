@@ -1,0 +1,45 @@
+// The part of the CUDA runtime that launchers use.
+#pragma once
+
+#include "machine.h"
+
+using cudaStream_t = void*;
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorCooperativeLaunchTooLarge = 720,
+};
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrCooperativeLaunch };
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrCooperativeLaunch ? emulation::options().cooperative
+                                                       : int(emulation::options().multiprocessors);
+    return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+    *blocks = static_cast<int>(emulation::options().blocks_per_multiprocessor);
+    return cudaSuccess;
+}
+
+namespace emulation {
+
+// Arguments are copied at the launch, as a launch copies them.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared, bool cooperative,
+                   const Arguments&... arguments) {
+    const unsigned blocks = grid.x * grid.y * grid.z, threads = block.x * block.y * block.z;
+    if (blocks == 0 || threads == 0 || threads > 1024 || dynamic_shared > kDynamicShared) return cudaErrorInvalidConfiguration;
+    const Options& o = options();
+    if (cooperative && blocks > o.multiprocessors * o.blocks_per_multiprocessor) return cudaErrorCooperativeLaunchTooLarge;
+    run_grid(grid, block, dynamic_shared, cooperative, [=] { kernel(arguments...); });
+    return cudaSuccess;
+}
+
+} // namespace emulation

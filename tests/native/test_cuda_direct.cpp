@@ -1,0 +1,300 @@
+// The direct kernels on the emulated GPU against fp64 loops.
+#include "../../csrc/kernels/direct.cu"
+
+#include <memory>
+#include <random>
+
+#include "check.h"
+#include "emulation/guarded.h"
+#include "layers.h"
+
+namespace {
+
+using namespace localsgd;
+using namespace localsgd::cuda;
+using emulation::Flush;
+using emulation::Guarded;
+using layers::Case;
+using layers::Layout;
+
+Chip chip_of(int multiprocessors, const std::array<int, kDirectTiles>& blocks) {
+    Chip chip{multiprocessors, true, {}};
+    for (int i = 0; i < kDirectTiles * kDirectAccesses; ++i) chip.blocks[i] = blocks[i / kDirectAccesses];
+    return chip;
+}
+const Chip kChip = chip_of(3, {2, 2, 2, 2});
+
+void use(unsigned seed, bool cooperative) {
+    emulation::options().seed = seed;
+    emulation::options().multiprocessors = 3;
+    emulation::options().blocks_per_multiprocessor = 2;
+    emulation::options().cooperative = cooperative;
+}
+
+// A launch's device memory. Buffers lie against unmapped pages and are poisoned; the workspace is, but for its header.
+struct Memory {
+    layers::Tensor x, z;
+    Guarded<float> weight, d;
+    std::unique_ptr<Guarded<unsigned char>> workspace;
+    DirectProblem problem;
+    Target weight_target, d_target;
+
+    Memory(const Case& c, Kind x_kind, Kind z_kind, Layout layout, Flush flush)
+        : x(layers::input(c), x_kind, layout, flush, 1),
+          z(layers::output(c), z_kind, layout, flush, 2),
+          weight(layers::random(c.geometry.out_channels * c.geometry.patch(), 3), flush),
+          d(static_cast<size_t>(c.geometry.out_channels * c.geometry.patch()), flush) {
+        const Geometry& g = c.geometry;
+        problem = {g, {x.data(), x_kind, x.strides()}, {z.data(), z_kind, z.strides()}};
+        const int64_t taps = g.taps();
+        const int64 plane = g.kernel[1] * g.kernel[2], row = g.kernel[2];
+        weight_target = {weight.data(), Element::f32, g.patch(), taps, {plane, row, 1}};
+        if (layout == Layout::nhwc) { // the weight lies as such models have it: [K, R, S, C]
+            const int64 channels = g.in_per_group();
+            weight_target = {weight.data(), Element::f32, g.patch(), 1, {plane * channels, row * channels, channels}};
+        }
+        d_target = {d.data(), Element::f32, g.patch(), taps, {plane, row, 1}};
+    }
+
+    void make_workspace(const DirectConfig& config) {
+        workspace = std::make_unique<Guarded<unsigned char>>(workspace_bytes(config));
+        std::memset(workspace->data(), 0, kWorkspaceHeader);
+    }
+
+    bool intact() const { return x.intact() && z.intact() && weight.intact() && d.intact() && workspace->intact(); }
+
+    // Index of D[k, c, t0, t1, t2] in the weight's memory.
+    size_t weight_index(int64_t k, int64_t c, const Triple& t) const {
+        const Target& w = weight_target;
+        return static_cast<size_t>(k * w.out_stride + c * w.channel_stride + t[0] * w.tap_stride[0] + t[1] * w.tap_stride[1] +
+                                   t[2] * w.tap_stride[2]);
+    }
+};
+
+bool same_bits(const std::vector<float>& a, const Guarded<float>& b) {
+    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
+}
+
+// ||D - D64|| / ||D64||
+double error_of(const Guarded<float>& d, const std::vector<double>& oracle) {
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < oracle.size(); ++i) {
+        difference += (d[i] - oracle[i]) * (d[i] - oracle[i]);
+        norm += oracle[i] * oracle[i];
+    }
+    return norm == 0 ? std::sqrt(difference) : std::sqrt(difference / norm);
+}
+
+// Sums of n products of about unit size, added in fp32 by runs: rounding errors grow as a random walk.
+constexpr double kTolerance = 2e-6;
+
+void check_weight(const Memory& m, const Case& c, const std::vector<float>& before, const std::vector<double>& oracle,
+                  double lr, const std::string& what) {
+    const Geometry& g = c.geometry;
+    double norm = 0, worst = 0;
+    for (const double v : oracle) norm += v * v;
+    norm = std::sqrt(norm);
+    for (int64_t k = 0; k < g.out_channels; ++k)
+        for (int64_t j = 0; j < g.patch(); ++j) {
+            const int64_t taps = g.taps(), tap = j % taps;
+            const Triple t{tap / (g.kernel[1] * g.kernel[2]), tap / g.kernel[2] % g.kernel[1], tap % g.kernel[2]};
+            const size_t i = m.weight_index(k, j / taps, t);
+            worst = std::max(worst, std::fabs(m.weight[i] - (before[i] + lr * oracle[k * g.patch() + j] / norm)));
+        }
+    CHECK_THAT(worst <= 1e-6, what); // half an ulp of |W| < 8, and D's own error
+}
+
+void run_case(const Case& c, Kind x_kind, Kind z_kind, Layout layout, unsigned seed, int splits) {
+    use(seed, true);
+    const Flush flush = seed % 2 ? Flush::begin : Flush::end;
+    Memory m(c, x_kind, z_kind, layout, flush);
+    const std::vector<double> oracle = layers::correlation(c.geometry, m.x, m.z);
+    CHECK(unsupported(m.problem) == nullptr);
+    DirectConfig config = get_best_config(m.problem, kChip);
+    if (splits > 0) { // other than the chosen number, to see more splits than blocks, and none
+        config.splits = splits;
+        config.split_positions = static_cast<int>(ceil_div(ceil_div(c.geometry.positions(), splits), 8) * 8);
+        config.sharers = splits >= 4 ? 4 : 1;
+        config.blocks = std::max(1, std::min(6, config.tiles * splits));
+    }
+    const std::string what = std::string(c.name) + " " + kind_name(x_kind) + "/" + kind_name(z_kind) + " " +
+                             layers::name_of(layout) + ": " + config.text();
+    m.make_workspace(config);
+    CHECK_THAT(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess, what);
+    CHECK_THAT(m.intact(), what);
+    const double error = error_of(m.d, oracle);
+    CHECK_THAT(error <= kTolerance, what + ": error " + std::to_string(error));
+
+    // Twice with the workspace as the last launch left it, the rate once from the host and once from the device.
+    const float rate = -0.5f;
+    for (int repeat = 0; repeat < 2; ++repeat) {
+        Guarded<uint64> skipped(1);
+        skipped[0] = 7;
+        Step step;
+        step.rate.value = 0.25;
+        if (repeat) step.rate.device_float = &rate;
+        step.skipped = skipped.data();
+        const std::vector<float> before = m.weight.values();
+        CHECK_THAT(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess,
+                   what);
+        CHECK_THAT(m.intact() && skipped.intact(), what);
+        double norm = 0;
+        for (const double v : oracle) norm += v * v;
+        CHECK_THAT(skipped[0] == (norm > 0 ? 7u : 8u), what);
+        if (norm > 0)
+            check_weight(m, c, before, oracle, repeat ? rate : 0.25, what.c_str());
+        else
+            CHECK_THAT(same_bits(before, m.weight), what);
+    }
+    // Without cooperative launches, and in another order of blocks and threads: the same bits.
+    const std::vector<float> d = m.d.values();
+    use(seed + 17, false);
+    config.cooperative = false;
+    CHECK_THAT(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess, what);
+    CHECK_THAT(m.intact() && same_bits(d, m.d), what);
+}
+
+// A batch that holds NaN or Inf, or whose correlation is zero, must not move the weight, and the next one must.
+void test_bad_batches() {
+    use(1, true);
+    const Case c = layers::cases()[0];
+    for (const float poison : {std::nanf(""), HUGE_VALF, 0.0f}) {
+        Memory m(c, Kind::f32, Kind::f32, Layout::nchw, Flush::end);
+        const DirectConfig config = get_best_config(m.problem, kChip);
+        m.make_workspace(config);
+        Guarded<uint64> skipped(1);
+        skipped[0] = 0;
+        Step step;
+        step.rate.value = 0.1;
+        step.skipped = skipped.data();
+        const std::vector<float> good_z = m.z.floats(), before = m.weight.values();
+        if (poison == 0)
+            m.z.fill(0);
+        else
+            m.z.set(m.z.size() / 2, poison);
+        CHECK(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess);
+        CHECK(skipped[0] == 1);
+        CHECK(same_bits(before, m.weight));
+        for (size_t i = 0; i < good_z.size(); ++i) m.z.set(i, good_z[i]);
+        CHECK(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess);
+        CHECK(skipped[0] == 1);
+        check_weight(m, c, before, layers::correlation(c.geometry, m.x, m.z), 0.1, "after a bad batch");
+    }
+}
+
+void test_half_weights() {
+    use(3, true);
+    const Case c = layers::cases()[0];
+    for (const Kind kind : {Kind::f16, Kind::bf16}) {
+        Memory m(c, kind, kind, Layout::nhwc, Flush::end);
+        const std::vector<double> oracle = layers::correlation(c.geometry, m.x, m.z);
+        const std::vector<float> start = layers::random(static_cast<int64_t>(oracle.size()), 5);
+        layers::Tensor weight({{static_cast<int64_t>(oracle.size()), 1, 1, 1, 1}}, kind, Layout::nchw, Flush::end, 5);
+        const DirectConfig config = get_best_config(m.problem, kChip);
+        m.make_workspace(config);
+        Target target = m.d_target;
+        target.data = weight.data();
+        target.element = kind == Kind::f16 ? Element::f16 : Element::bf16;
+        const std::vector<float> before = weight.floats();
+        Step step;
+        step.rate.value = 3;
+        CHECK(correlate_and_update(m.problem, config, target, step, m.workspace->data(), nullptr) == cudaSuccess);
+        double norm = 0, worst = 0;
+        for (const double v : oracle) norm += v * v;
+        for (size_t i = 0; i < oracle.size(); ++i) {
+            const double expected = before[i] + 3 * oracle[i] / std::sqrt(norm);
+            worst = std::max(worst, std::fabs(weight.floats()[i] - expected) / std::max(0.1, std::fabs(expected)));
+        }
+        CHECK(worst <= (kind == Kind::f16 ? 0.51 / 1024 : 0.51 / 128)); // rounded once
+        CHECK(weight.intact());
+    }
+}
+
+// Division by multiplication, exact over its whole range.
+void test_fast_div() {
+    std::mt19937 random(1);
+    for (int i = 0; i < 20000; ++i) {
+        const unsigned by = i < 300 ? i + 1 : (random() >> (random() % 31) & 0x7fffffff) | 1;
+        const unsigned any = random() & 0x7fffffff;
+        for (const unsigned n : {0u, by - 1, by, any, any / by * by, any / by * by - 1 + !(any / by), 0x7fffffffu})
+            if (quotient(n, fast_div(by)) != n / by) {
+                CHECK_THAT(false, std::to_string(n) + " / " + std::to_string(by));
+                return;
+            }
+    }
+}
+
+void test_configurations() {
+    // An H100: 64 -> 64 channels, 3x3, 56x56, batch 64. The whole chip has work, tiles are not all padding.
+    const Chip big = chip_of(132, {2, 4, 4, 8});
+    DirectProblem p{};
+    p.geometry.batch = 64;
+    p.geometry.in_channels = p.geometry.out_channels = 64;
+    p.geometry.kernel = {1, 3, 3};
+    p.geometry.pad = {0, 1, 1};
+    p.geometry.input = p.geometry.output = {1, 56, 56};
+    p.x = p.z = {nullptr, Kind::bf16, {56 * 56 * 64, 1, {56 * 56 * 64, 56 * 64, 64}}};
+    DirectConfig c = get_best_config(p, big);
+    std::printf("  %s\n", c.text().c_str());
+    CHECK(c.z_access == Access::channels4 && c.x_access == Access::channels4);
+    CHECK(c.tile_m == 64 && c.blocks >= 132 && int64_t{c.splits} * c.split_positions >= p.geometry.positions());
+    p.x.strides = p.z.strides = {56 * 56 * 64, 56 * 56, {56 * 56, 56, 1}};
+    c = get_best_config(p, big);
+    CHECK(c.z_access == Access::positions4 && c.x_access == Access::scalar);
+    p.geometry.batch = 1 << 20;
+    CHECK(unsupported(p) != nullptr);
+    p.geometry.batch = 1;
+    p.x.strides.channel = int64_t{1} << 31;
+    CHECK(unsupported(p) != nullptr);
+    p.x.kind = Kind::f64;
+    CHECK(unsupported(p) != nullptr);
+}
+
+// Tiles are chosen by shape; every one of them, with every pair of accesses, has to have run.
+void test_every_kernel() {
+    const Case c = layers::every_access();
+    for (int kernel = 0; kernel < kDirectTiles * kDirectAccesses; ++kernel) {
+        const Variant& v = kVariants[kernel];
+        use(5, true);
+        const bool planes = v.z == Access::positions4;
+        Memory m(c, Kind::f32, Kind::f32, planes ? Layout::nchw : Layout::nhwc, Flush::end);
+        DirectConfig config = get_best_config(m.problem, kChip);
+        CHECK(config.z_access == (planes ? Access::positions4 : Access::channels4) && config.x_access == config.z_access);
+        config.kernel = kernel;
+        config.tile_m = v.tile_m;
+        config.tile_n = v.tile_n;
+        config.threads = v.threads;
+        config.z_access = v.z;
+        config.x_access = v.x;
+        config.tiles = static_cast<int>(c.geometry.groups * ceil_div(c.geometry.out_per_group(), v.tile_m) *
+                                        ceil_div(c.geometry.patch(), v.tile_n));
+        config.splits = 3;
+        config.split_positions = static_cast<int>(ceil_div(ceil_div(c.geometry.positions(), 3), 8) * 8);
+        config.sharers = 2;
+        config.blocks = std::min(6, config.tiles * 3);
+        m.make_workspace(config);
+        CHECK(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess);
+        CHECK_THAT(m.intact(), config.text());
+        CHECK_THAT(error_of(m.d, layers::correlation(c.geometry, m.x, m.z)) <= kTolerance, config.text());
+    }
+}
+
+} // namespace
+
+int main() {
+    test_fast_div();
+    test_configurations();
+    test_every_kernel();
+    const Kind kinds[] = {Kind::f32, Kind::f16, Kind::bf16};
+    unsigned seed = 0;
+    for (const Case& c : layers::cases())
+        for (const Layout layout : {Layout::nchw, Layout::nhwc, Layout::sliced}) {
+            // Each case and layout in another mixture of dtypes and another number of splits.
+            const Kind x = kinds[seed % 3], z = kinds[seed / 3 % 3];
+            run_case(c, x, z, layout, seed, static_cast<int>(seed % 4 == 3 ? 9 : seed % 4));
+            ++seed;
+        }
+    test_bad_batches();
+    test_half_weights();
+    return test::finish("test_cuda_direct");
+}

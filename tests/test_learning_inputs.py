@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from models import Attention, PlainCNN, at, batches, changed, run_epoch, seeded, snapshot, with_boundary
 from torch import Tensor, nn
 
-from localsgd_ext import LocalizedLearning, reference
+from localsgd_ext import HebbianUpdater, LocalizedLearning, reference
 
 
 def sgd(model):
@@ -75,6 +75,21 @@ def test_local_layers_that_stay_silent_are_reported():
     model(batches(1)[0][0])
     with pytest.warns(UserWarning, match=r"never ran.*features\.3$"):
         local.step(1.0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_training_forwards_never_wait_for_the_device(momentum):
+    """Tensors without data stand for a device: whatever would wait for a value of theirs raises."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).to("meta")
+    updater = HebbianUpdater(model, lr=0.1, momentum=momentum)
+    updater.enable(["0", "2"], deferred=["2"])
+    before = [layer.weight._version for layer in (model[0], model[2])]
+    for _ in range(3):
+        model(torch.empty(2, 3, 8, 8, device="meta"))
+    updater.flush()
+    assert all(layer.weight._version > version for layer, version in zip((model[0], model[2]), before, strict=True))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        updater.skipped()  # which does wait
 
 
 def test_a_model_of_which_only_parts_are_called_is_reported():

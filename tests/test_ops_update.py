@@ -210,3 +210,15 @@ def test_agrees_with_the_reference_over_many_steps(case: Case) -> None:
         ops.hebbian_update_(weight, x, case.forward(x, weight, bias), lr, bias=bias, z_is_output=True, **case.arguments)
         reference.hebbian_update_(other, x, case.forward(x, other, bias), lr, bias=bias, **case.arguments)
     torch.testing.assert_close(weight, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", [ops, reference], ids=["ops", "reference"])
+def test_nothing_waits_for_the_device(implementation) -> None:
+    """Tensors without data stand for a device: whatever would wait for a value of theirs raises."""
+    weight, x, z, lr = (torch.empty(shape, device="meta") for shape in ((4, 3, 3, 3), (2, 3, 8, 8), (2, 4, 6, 6), ()))
+    skipped = torch.empty((), dtype=torch.int64, device="meta")
+    with pytest.raises(RuntimeError):
+        lr.item()
+    for step in (0.1, lr):
+        implementation.hebbian_update_(weight, x, z, step, skipped=skipped)
+        implementation.apply_update_([weight, weight], [weight, weight], step, skipped=skipped.expand(2).clone())

@@ -60,6 +60,7 @@ class ExecutionPlan:
         return [name for name, position in positions.items() if position < end]
 
     def state_dict(self) -> dict[str, Any]:
+        """The plan as strings, numbers and containers of them."""
         return {
             "layers": list(self.layers),
             "positions": list(self.positions),

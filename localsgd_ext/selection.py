@@ -22,6 +22,8 @@ class ModeSelection(ABC):
         num_layers: ``L``, the number of layers; may be given later through :meth:`bind` (``LocalizedLearning`` does).
         epochs: ``E_max``, the number of epochs of the run.
         l_max: fraction of the layers that may ever learn locally, in (0, 1]. At least one layer keeps learning by SGD.
+    Raises:
+        ValueError: an argument out of its range.
     """
 
     needs_update_norm = False
@@ -68,6 +70,7 @@ class ModeSelection(ABC):
         """Why the boundary cannot leave 0 in this run, or None if it can."""
 
     def state_dict(self) -> dict[str, Any]:
+        """Hyper-parameters and position, as numbers and strings."""
         return {
             "kind": type(self).__name__,
             "num_layers": self.num_layers,
@@ -78,7 +81,11 @@ class ModeSelection(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, hyper-parameters included."""
+        """Restore what :meth:`state_dict` returned, hyper-parameters included.
+
+        Raises:
+            ValueError: the state is of another kind of schedule.
+        """
         if state["kind"] != type(self).__name__:
             raise ValueError(f"the state is of a {state['kind']}, this is a {type(self).__name__}")
         self.num_layers, self.epochs, self.l_max = state["num_layers"], state["epochs"], state["l_max"]
@@ -103,6 +110,8 @@ class DynamicModeSelection(ModeSelection):
         alpha: fraction of the average below which an update counts as small; the paper's is 0.95.
         t_shift: layers per move: an int, a fraction of ``L``, or ``"auto"`` for the size of the network's recurring block
             (resolved by ``LocalizedLearning``).
+    Raises:
+        ValueError: an argument out of its range, or ``t_shift="auto"`` where no network is known.
     """
 
     needs_update_norm = True
@@ -201,6 +210,8 @@ class StaticModeSelection(ModeSelection):
             local-first schedules (section 2.2).
         c1: boundary reached at the end, in layers; ``l_max * L`` unless given.
         c2: rate; unless given, such that ``T(0) = 0`` (exponential: ``5 / E_max``).
+    Raises:
+        ValueError: an unknown ``kind``, or ``l_max`` out of its range.
     """
 
     KINDS = ("quadratic", "linear", "exponential")

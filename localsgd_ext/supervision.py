@@ -13,6 +13,8 @@ class WeakSupervision:
     Args:
         kind: ``"absolute"``: -1 after an epoch whose loss rose, +1 otherwise (Algorithm 2 as printed). ``"toggle"``: the
             present direction is reversed when the loss rises and kept otherwise (the section's text, read literally).
+    Raises:
+        ValueError: an unknown ``kind``.
     """
 
     KINDS = ("absolute", "toggle")
@@ -44,9 +46,11 @@ class WeakSupervision:
         return self.sign
 
     def state_dict(self) -> dict[str, Any]:
+        """The kind, the sign and the loss it was decided from."""
         return {"kind": self.kind, "sign": self.sign, "last_loss": self.last_loss}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, ``kind`` included."""
         self.kind, self.sign, self.last_loss = state["kind"], state["sign"], state["last_loss"]
 
     def __repr__(self) -> str:

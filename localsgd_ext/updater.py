@@ -40,6 +40,9 @@ class HebbianUpdater:
         activation: ``D = correlation(x, activation(z))``, the post-activation rule of equation 1 (ablation).
         momentum: ``V = momentum * V + D / ||D||_2``, ``W += lr * V`` (ablation of section 2.3).
         algorithm: see :func:`localsgd_ext.ops.hebbian_update_`.
+    Raises:
+        ValueError: an argument out of its range, a pattern that matches no layer, or a model under another updater.
+        TypeError: a wrapped or sharded model (``DataParallel``, ``DistributedDataParallel``, FSDP).
     """
 
     def __init__(
@@ -167,6 +170,7 @@ class HebbianUpdater:
         return [name for name, hook in self._hooks.items() if hook.enabled and not hook.fired] if self.forwards else []
 
     def reset_counters(self) -> None:
+        """Begin to count anew: skipped updates, training forwards, layers that ran."""
         self.forwards = 0
         for hook in self._hooks.values():
             hook.fired = False
@@ -194,6 +198,7 @@ class HebbianUpdater:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; deferred updates that are still to be made are forgotten."""
         self.discard()
         self.set_lr(state["lr"])
         self.forwards = state["forwards"]

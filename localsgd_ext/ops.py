@@ -167,10 +167,14 @@ def apply_update_(
         ValueError: lists of different lengths, shapes that differ, overlapping weights, a ``skipped`` of another size.
         TypeError: a dtype that is not supported.
     """
+    given: dict[str, Any] = {"weights": weights, "correlations": correlations}
+    for name, value in given.items():
+        if isinstance(value, Tensor):  # a list is meant; a tensor would be taken apart into its rows
+            raise TypeError(f"{name} must be a sequence of tensors, got a tensor")
     if weights and _through_dispatcher(correlations[0] if correlations else weights[0], weights[0]):
-        value, tensor = _split_lr(lr)
+        number, tensor = _split_lr(lr)
         with torch.no_grad():
-            torch.ops.localsgd_ext.apply_update_(list(weights), list(correlations), value, tensor, normalize, skipped)
+            torch.ops.localsgd_ext.apply_update_(list(weights), list(correlations), number, tensor, normalize, skipped)
         return
     _apply_update_(weights, correlations, lr, normalize, skipped)
 
@@ -270,7 +274,13 @@ def _apply_update_(
 
 def _through_dispatcher(*tensors: Tensor) -> bool:
     """Tracing needs an operator with a fake kernel; so do tensor subclasses, whose data pointer is not theirs to read."""
-    return torch.compiler.is_compiling() or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    if torch.compiler.is_compiling():
+        return True
+    unusual = [t for t in tensors if type(t) not in (Tensor, torch.nn.Parameter)]
+    for t in unusual:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"x, weights and correlations must be tensors, got {type(t).__name__}")
+    return bool(unusual)
 
 
 def _ints(value: IntOrTuple) -> list[int]:

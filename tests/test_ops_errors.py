@@ -96,6 +96,25 @@ def test_hebbian_update_refuses_an_overlapping_weight(implementation) -> None:
         implementation.hebbian_update_(weight, X, Z, 0.1)
 
 
+@pytest.mark.parametrize("wrong", [None, [1.0], X.numpy()], ids=["None", "list", "ndarray"])
+def test_operands_must_be_tensors(wrong) -> None:
+    kind = type(wrong).__name__
+    for call in (lambda: ops.correlation(wrong, Z, W), lambda: ops.hebbian_update_(wrong, X, Z, 0.1)):
+        with pytest.raises(TypeError, match=f"must be tensors, got {kind}"):
+            call()
+    with pytest.raises(TypeError, match=f"must be tensors, got {kind}"):
+        ops.apply_update_([W.clone()], [wrong], 0.1)
+
+
+def test_one_tensor_is_not_taken_for_a_sequence() -> None:
+    weight = W.clone()
+    with pytest.raises(TypeError, match="weights must be a sequence of tensors, got a tensor"):
+        ops.apply_update_(weight, [W], 0.1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="correlations must be a sequence of tensors, got a tensor"):
+        ops.apply_update_([weight], W, 0.1)  # type: ignore[arg-type]
+    assert torch.equal(weight, W)
+
+
 def test_plan_needs_kernels_for_the_device() -> None:
     with pytest.raises(RuntimeError, match="no kernels are compiled for device meta"):
         ops.plan(X.to("meta"), None, W.to("meta"))

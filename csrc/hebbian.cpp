@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <mutex>
 #include <numeric>
 #include <unordered_map>
@@ -128,12 +129,17 @@ at::Tensor correlate(const Layer& layer, const std::string& algorithm, bool benc
     return is_empty(layer) ? no_correlation(layer) : compute(layer, chosen);
 }
 
+double finite(double lr) {
+    TORCH_CHECK_VALUE(std::isfinite(lr), "lr must be finite, got ", lr);
+    return lr;
+}
+
 double value_of(const Lr& lr) {
-    if (const auto* number = std::get_if<double>(&lr)) return *number;
+    if (const auto* number = std::get_if<double>(&lr)) return finite(*number);
     const auto& tensor = std::get<at::Tensor>(lr);
     TORCH_CHECK_VALUE(tensor.numel() == 1, "lr must be a float or a tensor of one element, got shape ", text(tensor.sizes()));
     TORCH_CHECK_VALUE(tensor.is_cpu(), "lr must be on the weight's device cpu, got ", tensor.device());
-    return tensor.item<double>();
+    return finite(tensor.item<double>());
 }
 
 // Sufficient, not necessary: walked from the smallest stride up, no dimension steps back into the one before.
@@ -160,8 +166,9 @@ void check_skipped(const std::optional<at::Tensor>& skipped, int64_t weights, at
     TORCH_CHECK_TYPE(skipped->scalar_type() == at::kLong, "skipped must be int64, got ", toString(skipped->scalar_type()));
     TORCH_CHECK_VALUE(skipped->device() == device, "skipped must be on the weight's device ", device, ", got ",
                       skipped->device());
-    TORCH_CHECK_VALUE(skipped->numel() == 1 || skipped->numel() == weights, "skipped must have 1 element",
-                      weights == 1 ? "" : " or one per weight", ", got shape ", text(skipped->sizes()));
+    TORCH_CHECK_VALUE(skipped->dim() <= 1 && (skipped->numel() == 1 || skipped->numel() == weights),
+                      "skipped must have 1 element", weights == 1 ? "" : " or one per weight", ", got shape ",
+                      text(skipped->sizes()));
     TORCH_CHECK_VALUE(!may_overlap(*skipped), "skipped must not overlap itself in memory");
 }
 

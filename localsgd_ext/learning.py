@@ -30,6 +30,7 @@ PRESETS: dict[str, dict[str, float]] = {
     "paper": {"lr": 0.01},
 }
 STATE_FORMAT = 1
+NOT_TRACED = "the order of the layers is not known before the first training forward: run one, or call trace()"
 
 
 class LocalizedLearning:
@@ -56,7 +57,8 @@ class LocalizedLearning:
 
     Args:
         model: the network, on its device; not wrapped in ``nn.DataParallel`` or FSDP.
-        optimizer: the optimizer (or several) of the whole model. Its parameter groups are left alone.
+        optimizer: the optimizer (or several) of the whole model, or ``None``. Its parameter groups are left alone; the state of
+            parameters that get frozen is dropped.
         epochs: length of the run, ``E_max`` of equation 2.
         preset: ``"paper"`` takes the paper's local learning rate (0.01), ``None`` ours (0.0001); arguments given override it.
         schedule: ``"dynamic"`` (Algorithm 1), ``"quadratic"``, ``"linear"``, ``"exponential"`` (static schedules), or a
@@ -77,7 +79,7 @@ class LocalizedLearning:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
+        optimizer: Optimizer | Iterable[Optimizer] | None,
         *,
         epochs: int,
         preset: str | None = None,
@@ -170,9 +172,7 @@ class LocalizedLearning:
             RuntimeError: there was no training forward yet.
         """
         if self._plan is None:
-            raise RuntimeError(
-                "the order of the layers is not known before the first training forward: run one, or call trace()"
-            )
+            raise RuntimeError(NOT_TRACED)
         return self._plan
 
     @property
@@ -236,7 +236,7 @@ class LocalizedLearning:
         """
         if not self._handles:
             raise RuntimeError("step() was called after remove()")
-        plan, freeze = self.plan, self._prefix()
+        freeze = self._prefix()
         if epoch_loss is None and self.supervision is not None:
             raise ValueError(
                 "epoch_loss must be the epoch's mean training loss, got None (it sets the sign; supervision=None does without)"
@@ -254,7 +254,6 @@ class LocalizedLearning:
         self._apply_boundary(new)
         if self.on_boundary_move is not None and old != new:
             self.on_boundary_move(old, new)
-        assert len(plan) > new
 
     def remove(self) -> None:
         """Take the hooks off and give the frozen parameters back to SGD; deferred updates are made first."""
@@ -388,7 +387,8 @@ class LocalizedLearning:
         return float(torch.linalg.vector_norm(change, dtype=torch.float64))
 
     def _prefix(self) -> PrefixFreeze:
-        assert self._freeze is not None
+        if self._freeze is None:
+            raise RuntimeError(NOT_TRACED)
         return self._freeze
 
     def _report_trouble(self, freeze: PrefixFreeze) -> None:

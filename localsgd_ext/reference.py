@@ -12,6 +12,7 @@ of the output's gradient (paper, equation 3)::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -186,13 +187,15 @@ def _may_overlap(t: Tensor) -> bool:
 def _check_scalars(lr: float | Tensor, skipped: Tensor | None, weights: Sequence[Tensor]) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a float or a tensor of one element, got shape {tuple(lr.shape)}")
+    if not isinstance(lr, Tensor) and not math.isfinite(lr):  # one on a device is not waited for
+        raise ValueError(f"lr must be finite, got {lr}")
     if skipped is None:
         return
     if skipped.dtype != torch.int64:
         raise TypeError(f"skipped must be int64, got {skipped.dtype}")
     if skipped.device != weights[0].device:
         raise ValueError(f"skipped must be on the weight's device {weights[0].device}, got {skipped.device}")
-    if skipped.numel() not in (1, len(weights)):
+    if skipped.dim() > 1 or skipped.numel() not in (1, len(weights)):
         raise ValueError(f"skipped must have 1 element or one per weight, got shape {tuple(skipped.shape)}")
 
 

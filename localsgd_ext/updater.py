@@ -195,6 +195,7 @@ class HebbianUpdater:
             "skipped": skipped,
             "fired": [name for name, hook in self._hooks.items() if hook.fired],
             "forwards": self.forwards,
+            "deferred": [name for name, hook in self._hooks.items() if hook.deferred],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -207,9 +208,10 @@ class HebbianUpdater:
             weight = self._hooks[name].module.weight
             velocity[name] = saved.to(device=weight.device, copy=True)
         self._velocity = velocity
-        fired = set(state["fired"])
+        fired, deferred = set(state["fired"]), set(state["deferred"])
         for name, hook in self._hooks.items():
             hook.fired = name in fired
+            hook.deferred = name in deferred
             count = state["skipped"].get(name, 0)
             if count or hook.skipped is not None:
                 hook.counter().fill_(count)

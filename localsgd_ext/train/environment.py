@@ -27,7 +27,7 @@ def describe(device: str) -> dict[str, Any]:
         "numpy": np.__version__,
         "localsgd_ext": localsgd_ext.__version__,
         "compiled_kernels": ops.is_compiled(device),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if cuda else None,

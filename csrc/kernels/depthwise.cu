@@ -27,8 +27,8 @@ constexpr DepthwiseVariant kDepthwiseVariants[] = {LOCALSGD_DEPTHWISE_KERNELS(LO
 #undef LOCALSGD_VARIANT
 static_assert(sizeof(kDepthwiseVariants) / sizeof(kDepthwiseVariants[0]) == kDepthwiseKernels);
 
-// Shared memory of a block: a quarter of what half-way old chips let a multiprocessor have, so that while one block loads its
-// tile others compute. And positions of x and z that fit.
+// Shared memory of a block: half of what sm_75 has for a multiprocessor, the least of all, so that while one block loads its
+// tile another computes. And positions of x and z that fit.
 constexpr size_t kSharedBytes = 32 << 10;
 constexpr int64_t kSharedPositions = kSharedBytes / (kPitch * sizeof(float));
 

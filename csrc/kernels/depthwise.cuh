@@ -135,7 +135,7 @@ LOCALSGD_DEVICE void depthwise_unit(float (&sum)[kR][kS], const DepthwiseParams&
         wx.plane = image * p.x.batch_stride + depth * p.x.space_stride[0];
         wx.row = wz.row * p.stride[1] + tap.row * p.dilation[1] - p.pad[1];
         wx.column = wz.column * p.stride[2] + tap.column * p.dilation[2] - p.pad[2];
-        // No more than what existing taps read: an Inf beyond would become NaN in the product with a zero.
+        // No more than what existing taps read: a partial chunk's other ones are multiplied by whatever is there and left out.
         wx.rows = (wz.rows - 1) * p.stride[1] + (min(kR, p.kernel[1] - tap.row) - 1) * p.dilation[1] + 1;
         wx.columns = (wz.columns - 1) * p.stride[2] + (min(kS, p.kernel[2] - tap.column) - 1) * p.dilation[2] + 1;
         __syncthreads(); // the last tile is done with
@@ -244,8 +244,14 @@ LOCALSGD_DEVICE void depthwise_write(const DepthwiseParams& p) {
     }
 }
 
+// Blocks a multiprocessor is to hold, by which the compiler rations registers: 80 a thread, more for the sums of large chunks.
 template <int kR, int kS>
-__global__ void __launch_bounds__(kDepthwiseThreads) depthwise_kernel(const DepthwiseParams p) {
+constexpr int kDepthwiseBlocks = kR * kS > 25  ? 1
+                                 : kR * kS > 9 ? 2
+                                               : 3;
+
+template <int kR, int kS>
+__global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<kR, kS>) depthwise_kernel(const DepthwiseParams p) {
     LOCALSGD_DYNAMIC_SHARED(dynamic);
     auto* const memory = reinterpret_cast<float*>(dynamic);
     if (p.first == kCorrelate) depthwise_tiles<kR, kS>(p, memory);

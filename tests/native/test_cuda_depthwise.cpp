@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "emulation/guarded.h"
+#include "launches.h"
 #include "layers.h"
 
 namespace {
@@ -13,6 +14,7 @@ using namespace localsgd;
 using namespace localsgd::cuda;
 using emulation::Flush;
 using emulation::Guarded;
+using namespace launches;
 using layers::Case;
 using layers::Layout;
 
@@ -22,13 +24,6 @@ DepthwiseChip chip_of(int multiprocessors, int blocks) {
     return chip;
 }
 const DepthwiseChip kChip = chip_of(3, 2);
-
-void use(unsigned seed, bool cooperative) {
-    emulation::options().seed = seed;
-    emulation::options().multiprocessors = 3;
-    emulation::options().blocks_per_multiprocessor = 2;
-    emulation::options().cooperative = cooperative;
-}
 
 Case depthwise(const char* name, int64_t batch, int64_t channels, int64_t multiplier, Triple input, Triple kernel,
                Triple stride = {1, 1, 1}, Triple pad = {0, 0, 0}, Triple dilation = {1, 1, 1}) {
@@ -100,40 +95,6 @@ struct Memory {
     std::vector<double> oracle() const { return layers::correlation(layer.geometry, x, z); }
 };
 
-double norm_of(const std::vector<double>& values) {
-    double squares = 0;
-    for (const double v : values) squares += v * v;
-    return std::sqrt(squares);
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
-}
-
-constexpr double kTolerance = 2e-6; // fp32 sums of some hundred products
-
-void check_d(const Memory& m, const std::vector<double>& oracle, const std::string& what) {
-    double difference = 0;
-    for (size_t i = 0; i < oracle.size(); ++i) difference += (m.d[i] - oracle[i]) * (m.d[i] - oracle[i]);
-    const double norm = norm_of(oracle), error = std::sqrt(difference) / (norm > 0 ? norm : 1);
-    CHECK_THAT(error <= kTolerance, what + ": error " + std::to_string(error));
-}
-
-void check_weight(const Memory& m, const std::vector<float>& before, const std::vector<double>& oracle, double lr,
-                  const std::string& what) {
-    const std::vector<float> after = m.weight.floats();
-    const double ulp = m.weight_kind == Kind::f32 ? 0x1p-24 : m.weight_kind == Kind::f16 ? 0x1p-11 : 0x1p-8;
-    const double norm = norm_of(oracle);
-    for (size_t i = 0; i < oracle.size(); ++i) {
-        const double expected = before[i] + lr * oracle[i] / norm;
-        // Rounded once, to half a unit in the last place; and D's own error.
-        if (std::fabs(after[i] - expected) <= 1.01 * ulp * std::max(1e-3, std::fabs(expected)) + 1e-6 * std::fabs(lr)) continue;
-        CHECK_THAT(false, what + ": weight " + std::to_string(i) + " is " + std::to_string(after[i]) + ", not " +
-                              std::to_string(expected));
-        return;
-    }
-}
-
 // Another number of splits than the chosen one, in 1 to 6 blocks.
 void split(DepthwiseConfig& config, int splits) {
     config.splits = splits;
@@ -163,7 +124,7 @@ void run_case(Memory& m, DepthwiseConfig config, unsigned seed) {
     m.make_workspace(config);
     CHECK_THAT(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess, what);
     CHECK_THAT(m.intact(), what);
-    check_d(m, oracle, what);
+    check_d(m.d, oracle, what);
 
     // Three times with the workspace as the last launch left it, the last time a launch a phase in another order of blocks and
     // threads; the rate from the host, then from the device.
@@ -185,7 +146,7 @@ void run_case(Memory& m, DepthwiseConfig config, unsigned seed) {
         CHECK_THAT(m.intact() && skipped.intact(), what);
         CHECK_THAT(skipped[0] == (norm > 0 ? 7u : 8u), what);
         if (norm > 0)
-            check_weight(m, before, oracle, repeat ? rate : 0.25, what);
+            check_weight(m.weight.floats(), m.weight_kind, before, oracle, repeat ? rate : 0.25, what);
         else
             CHECK_THAT(same_bits(before, m.weight.floats()), what);
         if (repeat == 2) CHECK_THAT(same_bits(after, m.weight.floats()), what + ": other bits in separate launches");
@@ -253,7 +214,7 @@ void test_bad_batches() {
         for (size_t i = 0; i < good.size(); ++i) m.z.set(i, good[i]);
         CHECK(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess);
         CHECK(skipped[0] == 1);
-        check_weight(m, before, m.oracle(), 0.1, "after a bad batch");
+        check_weight(m.weight.floats(), m.weight_kind, before, m.oracle(), 0.1, "after a bad batch");
     }
 }
 
@@ -272,7 +233,7 @@ void test_unread_input() {
             split(config, 2);
             m.make_workspace(config);
             CHECK(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess);
-            check_d(m, oracle, "unread input, " + config.text());
+            check_d(m.d, oracle, "unread input, " + config.text());
         }
 }
 

@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "emulation/guarded.h"
+#include "launches.h"
 #include "layers.h"
 
 namespace {
@@ -13,6 +14,7 @@ using namespace localsgd;
 using namespace localsgd::cuda;
 using emulation::Flush;
 using emulation::Guarded;
+using namespace launches;
 using layers::Case;
 using layers::Layout;
 
@@ -22,13 +24,6 @@ GramChip chip_of(int multiprocessors, int small, int large) {
     return chip;
 }
 const GramChip kChip = chip_of(3, 2, 2);
-
-void use(unsigned seed, bool cooperative) {
-    emulation::options().seed = seed;
-    emulation::options().multiprocessors = 3;
-    emulation::options().blocks_per_multiprocessor = 2;
-    emulation::options().cooperative = cooperative;
-}
 
 std::vector<Case> cases() {
     using layers::layer;
@@ -128,42 +123,6 @@ struct Memory {
     }
 };
 
-double norm_of(const std::vector<double>& values) {
-    double squares = 0;
-    for (const double v : values) squares += v * v;
-    return std::sqrt(squares);
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
-}
-
-// fp32 sums of fp32 products, twice one after the other: rounding errors grow as a random walk.
-constexpr double kTolerance = 2e-6;
-
-void check_d(const Memory& m, const std::vector<double>& oracle, const std::string& what) {
-    double difference = 0;
-    for (size_t i = 0; i < oracle.size(); ++i) difference += (m.d[i] - oracle[i]) * (m.d[i] - oracle[i]);
-    const double norm = norm_of(oracle), error = std::sqrt(difference) / (norm > 0 ? norm : 1);
-    CHECK_THAT(error <= kTolerance, what + ": error " + std::to_string(error));
-}
-
-void check_weight(const Memory& m, const std::vector<float>& before, const std::vector<double>& oracle, double lr,
-                  const std::string& what) {
-    const std::vector<float> after = m.weight.floats();
-    const double norm = norm_of(oracle), ulp = m.weight_kind == Kind::f32   ? 0x1p-24
-                                               : m.weight_kind == Kind::f16 ? 0x1p-11
-                                                                            : 0x1p-8;
-    for (size_t i = 0; i < oracle.size(); ++i) {
-        const double expected = before[i] + lr * oracle[i] / norm;
-        // Rounded once, to half a unit in the last place; and D's own error.
-        if (std::fabs(after[i] - expected) <= 1.01 * ulp * std::max(1e-3, std::fabs(expected)) + 1e-6 * std::fabs(lr)) continue;
-        CHECK_THAT(false, what + ": weight " + std::to_string(i) + " is " + std::to_string(after[i]) + ", not " +
-                              std::to_string(expected));
-        return;
-    }
-}
-
 // Other numbers of splits than the chosen ones: more than blocks, one, and a last one that is short.
 void split(GramConfig& config, const GramProblem& problem, int splits) {
     const Geometry& g = problem.geometry;
@@ -196,7 +155,7 @@ void run_case(Memory& m, GramConfig config, unsigned seed) {
     m.make_workspace(config);
     CHECK_THAT(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess, what);
     CHECK_THAT(m.intact(), what);
-    check_d(m, oracle, what);
+    check_d(m.d, oracle, what);
 
     // Three times with the workspace as the last launch left it, the last time a launch a phase in another order of blocks and
     // threads; the rate from the host, then from the device.
@@ -218,7 +177,7 @@ void run_case(Memory& m, GramConfig config, unsigned seed) {
         CHECK_THAT(m.intact() && skipped.intact(), what);
         CHECK_THAT(skipped[0] == (norm > 0 ? 7u : 8u), what);
         if (norm > 0)
-            check_weight(m, before, oracle, repeat ? rate : 0.25, what);
+            check_weight(m.weight.floats(), m.weight_kind, before, oracle, repeat ? rate : 0.25, what);
         else
             CHECK_THAT(same_bits(before, m.weight.floats()), what);
         if (repeat == 2) CHECK_THAT(same_bits(after, m.weight.floats()), what + ": other bits in separate launches");
@@ -275,6 +234,7 @@ void test_bad_batches() {
         step.rate.value = 0.1;
         step.skipped = skipped.data();
         const std::vector<float> good = m.x.floats(), before = m.weight.floats();
+        const std::vector<double> oracle = m.oracle();
         if (poison == 0)
             m.x.fill(0);
         else
@@ -285,13 +245,7 @@ void test_bad_batches() {
         for (size_t i = 0; i < good.size(); ++i) m.x.set(i, good[i]);
         CHECK(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess);
         CHECK(skipped[0] == 1);
-        check_weight(
-            m, before,
-            [&] {
-                Memory fresh(c, Kind::f32, Kind::f32, Kind::f32, Layout::nchw, true, Flush::end);
-                return fresh.oracle();
-            }(),
-            0.1, "after a bad batch");
+        check_weight(m.weight.floats(), m.weight_kind, before, oracle, 0.1, "after a bad batch");
     }
 }
 

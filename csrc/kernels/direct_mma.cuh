@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(T::kThreads, kMmaResidentBlocks<T, kZ, kX>) di
     }
 }
 
+#if !defined(__CUDACC_RTC__)
 // What the host has to know of a kernel.
 template <class T, Access kZ, Access kX>
 constexpr Variant mma_variant() {
@@ -61,6 +62,7 @@ constexpr Variant mma_variant() {
             kX,
             direct_mma_kernel<T, kZ, kX>};
 }
+#endif
 
 } // namespace localsgd::cuda
 

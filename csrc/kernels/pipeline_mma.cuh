@@ -38,7 +38,7 @@ struct ChunkCopy {
     }
 };
 
-// A ring of kStages slices of 64 bytes of positions each; kStages - 1 of them are on their way while one is multiplied.
+// A ring of kStages slices, each 32 positions deep (16 in tf32); kStages - 1 of them are on their way while one is multiplied.
 // Finding a position takes three divisions, and each is needed by 8 to 32 threads: 2 warps find a step's positions while the
 // copies of the step before are issued.
 template <class T>

@@ -23,6 +23,10 @@ struct ChunkCopy {
             columns[i] = patch_column(patches, group, first + i * kWidth);
     }
 
+    static LOCALSGD_DEVICE int within(int start, int tap, int size) {
+        return static_cast<unsigned>(start) + static_cast<unsigned>(tap) < static_cast<unsigned>(size);
+    }
+
     static LOCALSGD_DEVICE void issue(MmaSlice<T, kPositions, kColumns>& to, const Patches& patches, const Columns& columns,
                                       const Rows& rows) {
         const int chunk = static_cast<int>(threadIdx.x) % kChunks;
@@ -32,8 +36,10 @@ struct ChunkCopy {
         for (int i = 0; i < kPositions / kDown; ++i) {
             const int down = static_cast<int>(threadIdx.x) / kChunks + i * kDown;
             const PatchRow row = rows[down];
-            const bool valid = inside(patches, row, column);
-            cp_async16(&to[down][chunk * kWidth], from + (valid ? row.offset + column.offset : 0), valid);
+            // Nothing is read from where an invalid chunk would be. All three comparisons, for `inside` branches.
+            const bool valid = (within(row.i0, column.t0, patches.input[0]) & within(row.i1, column.t1, patches.input[1]) &
+                                within(row.i2, column.t2, patches.input[2])) != 0;
+            cp_async16(&to[down][chunk * kWidth], from + row.offset + column.offset, valid);
         }
     }
 };
@@ -93,8 +99,8 @@ struct PipelinedMma {
             find_rows(shared, z, x, ahead + 1, begin, end);
             multiply_slices<T, kPositions>(sum, shared.z[step % kStages], shared.x[step % kStages]);
         }
-        cp_async_wait<0>();
-        __syncthreads(); // before the next tile overwrites the tables
+        // No barrier: who is still multiplying reads neither table, and the next tile's slices are filled after its first one.
+        cp_async_wait<0>(); // empty groups
     }
 };
 

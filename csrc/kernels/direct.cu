@@ -24,8 +24,6 @@ LOCALSGD_DIRECT_KERNELS(LOCALSGD_INSTANTIATE)
 #include <limits>
 
 #include "direct.h"
-#include "direct_variants.h"
-#include "workspace.h"
 
 namespace localsgd::cuda {
 namespace {
@@ -43,79 +41,7 @@ const Variant& variant(int kernel) {
                                    : kMmaTf32Variants[which];
 }
 
-constexpr int64 kMaxPositions = 0x7fffffff - (1 << 20); // positions just past the end are computed with
-constexpr int64 kMaxInt = 0x7fffffff;
-constexpr int kSharedUnasked = 48 << 10;  // bytes of dynamic shared memory that any kernel may have
-constexpr int64 kMaxOuterInput = 1 << 29; // see kOutside
-
-FastDiv fast_div(int64 by) {
-    unsigned shift = 0;
-    while ((1ull << shift) < static_cast<uint64>(by)) ++shift;
-    const uint64 multiplier = (((1ull << shift) - static_cast<uint64>(by)) << 32) / static_cast<uint64>(by) + 1;
-    return {static_cast<unsigned>(by), static_cast<unsigned>(multiplier), shift};
-}
-
-// An operand that is read at the positions themselves has as many spatial dimensions as it has gaps between them: one, if
-// memory goes on evenly, and then often one image as well. Saves divisions, and lets 4 positions be read at once.
-struct Collapsed {
-    Geometry geometry;
-    Strides strides;
-};
-
-Collapsed collapse(const Geometry& geometry, const Strides& strides) {
-    Collapsed c{geometry, strides};
-    Geometry& g = c.geometry;
-    const bool in_place =
-        g.pointwise() && product(g.stride) == 1 && product(g.input) == product(g.output) && g.pad == Triple{0, 0, 0};
-    if (!in_place) return c;
-    int64_t size = 1, step = strides.space[2]; // of the innermost run
-    for (int d = 2; d >= 0; --d) {
-        if (g.output[d] == 1) continue;
-        if (size == 1)
-            step = strides.space[d];
-        else if (strides.space[d] != size * step)
-            return c;
-        size *= g.output[d];
-    }
-    if (size == 1) { // images of one position
-        size = g.batch;
-        step = strides.batch;
-        g.batch = 1;
-    } else if (strides.batch == size * step) {
-        size *= g.batch;
-        g.batch = 1;
-    }
-    g.input = g.output = {1, 1, size};
-    c.strides.space = {0, 0, step};
-    return c;
-}
-
-Element element_of(Kind kind) { return kind == Kind::f32 ? Element::f32 : kind == Kind::bf16 ? Element::bf16 : Element::f16; }
-
-bool multiple_of_4(int64_t n) { return n % 4 == 0; }
-
-bool aligned(const Operand& o) { return reinterpret_cast<uintptr_t>(o.data) % (4 * kind_size(o.kind)) == 0; }
-
-Access access_of(const Operand& o, const Geometry& g, const Strides& s) {
-    if (!aligned(o)) return Access::scalar;
-    bool strides = g.batch == 1 || multiple_of_4(s.batch);
-    if (g.pointwise() && product(g.stride) == 1 && g.input == g.output && g.output[0] == 1 && g.output[1] == 1 &&
-        s.space[2] == 1 && strides && multiple_of_4(s.channel) && multiple_of_4(g.output[2]))
-        return Access::positions4;
-    for (int d = 0; d < 3; ++d) strides = strides && (g.input[d] == 1 || multiple_of_4(s.space[d]));
-    if (s.channel == 1 && multiple_of_4(g.in_per_group()) && strides) return Access::channels4;
-    return Access::scalar;
-}
-
-// Whether cp.async may copy 16 bytes at a time: whole chunks of one tap's channels, everywhere aligned.
-bool in_chunks(const Operand& o, const Geometry& g, const Strides& s) {
-    const int64_t width = 16 / kind_size(o.kind);
-    if (s.channel != 1 || g.in_per_group() % width != 0 || reinterpret_cast<uintptr_t>(o.data) % 16 != 0) return false;
-    if (g.batch > 1 && s.batch % width != 0) return false;
-    for (int d = 0; d < 3; ++d)
-        if (g.input[d] > 1 && s.space[d] % width != 0) return false;
-    return true;
-}
+constexpr int kSharedUnasked = 48 << 10; // bytes of dynamic shared memory that any kernel may have
 
 // Whether a core computes what is asked for without rounding an operand more than the caller allows.
 bool allowed(Core core, const DirectProblem& p) {
@@ -141,45 +67,6 @@ bool allowed(Core core, const DirectProblem& p) {
 bool same_type(Core core, const DirectProblem& p) {
     const Kind kind = core == Core::mma_bf16 ? Kind::bf16 : core == Core::mma_f16 ? Kind::f16 : Kind::f32;
     return p.x.kind == kind && p.z.kind == kind;
-}
-
-Patches patches_of(const Operand& o, const Geometry& geometry) {
-    const auto [g, s] = collapse(geometry, o.strides);
-    Patches p{};
-    p.data = o.data;
-    p.element = element_of(o.kind);
-    p.positions = static_cast<int>(g.positions());
-    p.columns = static_cast<int>(g.patch());
-    p.batch_stride = s.batch;
-    p.group_stride = static_cast<int>(g.in_per_group() * s.channel);
-    p.channel_stride = static_cast<int>(s.channel);
-    p.image = fast_div(std::max<int64_t>(1, g.image_positions()));
-    p.plane = fast_div(std::max<int64_t>(1, g.output[1] * g.output[2]));
-    p.row = fast_div(std::max<int64_t>(1, g.output[2]));
-    p.flat = g.output[0] == 1 && g.output[1] == 1;
-    p.channels_fastest = s.channel == 1 || s.channel <= s.space[2] || g.taps() == 1;
-    p.column_inner = fast_div(std::max<int64_t>(1, p.channels_fastest ? g.in_per_group() : g.taps()));
-    p.tap_plane = fast_div(std::max<int64_t>(1, g.kernel[1] * g.kernel[2]));
-    p.tap_row = fast_div(std::max<int64_t>(1, g.kernel[2]));
-    for (int d = 0; d < 3; ++d) {
-        p.space_stride[d] = static_cast<int>(s.space[d]);
-        p.stride[d] = static_cast<int>(g.stride[d]);
-        p.pad[d] = static_cast<int>(g.pad[d]);
-        p.dilation[d] = static_cast<int>(g.dilation[d]);
-        p.input[d] = static_cast<int>(g.input[d]);
-    }
-    return p;
-}
-
-bool fits(const Operand& o, const Geometry& geometry) {
-    const auto [g, s] = collapse(geometry, o.strides);
-    int64_t reach = g.in_channels * s.channel;
-    for (int d = 0; d < 3; ++d) {
-        if (s.space[d] > kMaxInt || g.input[d] > kMaxInt || g.pad[d] > kMaxInt || g.stride[d] > kMaxInt) return false;
-        if (g.output[d] * g.stride[d] > kMaxInt) return false;
-        reach += (g.kernel[d] - 1) * g.dilation[d] * s.space[d];
-    }
-    return reach <= kMaxInt && s.channel <= kMaxInt && g.input[0] + g.pad[0] + g.kernel[0] * g.dilation[0] <= kMaxOuterInput;
 }
 
 // Multiply-adds a clock and multiprocessor: of an A100, or of sm_75 for fp16 without cp.async.
@@ -224,20 +111,6 @@ const char* core_name(Core core) {
         return "mma_tf32";
     case Core::ffma:
         return "ffma";
-    }
-    return "?";
-}
-
-const char* access_name(Access access) {
-    switch (access) {
-    case Access::scalar:
-        return "scalar";
-    case Access::channels4:
-        return "4 channels";
-    case Access::positions4:
-        return "4 positions";
-    case Access::chunks16:
-        return "16 bytes";
     }
     return "?";
 }

@@ -4,18 +4,11 @@
 #include <cstddef>
 #include <string>
 
-#include "../cpu/elements.h"
-#include "../geometry.h"
 #include "direct_variants.h"
-#include "platform.cuh"
+#include "operand.h"
+#include "workspace.h"
 
 namespace localsgd::cuda {
-
-struct Operand {
-    const void* data;
-    Kind kind; // not f64
-    Strides strides;
-};
 
 struct DirectProblem {
     Geometry geometry;
@@ -60,10 +53,7 @@ const char* unsupported(const DirectProblem& problem);
 // Pure arithmetic, the same for the same arguments.
 DirectConfig get_best_config(const DirectProblem& problem, const Chip& chip);
 
-// Bytes of device memory, aligned to 256, that a launch uses. The first kWorkspaceHeader bytes must be zero before the first
-// launch that uses it and belong to the kernels afterwards; the rest may hold anything. Launches that may overlap need one
-// each.
-constexpr size_t kWorkspaceHeader = 256;
+// Bytes of device memory that a launch uses, see workspace.h.
 size_t workspace_bytes(const DirectConfig& config);
 
 // D to `target` (fp32).

@@ -98,6 +98,65 @@ struct DirectParams {
     Phase first, last;
 };
 
+// The phases of a Gram launch, as above: G in partial tiles; G whole, and W as the forward rounded it; D in partial
+// tiles; D; W.
+enum GramPhase : int { kGramTiles, kGramMatrix, kGramProduct, kGramReduce, kGramWrite };
+
+struct GramParams {
+    Patches x;              // columns: input channels per group
+    Patches z;              // only its columns, output channels per group: z itself is not read
+    TileGrid gram, product; // tiles of G's lower triangle, split over positions; of D, split over input channels
+    int pitch;              // input channels per group, rounded up to a multiple of 4
+    int inner;              // length of the product's sums: pitch, or 4 more with a bias
+    FastDiv by_pitch, by_inner;
+    const void* weight;
+    Element weight_element;
+    int64 weight_out_stride, weight_channel_stride;
+    const void* bias; // [K], or null
+    Element bias_element;
+    Element weight_rounding, bias_rounding; // before they are multiplied; f32: none
+    Workspace workspace;
+    float* gram_matrix;  // [groups][inner][pitch]: G, sum x
+    float* rounded;      // [K][inner]: W, b
+    float* sum_partials; // of x: [splits][groups][pitch]
+    Target target;
+    bool to_target; // D itself is wanted: kGramReduce is the last phase
+    Step step;
+    GramPhase first, last;
+};
+
+// How a tile of a depthwise operand is read: 4 channels that are neighbours in memory, or one, by neighbouring threads; or
+// neighbouring positions of one channel (NCHW).
+enum class Gather : int { channels4, channels, positions };
+
+struct DepthwiseOperand {
+    const void* data;
+    Element element;
+    Gather gather;
+    int size[3];
+    int64 batch_stride, channel_stride, space_stride[3];
+};
+
+// The kernel's taps in chunks of what a thread's registers hold, output planes in tiles, output channels in slices of a warp's
+// width. Unit = (slice * tap_chunks + chunk) * splits + split: a run of tiles for one slice and chunk.
+struct DepthwiseParams {
+    DepthwiseOperand x, z;
+    int out_channels;
+    FastDiv multiplier; // output channel -> input channel
+    int stride[3], pad[3], dilation[3], kernel[3];
+    int tile_rows, tile_columns, x_rows, x_columns; // of a tile of z, and of the x that it reads
+    FastDiv by_tile_columns, by_x_columns;
+    int tiles; // of all images: ((image * planes + plane) * down + row) * across + column
+    FastDiv by_planes, by_down, by_across;
+    int slices, tap_chunks, splits, split_tiles, units;
+    FastDiv by_splits, by_tap_chunks, by_chunk_plane, by_chunk_row; // chunk -> (kernel plane, row of chunks, column)
+    Workspace workspace; // partials: [splits][slices][tap_chunks][taps of a chunk][32]
+    Target target;
+    bool to_target; // D itself is wanted: kReduce is the last phase
+    Step step;
+    Phase first, last;
+};
+
 // Tensors of an apply launch: what fits into 4 KiB of kernel parameters, so that nothing has to be uploaded.
 constexpr int kApplyTensors = 96;
 constexpr int kChunk = 4096; // elements of one tensor that a block takes at a time

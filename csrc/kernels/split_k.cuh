@@ -13,8 +13,25 @@ struct TilePlace {
     int group, m, n; // first row and column of the tile
 };
 
+// Whether the tiles of a group are those on and below the diagonal of a symmetric matrix, row by row. `tiles_n` then counts
+// all of them and `tiles_m` is 1.
+template <class T>
+constexpr bool kTriangle = false;
+
+LOCALSGD_DEVICE unsigned triangle_row(unsigned tile) { // the largest with row (row + 1) / 2 <= tile
+    auto row = static_cast<unsigned>((sqrtf(8.0f * static_cast<float>(tile) + 1.0f) - 1.0f) / 2.0f);
+    while (row * (row + 1) / 2 > tile) --row; // fp32 may be one off
+    while ((row + 1) * (row + 2) / 2 <= tile) ++row;
+    return row;
+}
+
 template <class T>
 LOCALSGD_DEVICE TilePlace place_of(const TileGrid& grid, unsigned tile) {
+    if constexpr (kTriangle<T>) {
+        unsigned n = tile;
+        const unsigned group = divide(n, grid.by_tiles_n), m = triangle_row(n);
+        return {static_cast<int>(group), static_cast<int>(m) * T::kM, static_cast<int>(n - m * (m + 1) / 2) * T::kN};
+    }
     unsigned n = tile;
     unsigned m = divide(n, grid.by_tiles_n);
     const unsigned group = divide(m, grid.by_tiles_m);

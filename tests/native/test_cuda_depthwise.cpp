@@ -1,0 +1,313 @@
+// The depthwise kernels on the emulated GPU against fp64 loops.
+#include "../../csrc/kernels/depthwise.cu"
+
+#include <memory>
+
+#include "check.h"
+#include "emulation/guarded.h"
+#include "layers.h"
+
+namespace {
+
+using namespace localsgd;
+using namespace localsgd::cuda;
+using emulation::Flush;
+using emulation::Guarded;
+using layers::Case;
+using layers::Layout;
+
+DepthwiseChip chip_of(int multiprocessors, int blocks) {
+    DepthwiseChip chip{multiprocessors, true, {}};
+    for (int& b : chip.blocks) b = blocks;
+    return chip;
+}
+const DepthwiseChip kChip = chip_of(3, 2);
+
+void use(unsigned seed, bool cooperative) {
+    emulation::options().seed = seed;
+    emulation::options().multiprocessors = 3;
+    emulation::options().blocks_per_multiprocessor = 2;
+    emulation::options().cooperative = cooperative;
+}
+
+Case depthwise(const char* name, int64_t batch, int64_t channels, int64_t multiplier, Triple input, Triple kernel,
+               Triple stride = {1, 1, 1}, Triple pad = {0, 0, 0}, Triple dilation = {1, 1, 1}) {
+    return layers::layer(name, batch, channels, channels * multiplier, input, kernel, stride, pad, dilation, channels);
+}
+
+std::vector<Case> cases() {
+    std::vector<Case> all{
+        depthwise("3x3", 2, 36, 1, {1, 9, 11}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}),
+        depthwise("3x3, many tiles", 2, 5, 1, {1, 21, 33}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}),
+        depthwise("3x3 stride 2", 3, 64, 1, {1, 15, 14}, {1, 3, 3}, {1, 2, 2}, {0, 1, 1}),
+        depthwise("3x3 dilated", 1, 8, 1, {1, 13, 12}, {1, 3, 3}, {1, 1, 1}, {0, 2, 2}, {1, 2, 2}),
+        depthwise("3x3 far dilated", 1, 3, 1, {1, 45, 43}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 20, 20}),
+        depthwise("3x3 unread last column", 1, 4, 1, {1, 8, 8}, {1, 3, 3}, {1, 2, 2}),
+        depthwise("5x5", 1, 33, 1, {1, 9, 9}, {1, 5, 5}, {1, 1, 1}, {0, 2, 2}),
+        depthwise("7x7", 2, 6, 1, {1, 12, 10}, {1, 7, 7}, {1, 1, 1}, {0, 3, 3}),
+        depthwise("9x8", 1, 4, 1, {1, 12, 13}, {1, 9, 8}, {1, 1, 2}, {0, 4, 1}),
+        depthwise("4x2, uneven steps", 2, 7, 1, {1, 11, 12}, {1, 4, 2}, {1, 2, 3}, {0, 1, 2}, {1, 1, 2}),
+        depthwise("multiplier 2", 2, 18, 2, {1, 8, 7}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}),
+        depthwise("multiplier 5", 1, 3, 5, {1, 6, 9}, {1, 3, 5}, {1, 2, 1}, {0, 1, 2}),
+        depthwise("conv1d", 3, 9, 1, {1, 1, 301}, {1, 1, 3}, {1, 1, 1}, {0, 0, 1}),
+        depthwise("conv1d causal", 2, 35, 1, {1, 1, 40}, {1, 1, 4}, {1, 1, 1}, {0, 0, 3}),
+        depthwise("conv3d", 2, 5, 1, {5, 6, 7}, {3, 3, 3}, {2, 1, 1}, {1, 1, 1}, {1, 1, 1}),
+        depthwise("conv3d dilated", 1, 4, 2, {6, 5, 8}, {2, 1, 3}, {1, 1, 2}, {2, 0, 1}, {3, 1, 1}),
+        depthwise("1x1", 2, 10, 1, {1, 5, 5}, {1, 1, 1}),
+        depthwise("one channel", 2, 1, 3, {1, 6, 6}, {1, 3, 3}),
+        depthwise("no images", 0, 4, 1, {1, 6, 6}, {1, 3, 3}),
+    };
+    for (const Case& c : layers::cases())
+        if (c.geometry.depthwise()) all.push_back(c);
+    return all;
+}
+
+Element element(Kind kind) { return kind == Kind::f32 ? Element::f32 : kind == Kind::bf16 ? Element::bf16 : Element::f16; }
+
+// A launch's device memory. Buffers lie against unmapped pages and are poisoned; the workspace is, but for its header.
+struct Memory {
+    const Case& layer;
+    layers::Tensor x, z, weight; // weight [K, 1, taps]: in NHWC models [K, taps, 1], which is the same
+    Guarded<float> d;
+    std::unique_ptr<Guarded<unsigned char>> workspace;
+    DepthwiseProblem problem;
+    Kind weight_kind;
+    Target weight_target, d_target;
+
+    Memory(const Case& c, Kind x_kind, Kind z_kind, Kind weight_kind_, Layout layout, Flush flush)
+        : layer(c),
+          x(layers::input(c), x_kind, layout, flush, 1),
+          z(layers::output(c), z_kind, layout, flush, 2),
+          weight({c.geometry.out_channels, 1, c.geometry.kernel[0], c.geometry.kernel[1], c.geometry.kernel[2]}, weight_kind_,
+                 layout, flush, 3),
+          d(static_cast<size_t>(c.geometry.out_channels * c.geometry.taps()), flush),
+          weight_kind(weight_kind_) {
+        const Geometry& g = c.geometry;
+        problem = {g, {x.data(), x_kind, x.strides()}, {z.data(), z_kind, z.strides()}};
+        const Strides& w = weight.strides();
+        weight_target = {weight.data(), element(weight_kind), w.batch, w.channel, {w.space[0], w.space[1], w.space[2]}};
+        d_target = {d.data(), Element::f32, g.taps(), g.taps(), {g.kernel[1] * g.kernel[2], g.kernel[2], 1}};
+    }
+
+    void make_workspace(const DepthwiseConfig& config) {
+        workspace = std::make_unique<Guarded<unsigned char>>(workspace_bytes(config));
+        std::memset(workspace->data(), 0, kWorkspaceHeader);
+    }
+    bool intact() const { return x.intact() && z.intact() && weight.intact() && d.intact() && workspace->intact(); }
+    void set_weight(const std::vector<float>& values) {
+        for (size_t i = 0; i < values.size(); ++i) weight.set(i, values[i]);
+    }
+    std::vector<double> oracle() const { return layers::correlation(layer.geometry, x, z); }
+};
+
+double norm_of(const std::vector<double>& values) {
+    double squares = 0;
+    for (const double v : values) squares += v * v;
+    return std::sqrt(squares);
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
+}
+
+constexpr double kTolerance = 2e-6; // fp32 sums of some hundred products
+
+void check_d(const Memory& m, const std::vector<double>& oracle, const std::string& what) {
+    double difference = 0;
+    for (size_t i = 0; i < oracle.size(); ++i) difference += (m.d[i] - oracle[i]) * (m.d[i] - oracle[i]);
+    const double norm = norm_of(oracle), error = std::sqrt(difference) / (norm > 0 ? norm : 1);
+    CHECK_THAT(error <= kTolerance, what + ": error " + std::to_string(error));
+}
+
+void check_weight(const Memory& m, const std::vector<float>& before, const std::vector<double>& oracle, double lr,
+                  const std::string& what) {
+    const std::vector<float> after = m.weight.floats();
+    const double ulp = m.weight_kind == Kind::f32 ? 0x1p-24 : m.weight_kind == Kind::f16 ? 0x1p-11 : 0x1p-8;
+    const double norm = norm_of(oracle);
+    for (size_t i = 0; i < oracle.size(); ++i) {
+        const double expected = before[i] + lr * oracle[i] / norm;
+        // Rounded once, to half a unit in the last place; and D's own error.
+        if (std::fabs(after[i] - expected) <= 1.01 * ulp * std::max(1e-3, std::fabs(expected)) + 1e-6 * std::fabs(lr)) continue;
+        CHECK_THAT(false, what + ": weight " + std::to_string(i) + " is " + std::to_string(after[i]) + ", not " +
+                              std::to_string(expected));
+        return;
+    }
+}
+
+// Another number of splits than the chosen one, in 1 to 6 blocks.
+void split(DepthwiseConfig& config, int splits) {
+    config.splits = splits;
+    config.split_tiles = std::max(1, static_cast<int>(ceil_div(config.tiles, splits)));
+    config.blocks = std::clamp(config.slices * config.tap_chunks * splits, 1, 6);
+}
+
+// Another tile, and another chunk of taps.
+void use_kernel(DepthwiseConfig& config, const Geometry& g, int kernel, int rows, int columns) {
+    const DepthwiseVariant& v = kDepthwiseVariants[kernel];
+    config.kernel = kernel;
+    config.chunk_rows = v.rows;
+    config.chunk_columns = v.columns;
+    config.tap_chunks = static_cast<int>(g.kernel[0] * ceil_div(g.kernel[1], v.rows) * ceil_div(g.kernel[2], v.columns));
+    config.tile_rows = rows;
+    config.tile_columns = columns;
+    config.tiles = static_cast<int>(g.batch * g.output[0] * ceil_div(g.output[1], rows) * ceil_div(g.output[2], columns));
+    config.shared_bytes = shared_bytes(config, g);
+}
+
+void run_case(Memory& m, DepthwiseConfig config, unsigned seed) {
+    use(seed, true);
+    const std::vector<double> oracle = m.oracle();
+    const double norm = norm_of(oracle);
+    const std::string what = std::string(m.layer.name) + " " + kind_name(m.problem.x.kind) + "/" + kind_name(m.problem.z.kind) +
+                             ": " + config.text();
+    m.make_workspace(config);
+    CHECK_THAT(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess, what);
+    CHECK_THAT(m.intact(), what);
+    check_d(m, oracle, what);
+
+    // Three times with the workspace as the last launch left it, the last time a launch a phase in another order of blocks and
+    // threads; the rate from the host, then from the device.
+    const std::vector<float> before = m.weight.floats();
+    const float rate = -0.5f;
+    std::vector<float> after;
+    for (int repeat = 0; repeat < 3; ++repeat) {
+        m.set_weight(before);
+        Guarded<uint64> skipped(1);
+        skipped[0] = 7;
+        Step step;
+        step.rate.value = 0.25;
+        if (repeat) step.rate.device_float = &rate;
+        step.skipped = skipped.data();
+        config.cooperative = repeat < 2;
+        use(seed + 31 * static_cast<unsigned>(repeat), config.cooperative);
+        CHECK_THAT(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess,
+                   what);
+        CHECK_THAT(m.intact() && skipped.intact(), what);
+        CHECK_THAT(skipped[0] == (norm > 0 ? 7u : 8u), what);
+        if (norm > 0)
+            check_weight(m, before, oracle, repeat ? rate : 0.25, what);
+        else
+            CHECK_THAT(same_bits(before, m.weight.floats()), what);
+        if (repeat == 2) CHECK_THAT(same_bits(after, m.weight.floats()), what + ": other bits in separate launches");
+        after = m.weight.floats();
+    }
+    m.set_weight(before);
+    const std::vector<float> d = m.d.values();
+    use(seed + 17, false);
+    CHECK_THAT(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess, what);
+    CHECK_THAT(m.intact() && same_bits(d, m.d.values()), what + ": other bits in separate launches");
+}
+
+void test_cases() {
+    const Kind kinds[] = {Kind::f32, Kind::f16, Kind::bf16};
+    unsigned seed = 1;
+    for (const Case& c : cases())
+        for (const Layout layout : {Layout::nchw, Layout::nhwc, Layout::sliced}) {
+            // Each case and layout in another mixture of dtypes and another number of splits.
+            Memory m(c, kinds[seed % 3], kinds[seed / 2 % 3], kinds[seed / 3 % 3], layout,
+                     seed % 2 ? Flush::begin : Flush::end);
+            CHECK(unsupported(m.problem) == nullptr);
+            DepthwiseConfig config = get_best_config(m.problem, kChip);
+            CHECK_THAT(config.tile_rows > 0 && config.shared_bytes <= kSharedBytes, config.text());
+            if (seed % 4) split(config, static_cast<int>(seed % 4 == 3 ? 11 : seed % 4));
+            run_case(m, config, seed++);
+        }
+}
+
+// Chunks are chosen by the kernel's size; every one of them has to have run, on whole and on partial chunks and tiles.
+void test_every_kernel() {
+    for (const Triple& kernel : {Triple{1, 3, 3}, Triple{1, 8, 4}})
+        for (int i = 0; i < kDepthwiseKernels; ++i)
+            for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
+                const Case c = depthwise("every kernel", 2, 20, 1, {1, 12, 11}, kernel, {1, 1, 1}, {0, 1, 1});
+                Memory m(c, Kind::f32, Kind::bf16, Kind::f32, layout, Flush::end);
+                DepthwiseConfig config = get_best_config(m.problem, kChip);
+                CHECK(config.x_gather == (layout == Layout::nhwc ? Gather::channels4 : Gather::positions));
+                use_kernel(config, c.geometry, i, 3, 4);
+                split(config, 4);
+                run_case(m, config, static_cast<unsigned>(i + 1));
+            }
+}
+
+// A batch that holds NaN or Inf, or whose correlation is zero, must not move the weight, and the next one must.
+void test_bad_batches() {
+    const Case c = depthwise("3x3", 2, 6, 1, {1, 7, 9}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1});
+    for (const float poison : {std::nanf(""), HUGE_VALF, 0.0f}) {
+        use(1, true);
+        Memory m(c, Kind::f32, Kind::f32, Kind::f32, Layout::nchw, Flush::end);
+        const DepthwiseConfig config = get_best_config(m.problem, kChip);
+        m.make_workspace(config);
+        Guarded<uint64> skipped(1);
+        skipped[0] = 0;
+        Step step;
+        step.rate.value = 0.1;
+        step.skipped = skipped.data();
+        const std::vector<float> good = m.z.floats(), before = m.weight.floats();
+        if (poison == 0)
+            m.z.fill(0);
+        else
+            m.z.set(m.z.size() / 2, poison);
+        CHECK(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess);
+        CHECK(skipped[0] == 1);
+        CHECK(same_bits(before, m.weight.floats()));
+        for (size_t i = 0; i < good.size(); ++i) m.z.set(i, good[i]);
+        CHECK(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess);
+        CHECK(skipped[0] == 1);
+        check_weight(m, before, m.oracle(), 0.1, "after a bad batch");
+    }
+}
+
+// What no output reads must not matter, Inf and NaN included.
+void test_unread_input() {
+    const Case c = depthwise("unread", 1, 4, 1, {1, 8, 9}, {1, 2, 2}, {1, 3, 1});
+    for (const Layout layout : {Layout::nchw, Layout::nhwc})
+        for (int kernel = 0; kernel < kDepthwiseKernels; ++kernel) {
+            use(3, true);
+            Memory m(c, Kind::f32, Kind::f32, Kind::f32, layout, Flush::end);
+            const std::vector<double> oracle = m.oracle();
+            for (size_t i = 0; i < m.x.size(); ++i)
+                if (i / 9 % 8 % 3 == 2) m.x.set(i, i % 2 ? HUGE_VALF : std::nanf("")); // rows 2 and 5
+            DepthwiseConfig config = get_best_config(m.problem, kChip);
+            use_kernel(config, c.geometry, kernel, 2, 5);
+            split(config, 2);
+            m.make_workspace(config);
+            CHECK(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess);
+            check_d(m, oracle, "unread input, " + config.text());
+        }
+}
+
+void test_configurations() {
+    // An H100: MobileNetV2's 3x3 over 144 channels at 56x56, batch 64.
+    DepthwiseProblem p{};
+    p.geometry.batch = 64;
+    p.geometry.in_channels = p.geometry.out_channels = p.geometry.groups = 144;
+    p.geometry.input = p.geometry.output = {1, 56, 56};
+    p.geometry.kernel = {1, 3, 3};
+    p.geometry.pad = {0, 1, 1};
+    p.x = p.z = {nullptr, Kind::bf16, {56 * 56 * 144, 1, {56 * 56 * 144, 56 * 144, 144}}};
+    const DepthwiseConfig c = get_best_config(p, chip_of(132, 6));
+    std::printf("  %s\n", c.text().c_str());
+    CHECK(c.chunk_rows == 3 && c.chunk_columns == 3 && c.tap_chunks == 1 && c.slices == 5 && c.blocks >= 132);
+    CHECK(c.x_gather == Gather::channels4 && c.z_gather == Gather::channels4);
+    CHECK(int64_t{c.splits} * c.split_tiles >= c.tiles);
+    p.geometry.groups = 72;
+    CHECK(unsupported(p) != nullptr);
+    p.geometry.groups = 144;
+    CHECK(unsupported(p) == nullptr);
+    p.geometry.batch = 1 << 20;
+    CHECK(unsupported(p) != nullptr);
+    p.geometry.batch = 1;
+    p.z.kind = Kind::f64;
+    CHECK(unsupported(p) != nullptr);
+}
+
+} // namespace
+
+int main() {
+    test_configurations();
+    test_every_kernel();
+    test_unread_input();
+    test_cases();
+    test_bad_batches();
+    return test::finish("test_cuda_depthwise");
+}

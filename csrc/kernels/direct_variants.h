@@ -21,7 +21,9 @@ constexpr int kMmaAccesses = 6;    // each mma core
 constexpr int kFfmaKernels = kDirectTiles * kDirectAccesses, kMmaKernels = kDirectTiles * kMmaAccesses;
 constexpr int kDirectKernels = kFfmaKernels + 3 * kMmaKernels; // ffma, bf16, f16, tf32
 
+#if !defined(__CUDACC_RTC__)
 using MmaVariants = Variant[kMmaKernels];
 extern const MmaVariants kMmaBf16Variants, kMmaF16Variants, kMmaTf32Variants;
+#endif
 
 } // namespace localsgd::cuda

@@ -1,3 +1,4 @@
+// The choice of a direct kernel and its launch; the kernels of the fp32 core.
 #include "direct.cuh"
 
 // Every direct kernel: tile, access to z, access to x. Other pairs of accesses are read by a slower one that also fits.
@@ -27,32 +28,91 @@ LOCALSGD_DIRECT_KERNELS(LOCALSGD_INSTANTIATE)
 namespace localsgd::cuda {
 namespace {
 
-using Kernel = void (*)(DirectParams);
+#define LOCALSGD_VARIANT(m, n, z, x) \
+    {Core::ffma, m, n, Tile<m, n>::kThreads, kStepPositions, 0, 0, z, x, direct_kernel<Tile<m, n>, z, x>},
+constexpr Variant kFfmaVariants[] = {LOCALSGD_DIRECT_KERNELS(LOCALSGD_VARIANT)};
+static_assert(sizeof(kFfmaVariants) / sizeof(kFfmaVariants[0]) == kFfmaKernels);
 
-struct Variant {
-    int tile_m, tile_n, threads;
-    Access z, x;
-    Kernel kernel;
-};
+const Variant& variant(int kernel) {
+    if (kernel < kFfmaKernels) return kFfmaVariants[kernel];
+    const int mma = kernel - kFfmaKernels, which = mma % kMmaKernels;
+    return mma < kMmaKernels       ? kMmaBf16Variants[which]
+           : mma < 2 * kMmaKernels ? kMmaF16Variants[which]
+                                   : kMmaTf32Variants[which];
+}
 
-#define LOCALSGD_VARIANT(m, n, z, x) {m, n, Tile<m, n>::kThreads, z, x, direct_kernel<Tile<m, n>, z, x>},
-constexpr Variant kVariants[] = {LOCALSGD_DIRECT_KERNELS(LOCALSGD_VARIANT)};
-static_assert(sizeof(kVariants) / sizeof(kVariants[0]) == kDirectTiles * kDirectAccesses);
+constexpr int kSharedUnasked = 48 << 10; // bytes of dynamic shared memory that any kernel may have
 
-// Clocks of the busiest multiprocessor. Counted: multiply-adds (128 a clock, of which a good kernel gets 85 %, less with few
-// warps), reading the operands from the second-level cache (32 bytes a clock) where it is not hidden, partial tiles out and in,
-// two grid barriers. For comparing configurations, not for promises.
+// Whether a core computes what is asked for without rounding an operand more than the caller allows.
+bool allowed(Core core, const DirectProblem& p) {
+    const Kind x = p.x.kind, z = p.z.kind;
+    const auto holds = [&](Kind kind) {
+        return (x == kind || z == kind) && (x == kind || (x == Kind::f32 && p.allow_lower)) &&
+               (z == kind || (z == Kind::f32 && p.allow_lower));
+    };
+    switch (core) {
+    case Core::mma_bf16:
+        return holds(Kind::bf16);
+    case Core::mma_f16:
+        return holds(Kind::f16);
+    case Core::mma_tf32:
+        return p.allow_tf32 || (x != Kind::f32 && z != Kind::f32);
+    case Core::ffma:
+        return true;
+    }
+    return false;
+}
+
+// What cp.async copies is what the matrix units take.
+bool same_type(Core core, const DirectProblem& p) {
+    const Kind kind = core == Core::mma_bf16 ? Kind::bf16 : core == Core::mma_f16 ? Kind::f16 : Kind::f32;
+    return p.x.kind == kind && p.z.kind == kind;
+}
+
+// Multiply-adds a clock and multiprocessor: of an A100, or of sm_75 for fp16 without cp.async.
+double multiplies(Core core, const Chip& chip) {
+    if (core == Core::ffma) return 128;
+    if (core == Core::mma_tf32) return 512;
+    return chip.compute >= 80 ? 1024 : 512;
+}
+
+// Clocks of the busiest multiprocessor. Counted: multiply-adds (of which a good kernel gets 85 %, from matrix units 60 %, less
+// with few warps), reading the operands from the second-level cache (32 bytes a clock) where it is not hidden, for matrix units
+// also the instructions that gather operands (some 16 a load, 128 lanes a clock), partial tiles out and in, two grid barriers.
+// For comparing configurations, not for promises.
 double estimate(const DirectConfig& c, const Chip& chip) {
-    constexpr double kFlopsShare = 0.85, kBytesPerClock = 32, kUnitClocks = 1500, kBarrierClocks = 2500;
+    constexpr double kBytesPerClock = 32, kUnitClocks = 1500, kBarrierClocks = 2500, kLoadClocks = 16.0 / 128;
     const double units = double(c.tiles) * c.splits;
     const double each = std::max(1.0, double((c.tiles * int64_t{c.splits} + chip.multiprocessors - 1) / chip.multiprocessors));
     const double resident = std::min<double>(each, std::max(1, chip.blocks[c.kernel]));
-    const double share = kFlopsShare * std::min(1.0, resident * c.threads / 256.0);
-    const double multiply = double(c.split_positions) * c.tile_m * c.tile_n / 128 / share;
-    const double read = double(c.split_positions) * (c.tile_m + c.tile_n) * 4 / kBytesPerClock;
+    const double share = (c.core == Core::ffma ? 0.85 : 0.6) * std::min(1.0, resident * c.threads / 256.0);
+    const double multiply = double(c.split_positions) * c.tile_m * c.tile_n / multiplies(c.core, chip) / share;
+    const double element = c.core == Core::mma_bf16 || c.core == Core::mma_f16 ? 2 : 4;
+    const double read = double(c.split_positions) * (c.tile_m + c.tile_n) * element / kBytesPerClock;
+    const auto width = [&](Access access) {
+        return access == Access::scalar ? 1 : access == Access::chunks16 ? 16 / element : 4;
+    };
+    const double gather =
+        c.core == Core::ffma
+            ? 0
+            : double(c.split_positions) * (c.tile_m / width(c.z_access) + c.tile_n / width(c.x_access)) * kLoadClocks;
     const double partials = units * c.tile_m * c.tile_n * 4 * 2 / (kBytesPerClock * chip.multiprocessors);
-    return each * (std::max(multiply, read) + 0.25 * std::min(multiply, read) + kUnitClocks / resident) + partials +
-           2 * kBarrierClocks;
+    const double most = std::max(std::max(multiply, read), gather), rest = std::min(multiply, std::max(read, gather));
+    return each * (most + 0.25 * rest + kUnitClocks / resident) + partials + 2 * kBarrierClocks;
+}
+
+const char* core_name(Core core) {
+    switch (core) {
+    case Core::mma_bf16:
+        return "mma_bf16";
+    case Core::mma_f16:
+        return "mma_f16";
+    case Core::mma_tf32:
+        return "mma_tf32";
+    case Core::ffma:
+        return "ffma";
+    }
+    return "?";
 }
 
 DirectParams params_of(const DirectProblem& problem, const DirectConfig& c, const Target& target, void* workspace) {
@@ -80,8 +140,8 @@ cudaError_t run(const DirectParams& params, const DirectConfig& c, Phase last, c
     for (int phase = kCorrelate; phase <= last; ++phase) {
         p.first = static_cast<Phase>(phase);
         p.last = c.cooperative ? last : p.first;
-        const cudaError_t error =
-            launch(kVariants[c.kernel].kernel, dim3(c.blocks), dim3(c.threads), 0, c.cooperative, stream, p);
+        const cudaError_t error = launch(variant(c.kernel).kernel, dim3(c.blocks), dim3(c.threads),
+                                         static_cast<size_t>(variant(c.kernel).shared_bytes), c.cooperative, stream, p);
         if (error != cudaSuccess || c.cooperative) return error;
     }
     return cudaSuccess;
@@ -90,10 +150,10 @@ cudaError_t run(const DirectParams& params, const DirectConfig& c, Phase last, c
 } // namespace
 
 std::string DirectConfig::text() const {
-    return "ffma " + std::to_string(tile_m) + "x" + std::to_string(tile_n) + ", z by " + access_name(z_access) + ", x by " +
-           access_name(x_access) + ", " + std::to_string(tiles) + " tiles, " + std::to_string(splits) + " splits of " +
-           std::to_string(split_positions) + " positions, " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
-           (cooperative ? ", one launch" : ", a launch a phase");
+    return std::string(core_name(core)) + " " + std::to_string(tile_m) + "x" + std::to_string(tile_n) + ", z by " +
+           access_name(z_access) + ", x by " + access_name(x_access) + ", " + std::to_string(tiles) + " tiles, " +
+           std::to_string(splits) + " splits of " + std::to_string(split_positions) + " positions, " + std::to_string(blocks) +
+           " blocks of " + std::to_string(threads) + (cooperative ? ", one launch" : ", a launch a phase");
 }
 
 cudaError_t query_chip(Chip& chip) {
@@ -102,8 +162,20 @@ cudaError_t query_chip(Chip& chip) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&chip.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
     chip.cooperative = cooperative != 0;
-    for (int i = 0; i < kDirectTiles * kDirectAccesses && error == cudaSuccess; ++i)
-        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&chip.blocks[i], kVariants[i].kernel, kVariants[i].threads, 0);
+    // Not the device's own capability: where it runs an older architecture's code, that has no newer instructions.
+    cudaFuncAttributes attributes = {};
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, variant(kFfmaKernels).kernel);
+    chip.compute = attributes.ptxVersion;
+    for (int i = 0; i < kDirectKernels && error == cudaSuccess; ++i) {
+        const Variant& v = variant(i);
+        chip.blocks[i] = 0;
+        if (v.compute > chip.compute) continue;
+        if (v.shared_bytes > kSharedUnasked)
+            error = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared_bytes);
+        if (error == cudaSuccess)
+            error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&chip.blocks[i], v.kernel, v.threads,
+                                                                  static_cast<size_t>(v.shared_bytes));
+    }
     return error;
 }
 
@@ -127,14 +199,22 @@ DirectConfig get_best_config(const DirectProblem& problem, const Chip& chip) {
     if (base.z_access == Access::scalar || (base.x_access != base.z_access && base.x_access != Access::scalar))
         base.x_access = Access::scalar;
     base.cooperative = chip.cooperative;
-    const int64_t steps = ceil_div(g.positions(), kStepPositions);
+    // Copying chunks spares instructions, so where it can be done it is.
+    const bool chunks =
+        chip.compute >= 80 && in_chunks(problem.x, x_geometry, x_strides) && in_chunks(problem.z, z_geometry, z_strides);
     DirectConfig best;
     best.estimated_clocks = std::numeric_limits<double>::infinity();
-    for (int i = 0; i < kDirectTiles * kDirectAccesses; ++i) {
-        const Variant& v = kVariants[i];
-        if (v.z != base.z_access || v.x != base.x_access) continue;
+    for (int i = 0; i < kDirectKernels; ++i) {
+        const Variant& v = variant(i);
+        if (v.compute > chip.compute || !allowed(v.core, problem)) continue;
+        const bool copied = v.core != Core::ffma && chunks && same_type(v.core, problem);
+        if (copied ? v.z != Access::chunks16 : v.z != base.z_access || v.x != base.x_access) continue;
+        const int64_t steps = ceil_div(g.positions(), v.step_positions);
         DirectConfig c = base;
         c.kernel = i;
+        c.core = v.core;
+        c.z_access = v.z;
+        c.x_access = v.x;
         c.tile_m = v.tile_m;
         c.tile_n = v.tile_n;
         c.threads = v.threads;
@@ -147,7 +227,7 @@ DirectConfig get_best_config(const DirectProblem& problem, const Chip& chip) {
             const int64_t split_steps = std::max<int64_t>(1, ceil_div(steps, splits));
             if (splits > 1 && ceil_div(steps, split_steps) != splits) continue; // the last ones would be empty
             c.splits = static_cast<int>(splits);
-            c.split_positions = static_cast<int>(split_steps * kStepPositions);
+            c.split_positions = static_cast<int>(split_steps * v.step_positions);
             c.estimated_clocks = estimate(c, chip);
             if (c.estimated_clocks < best.estimated_clocks) best = c;
         }

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <string>
 
+#include "direct_variants.h"
 #include "operand.h"
 #include "workspace.h"
 
@@ -12,19 +13,23 @@ namespace localsgd::cuda {
 struct DirectProblem {
     Geometry geometry;
     Operand x, z;
+    // Which roundings of fp32 operands the caller takes for matrix units: to tf32, as torch's own flags have it, and where the
+    // other operand is fp16 or bf16 to that, as autocast did for the layer's forward. Without them operands are never rounded;
+    // fp16 and bf16, which tf32 holds exactly, may meet in it.
+    bool allow_tf32 = false, allow_lower = false;
 };
-
-constexpr int kDirectTiles = 4, kDirectAccesses = 5;
 
 // What the choice depends on besides the problem.
 struct Chip {
     int multiprocessors = 0;
-    bool cooperative = false;                        // whether a grid may have barriers
-    int blocks[kDirectTiles * kDirectAccesses] = {}; // of each kernel, alive at once on a multiprocessor
+    bool cooperative = false;        // whether a grid may have barriers
+    int blocks[kDirectKernels] = {}; // of each kernel, alive at once on a multiprocessor
+    int compute = 0; // 80 for 8.0: what the kernels that run on it were compiled for, which may be less than it has
 };
 
 struct DirectConfig {
-    int kernel = 0; // which of the tiles and accesses
+    int kernel = 0; // which of the cores, tiles and accesses
+    Core core = Core::ffma;
     int tile_m = 0, tile_n = 0, threads = 0;
     Access z_access = Access::scalar, x_access = Access::scalar;
     int tiles = 0;  // of D, all groups
@@ -38,7 +43,8 @@ struct DirectConfig {
     std::string text() const;
 };
 
-// Asks the runtime about the current device. Takes some microseconds per kernel: ask once and keep the answer.
+// Asks the runtime about the current device, and for the shared memory that kernels need on it: once for every device, before
+// the first launch. Takes some microseconds per kernel.
 cudaError_t query_chip(Chip& chip);
 
 // Why the kernels cannot take a problem ("more than 2^31 - 2^20 output positions"), or null. fp64 is not for them either.

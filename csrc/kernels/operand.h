@@ -81,6 +81,16 @@ inline Access access_of(const Operand& o, const Geometry& g, const Strides& s) {
     return Access::scalar;
 }
 
+// Whether cp.async may copy 16 bytes at a time: whole chunks of one tap's channels, everywhere aligned.
+inline bool in_chunks(const Operand& o, const Geometry& g, const Strides& s) {
+    const int64_t width = 16 / kind_size(o.kind);
+    if (s.channel != 1 || g.in_per_group() % width != 0 || reinterpret_cast<uintptr_t>(o.data) % 16 != 0) return false;
+    if (g.batch > 1 && s.batch % width != 0) return false;
+    for (int d = 0; d < 3; ++d)
+        if (g.input[d] > 1 && s.space[d] % width != 0) return false;
+    return true;
+}
+
 inline Patches patches_of(const Operand& o, const Geometry& geometry) {
     const auto [g, s] = collapse(geometry, o.strides);
     Patches p{};
@@ -95,7 +105,7 @@ inline Patches patches_of(const Operand& o, const Geometry& geometry) {
     p.plane = fast_div(std::max<int64_t>(1, g.output[1] * g.output[2]));
     p.row = fast_div(std::max<int64_t>(1, g.output[2]));
     p.flat = g.output[0] == 1 && g.output[1] == 1;
-    p.channels_fastest = s.channel <= s.space[2] || g.taps() == 1;
+    p.channels_fastest = s.channel == 1 || s.channel <= s.space[2] || g.taps() == 1;
     p.column_inner = fast_div(std::max<int64_t>(1, p.channels_fastest ? g.in_per_group() : g.taps()));
     p.tap_plane = fast_div(std::max<int64_t>(1, g.kernel[1] * g.kernel[2]));
     p.tap_row = fast_div(std::max<int64_t>(1, g.kernel[2]));
@@ -121,7 +131,17 @@ inline bool fits(const Operand& o, const Geometry& geometry) {
 }
 
 inline const char* access_name(Access access) {
-    return access == Access::scalar ? "scalar" : access == Access::channels4 ? "4 channels" : "4 positions";
+    switch (access) {
+    case Access::scalar:
+        return "scalar";
+    case Access::channels4:
+        return "4 channels";
+    case Access::positions4:
+        return "4 positions";
+    case Access::chunks16:
+        return "16 bytes";
+    }
+    return "?";
 }
 
 } // namespace localsgd::cuda

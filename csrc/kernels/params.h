@@ -20,7 +20,11 @@ enum class Access : int {
     scalar,     // element by element: any strides
     channels4,  // 4 columns that are neighbours in memory (NHWC)
     positions4, // 4 positions that are neighbours in memory (NCHW without gaps)
+    chunks16,   // 16 bytes of columns that are neighbours in memory, straight to shared memory (mma cores only)
 };
+
+// What multiplies: fused multiply-adds in fp32, or the matrix units with operands of the type named. All add in fp32.
+enum class Core : int { ffma, mma_bf16, mma_f16, mma_tf32 };
 
 // The patch matrix of an operand: a row per output position, a column per (channel, tap). z is one with a single tap that lies
 // on the position itself.

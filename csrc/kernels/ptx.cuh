@@ -1,11 +1,13 @@
 // Instructions that C++ has no words for, each under one name with its emulated twin. PTX ISA, "cp.async" and "Warp-level
-// matrix instructions". A function exists only where its instruction does; LOCALSGD_ARCH is the architecture being compiled
-// for.
+// matrix instructions". Where the instruction is missing a function is declared without a body, so that a kernel that would
+// call it does not link. LOCALSGD_ARCH is the architecture being compiled for.
 #pragma once
 
 #include "platform.cuh"
 
-#if defined(LOCALSGD_EMULATION)
+#if defined(LOCALSGD_ARCH)
+// a native test emulates another one
+#elif defined(LOCALSGD_EMULATION)
 #define LOCALSGD_ARCH 900
 #elif defined(__CUDA_ARCH__)
 #define LOCALSGD_ARCH __CUDA_ARCH__
@@ -55,6 +57,12 @@ LOCALSGD_DEVICE void mma_m16n8k8_f16(float (&d)[4], const unsigned (&a)[2], cons
         : "r"(a[0]), "r"(a[1]), "r"(b[0]));
 #endif
 }
+
+#else
+
+__device__ void ldmatrix(unsigned (&to)[4], const void* row);
+__device__ void ldmatrix_transposed(unsigned (&to)[4], const void* row);
+__device__ void mma_m16n8k8_f16(float (&d)[4], const unsigned (&a)[2], const unsigned (&b)[1]);
 
 #endif // sm_75
 
@@ -129,6 +137,17 @@ LOCALSGD_DEVICE unsigned to_tf32(float value) { // nearest, ties away from zero
     return bits;
 #endif
 }
+
+#else
+
+__device__ void cp_async16(void* to, const void* from, bool valid = true);
+__device__ void cp_async_commit();
+template <int kPending>
+__device__ void cp_async_wait();
+__device__ void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
+__device__ void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
+__device__ void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
+__device__ unsigned to_tf32(float value);
 
 #endif // sm_80
 

@@ -43,14 +43,20 @@ LOCALSGD_DEVICE float4* partial_quad(const Workspace& w, const TileGrid& grid, i
     return reinterpret_cast<float4*>(w.partials) + ((tile * grid.splits + split) * T::kSlots + slot) * T::kThreads + thread;
 }
 
+// quad_of(slot): this thread's quad of neighbouring columns, as T::m_of and T::n_of place it.
+template <class T, class QuadOf>
+LOCALSGD_DEVICE void store_quads(const Workspace& w, const TileGrid& grid, unsigned tile, int split, const QuadOf& quad_of) {
+#pragma unroll
+    for (int slot = 0; slot < T::kSlots; ++slot) *partial_quad<T>(w, grid, tile, split, slot, threadIdx.x) = quad_of(slot);
+}
+
 template <class T>
 LOCALSGD_DEVICE void store_partial(const Workspace& w, const TileGrid& grid, unsigned tile, int split,
                                    const float (&sum)[8][8]) {
-#pragma unroll
-    for (int slot = 0; slot < T::kSlots; ++slot) {
+    store_quads<T>(w, grid, tile, split, [&](int slot) {
         const float* s = &sum[slot / 2][slot % 2 * 4];
-        *partial_quad<T>(w, grid, tile, split, slot, threadIdx.x) = make_float4(s[0], s[1], s[2], s[3]);
-    }
+        return make_float4(s[0], s[1], s[2], s[3]);
+    });
 }
 
 LOCALSGD_DEVICE int64 target_offset(const Target& target, const Patches& x, int64 out_channel, int column) {

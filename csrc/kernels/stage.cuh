@@ -13,11 +13,48 @@ constexpr int kStepPositions = 8; // rows of a slice; 8 fp32 of one channel are 
 template <int kColumns>
 using Slice = float[kStepPositions][kColumns + 4];
 
-template <Access kAccess, int kColumns, int kThreads>
+template <int kColumns, int kThreads>
+LOCALSGD_DEVICE void tabulate(PatchColumn (&table)[kColumns], const Patches& patches, int group, int first) {
+    for (int i = static_cast<int>(threadIdx.x); i < kColumns; i += kThreads) table[i] = patch_column(patches, group, first + i);
+}
+
+// What a slice holds: fp32,
+struct HoldsFloats {
+    using Value = float;
+    using Four = float4;
+    static LOCALSGD_DEVICE float one(unsigned bits, Element element) { return widen(bits, element); }
+    static LOCALSGD_DEVICE float4 four(uint4 bits, Element element) { return widen4(bits, element); }
+    static LOCALSGD_DEVICE float part(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+    static LOCALSGD_DEVICE void put(float* to, const float4& v) { quad(to) = v; }
+};
+
+// or 16-bit operands of the matrix units: bits that pass through, or fp32 that is rounded.
+template <Element kElement>
+struct HoldsHalves {
+    using Value = unsigned short;
+    using Four = uint2;
+    static LOCALSGD_DEVICE unsigned narrow(float value) {
+        return kElement == Element::bf16 ? float_to_bfloat16(value) : float_to_half(value);
+    }
+    static LOCALSGD_DEVICE unsigned short one(unsigned bits, Element element) {
+        return static_cast<unsigned short>(element == kElement ? bits : narrow(widen(bits, element)));
+    }
+    static LOCALSGD_DEVICE uint2 four(uint4 bits, Element element) {
+        if (element == kElement) return make_uint2(bits.x, bits.y);
+        const float4 v = widen4(bits, element);
+        return make_uint2(narrow(v.x) | narrow(v.y) << 16, narrow(v.z) | narrow(v.w) << 16);
+    }
+    static LOCALSGD_DEVICE unsigned short part(const uint2& v, int i) {
+        return static_cast<unsigned short>((i < 2 ? v.x : v.y) >> i % 2 * 16);
+    }
+    static LOCALSGD_DEVICE void put(unsigned short* to, const uint2& v) { *reinterpret_cast<uint2*>(to) = v; }
+};
+
+template <Access kAccess, int kColumns, int kThreads, class Holds = HoldsFloats, int kPositions = kStepPositions>
 class Stage {
     static constexpr int kWidth = kAccess == Access::scalar ? 1 : 4;
-    static constexpr int kLoads = kStepPositions * kColumns / (kThreads * kWidth);
-    static_assert(kLoads * kThreads * kWidth == kStepPositions * kColumns);
+    static constexpr int kLoads = kPositions * kColumns / (kThreads * kWidth);
+    static_assert(kLoads * kThreads * kWidth == kPositions * kColumns);
 
   public:
     // `table`: the tile's columns, which all threads have written before a barrier.
@@ -49,29 +86,28 @@ class Stage {
         }
     }
 
-    LOCALSGD_DEVICE void store(Slice<kColumns>& slice) const {
+    template <int kRowValues> // columns and padding
+    LOCALSGD_DEVICE void store(typename Holds::Value (&slice)[kPositions][kRowValues]) const {
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
             if constexpr (kAccess == Access::channels4) {
-                quad(&slice[first_row() + i * kRowsApart][first_column()]) = widen4(bits4_[i], patches_.element);
+                Holds::put(&slice[first_row() + i * kRowsApart][first_column()], Holds::four(bits4_[i], patches_.element));
             } else {
                 const int column = first_column() + i * kColumnsApart, row = first_row();
                 if constexpr (kAccess == Access::positions4) {
-                    const float4 v = widen4(bits4_[i], patches_.element);
-                    slice[row][column] = v.x;
-                    slice[row + 1][column] = v.y;
-                    slice[row + 2][column] = v.z;
-                    slice[row + 3][column] = v.w;
+                    const typename Holds::Four v = Holds::four(bits4_[i], patches_.element);
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) slice[row + j][column] = Holds::part(v, j);
                 } else {
-                    slice[row][column] = widen(bits_[i], patches_.element);
+                    slice[row][column] = Holds::one(bits_[i], patches_.element);
                 }
             }
         }
     }
 
   private:
-    // channels4: threads run along a row, then down; otherwise down (8 positions in 8 lanes, or 2 lanes of 4), then along.
-    static constexpr int kDown = kStepPositions / (kAccess == Access::positions4 ? 4 : 1);
+    // channels4: threads run along a row, then down; otherwise down (a position a lane, or 4 of them), then along.
+    static constexpr int kDown = kPositions / (kAccess == Access::positions4 ? 4 : 1);
     static constexpr int kRowsApart = kThreads * 4 / kColumns;
     static constexpr int kColumnsApart = kThreads / kDown;
 
@@ -84,7 +120,7 @@ class Stage {
     static LOCALSGD_DEVICE int first_row() {
         const int t = thread();
         if constexpr (kAccess == Access::channels4) return t / (kColumns / 4);
-        return t % kDown * (kStepPositions / kDown);
+        return t % kDown * (kPositions / kDown);
     }
     static LOCALSGD_DEVICE int first_column() {
         const int t = thread();

@@ -37,11 +37,6 @@ struct FfmaStorage {
     PatchColumn z_columns[T::kM], x_columns[T::kN];
 };
 
-template <int kColumns, int kThreads>
-LOCALSGD_DEVICE void tabulate(PatchColumn (&table)[kColumns], const Patches& patches, int group, int first) {
-    for (int i = static_cast<int>(threadIdx.x); i < kColumns; i += kThreads) table[i] = patch_column(patches, group, first + i);
-}
-
 template <class T>
 LOCALSGD_DEVICE void multiply_slices(float (&sum)[8][8], const Slice<T::kM>& z, const Slice<T::kN>& x) {
     const int m = T::first_m(threadIdx.x), n = T::first_n(threadIdx.x);

@@ -6,6 +6,8 @@
 inline void __syncthreads() { emulation::block_barrier(); }
 inline void __syncwarp(unsigned mask = ~0u) { emulation::warp_exchange("__syncwarp", mask, nullptr, 0); }
 
+inline void __trap() { emulation::fail("trap"); }
+
 // The order of memory operations is the CPU's: these keep the compiler and the CPU from reordering, nothing more.
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void __threadfence_block() { __threadfence(); }

@@ -28,6 +28,7 @@ struct Options {
     unsigned seed = 0;
     unsigned multiprocessors = 2;
     unsigned blocks_per_multiprocessor = 2;
+    int ptx_version = 90;      // what kernels are said to have been compiled for
     bool cooperative = true;   // whether the device has cooperative launches
     double hang_seconds = 120; // a block that only spins for so long is hung
 };

@@ -65,8 +65,8 @@ struct HalfBits {
     static float value(uint32_t bits) {
         const uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023;
         const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                                : exponent     ? std::ldexp(1.0f + mantissa / 1024.0f, static_cast<int>(exponent) - 15)
-                                               : std::ldexp(mantissa / 1024.0f, -14);
+                                : exponent     ? emulated_bit_cast<float>((exponent + 112) << 23 | mantissa << 13)
+                                               : static_cast<float>(mantissa) * 0x1p-24f;
         return bits & 0x8000 ? -magnitude : magnitude;
     }
 };

@@ -28,6 +28,29 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
     return cudaSuccess;
 }
 
+// Dynamic shared memory beyond 48 KiB has to be asked for, kernel by kernel.
+struct cudaFuncAttributes {
+    int ptxVersion;
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+namespace emulation {
+inline std::map<const void*, size_t>& granted_shared() {
+    static std::map<const void*, size_t> value;
+    return value;
+}
+} // namespace emulation
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+    attributes->ptxVersion = emulation::options().ptx_version;
+    return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int value) {
+    if (value < 0 || static_cast<size_t>(value) > emulation::kDynamicShared) return cudaErrorInvalidValue;
+    emulation::granted_shared()[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(value);
+    return cudaSuccess;
+}
+
 namespace emulation {
 
 // Arguments are copied at the launch, as a launch copies them.
@@ -36,6 +59,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
                    const Arguments&... arguments) {
     const unsigned blocks = grid.x * grid.y * grid.z, threads = block.x * block.y * block.z;
     if (blocks == 0 || threads == 0 || threads > 1024 || dynamic_shared > kDynamicShared) return cudaErrorInvalidConfiguration;
+    const auto granted = granted_shared().find(reinterpret_cast<const void*>(kernel));
+    if (dynamic_shared > (granted == granted_shared().end() ? size_t{48} << 10 : granted->second)) return cudaErrorInvalidValue;
     const Options& o = options();
     if (cooperative && blocks > o.multiprocessors * o.blocks_per_multiprocessor) return cudaErrorCooperativeLaunchTooLarge;
     run_grid(grid, block, dynamic_shared, cooperative, [=] { kernel(arguments...); });

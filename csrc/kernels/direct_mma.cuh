@@ -1,0 +1,95 @@
+// The direct kernels of the matrix-unit cores. Each core's are compiled in a file of their own.
+#pragma once
+
+#include "direct.cuh"
+#include "direct_variants.h"
+#include "pipeline_mma.cuh"
+
+namespace localsgd::cuda {
+
+template <class T, Access kZ, Access kX>
+struct MmaPathOf {
+    using Type = StagedMma<T, kZ, kX>;
+};
+template <class T>
+struct MmaPathOf<T, Access::chunks16, Access::chunks16> {
+    using Type = PipelinedMma<T>;
+};
+
+// 512 threads on a multiprocessor leave 128 registers for each; gathering element by element takes more, which 384 have.
+template <class T, Access kZ, Access kX>
+constexpr int kMmaResidentBlocks =
+    (kZ == Access::scalar || (T::kThreads == 128 && kX == Access::scalar) ? 384 : 512) / T::kThreads;
+
+template <class T, Access kZ, Access kX>
+__global__ void __launch_bounds__(T::kThreads, kMmaResidentBlocks<T, kZ, kX>) direct_mma_kernel(const DirectParams p) {
+    using Path = typename MmaPathOf<T, kZ, kX>::Type;
+    if constexpr (!Path::kExists) {
+        __trap(); // compiled for an architecture without the instructions: never nothing without a word
+    } else {
+        if (p.first == kCorrelate) {
+            LOCALSGD_DYNAMIC_SHARED(bytes);
+            auto& shared = *reinterpret_cast<typename Path::Storage*>(bytes);
+            for (unsigned unit = blockIdx.x; unit < static_cast<unsigned>(p.grid.units); unit += gridDim.x) {
+                const auto [place, begin, end] = unit_of<T>(p, unit);
+                typename T::Sum sum;
+                Path::correlate(sum, shared, p.z, p.x, place.group, place.m, place.n, begin, end);
+                LOCALSGD_FORGET(unit); // two registers less in the main loop
+                unsigned split = unit;
+                const unsigned tile = divide(split, p.grid.by_splits);
+                store_quads<T>(p.workspace, p.grid, tile, static_cast<int>(split),
+                               [&](int slot) { return fragment_quad(sum[slot / T::kFragmentsN][slot % T::kFragmentsN]); });
+            }
+        }
+        finish_direct<T>(p);
+    }
+}
+
+#if !defined(__CUDACC_RTC__)
+// What the host has to know of a kernel.
+template <class T, Access kZ, Access kX>
+constexpr Variant mma_variant() {
+    using Path = typename MmaPathOf<T, kZ, kX>::Type;
+    const bool chunks = kZ == Access::chunks16;
+    return {T::kCore,
+            T::kM,
+            T::kN,
+            T::kThreads,
+            Path::kPositions,
+            static_cast<int>(sizeof(typename Path::Storage)),
+            T::kCore == Core::mma_f16 && !chunks ? 75 : 80,
+            kZ,
+            kX,
+            direct_mma_kernel<T, kZ, kX>};
+}
+#endif
+
+} // namespace localsgd::cuda
+
+#define LOCALSGD_MMA_ACCESSES(X, core, m, n)              \
+    X(core, m, n, Access::chunks16, Access::chunks16)     \
+    X(core, m, n, Access::channels4, Access::channels4)   \
+    X(core, m, n, Access::channels4, Access::scalar)      \
+    X(core, m, n, Access::positions4, Access::positions4) \
+    X(core, m, n, Access::positions4, Access::scalar)     \
+    X(core, m, n, Access::scalar, Access::scalar)
+#define LOCALSGD_MMA_KERNELS(X, core)        \
+    LOCALSGD_MMA_ACCESSES(X, core, 128, 128) \
+    LOCALSGD_MMA_ACCESSES(X, core, 64, 128)  \
+    LOCALSGD_MMA_ACCESSES(X, core, 128, 64)  \
+    LOCALSGD_MMA_ACCESSES(X, core, 64, 64)
+
+#if defined(__CUDACC_RTC__)
+#define LOCALSGD_INSTANTIATE_MMA(core, m, n, z, x) \
+    template __global__ void direct_mma_kernel<MmaTile<Core::core, m, n>, z, x>(DirectParams);
+#define LOCALSGD_DEFINE_MMA_KERNELS(core, name)          \
+    namespace localsgd::cuda {                           \
+    LOCALSGD_MMA_KERNELS(LOCALSGD_INSTANTIATE_MMA, core) \
+    }
+#else
+#define LOCALSGD_MMA_VARIANT(core, m, n, z, x) mma_variant<MmaTile<Core::core, m, n>, z, x>(),
+#define LOCALSGD_DEFINE_MMA_KERNELS(core, name)                                  \
+    namespace localsgd::cuda {                                                   \
+    const MmaVariants name = {LOCALSGD_MMA_KERNELS(LOCALSGD_MMA_VARIANT, core)}; \
+    }
+#endif

@@ -1,0 +1,3 @@
+#include "direct_mma.cuh"
+
+LOCALSGD_DEFINE_MMA_KERNELS(mma_f16, kMmaF16Variants)

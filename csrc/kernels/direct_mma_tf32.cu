@@ -1,0 +1,3 @@
+#include "direct_mma.cuh"
+
+LOCALSGD_DEFINE_MMA_KERNELS(mma_tf32, kMmaTf32Variants)

@@ -1,0 +1,29 @@
+// The direct kernels as values, from which get_best_config chooses.
+#pragma once
+
+#include "params.h"
+
+namespace localsgd::cuda {
+
+struct Variant {
+    Core core;
+    int tile_m, tile_n, threads;
+    int step_positions; // of the main loop; splits are multiples of it
+    int shared_bytes;   // dynamic
+    int compute;        // the compute capability, 75 for 7.5, from which on its instructions exist
+    Access z, x;
+    void (*kernel)(DirectParams);
+};
+
+constexpr int kDirectTiles = 4;
+constexpr int kDirectAccesses = 5; // pairs of accesses to z and x: ffma,
+constexpr int kMmaAccesses = 6;    // each mma core
+constexpr int kFfmaKernels = kDirectTiles * kDirectAccesses, kMmaKernels = kDirectTiles * kMmaAccesses;
+constexpr int kDirectKernels = kFfmaKernels + 3 * kMmaKernels; // ffma, bf16, f16, tf32
+
+#if !defined(__CUDACC_RTC__)
+using MmaVariants = Variant[kMmaKernels];
+extern const MmaVariants kMmaBf16Variants, kMmaF16Variants, kMmaTf32Variants;
+#endif
+
+} // namespace localsgd::cuda

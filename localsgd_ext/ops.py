@@ -50,11 +50,13 @@ def is_compiled(device: str | torch.device = "cpu") -> bool:
     A CUDA device is one for whose architecture the build holds code. ``float64`` operands run on the reference there: the
     kernels sum in ``float32``.
     """
-    return not _device_obstacle(torch.device(device))
+    return _C is not None and not _device_obstacle(torch.device(device))
 
 
 def obstacle(*tensors: Tensor | None) -> str:
     """Why the operations would take these operands to :mod:`localsgd_ext.reference`, or ``""`` where kernels run."""
+    if _C is None:
+        return "nothing is compiled"
     device = next(t for t in tensors if t is not None).device
     why = _device_obstacle(device)
     if not why and device.type == _C.gpu and any(t is not None and t.dtype == torch.float64 for t in tensors):
@@ -64,7 +66,7 @@ def obstacle(*tensors: Tensor | None) -> str:
 
 @functools.cache
 def _device_obstacle(device: torch.device) -> str:
-    return "nothing is compiled" if _C is None else _C.unavailable(device)
+    return _C.unavailable(device)
 
 
 def _on_kernels(*tensors: Tensor | None) -> bool:

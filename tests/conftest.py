@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +32,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error::UserWarning")
     # Source trees without a compiled module are supported; tests/test_doctor.py checks what is said there.
     config.addinivalue_line("filterwarnings", "default:localsgd_ext runs on its plain PyTorch reference:RuntimeWarning")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path.name == "emulated" and not config.getoption("--emulated") else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--emulated"):
+        from emulated import gpu
+
+        for line in gpu.coverage_lines():
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,11 @@
 namespace localsgd::cuda {
 namespace {
 
+using Registry = std::unordered_map<int, std::unique_ptr<Device>>;
+
 std::mutex registry_mutex;
-std::unordered_map<int, std::unique_ptr<Device>> registry;
+// Never destroyed: at the end of the process the runtime may be gone before its memory could be given back.
+Registry& registry = *new Registry;
 
 int attribute(cudaDeviceAttr which) {
     int device = 0, value = 0;

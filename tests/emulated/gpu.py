@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import json
+import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from emulated.build import MODULE
+from emulated.build import BUILD, MODULE
 
 
 def install() -> None:
@@ -24,6 +27,22 @@ def install() -> None:
     sys.modules["localsgd_ext._C"] = module
     spec.loader.exec_module(module)
     emulate()
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        _COVERAGE.unlink(missing_ok=True)
+
+
+_COVERAGE = BUILD / "coverage.json"  # from the process that ran the tests to the one that prints
+
+
+def save_coverage(counts: Mapping[str, int]) -> None:
+    _COVERAGE.write_text(json.dumps(dict(sorted(counts.items()))))
+
+
+def coverage_lines() -> list[str]:
+    if not _COVERAGE.exists():
+        return []
+    counts = json.loads(_COVERAGE.read_text())
+    return ["random layers on the emulated GPU:", *(f"{count:7d}  {what}" for what, count in counts.items())]
 
 
 def library() -> ctypes.CDLL:

@@ -159,8 +159,8 @@ void count_skip(const std::optional<at::Tensor>& skipped, int64_t index) {
     skipped->reshape({-1}).select(0, skipped->numel() == 1 ? 0 : index).add_(1);
 }
 
-void write_on_cpu(const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& correlations, double lr, bool normalize,
-                  const std::optional<at::Tensor>& skipped) {
+void write_on_cpu(const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& correlations, double lr,
+                  bool normalize, const std::optional<at::Tensor>& skipped) {
     for (size_t i = 0; i < weights.size(); ++i) {
         bump(weights[i]);
         if (correlations[i].numel() > 0 && cpu::apply_update(weights[i], correlations[i], lr, normalize)) continue;

@@ -28,9 +28,9 @@ struct Query {
 
 struct Candidate {
     Algorithm algorithm;
-    bool eligible = false;    // by geometry: may be asked for explicitly
-    bool automatic = false;   // may be picked by "auto"
-    std::string why_not;      // where not eligible or not automatic
+    bool eligible = false;  // by geometry: may be asked for explicitly
+    bool automatic = false; // may be picked by "auto"
+    std::string why_not;    // where not eligible or not automatic
     double estimated_us = 0;
     double measured_us = -1;   // negative: never timed
     std::string configuration; // of the kernels: tiles, splits, launches; empty where there is nothing to choose

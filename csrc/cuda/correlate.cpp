@@ -36,8 +36,8 @@ template <class Problem>
 void launch(const Problem& problem, const Layer& layer, const Target& target, const Step* step) {
     const at::Device where = layer.weight.device();
     Device& device = state_of(where);
-    const auto config = device.with_prepared(
-        key_of(layer), [&](Prepared& kept) { return config_of(kept, problem, device.chips()); });
+    const auto config =
+        device.with_prepared(key_of(layer), [&](Prepared& kept) { return config_of(kept, problem, device.chips()); });
     const Stream stream = current_stream(where);
     device.with_workspace(bytes_of(problem, config), stream, [&](void* workspace) {
         check(step ? correlate_and_update(problem, config, target, *step, workspace, stream.raw)
@@ -203,8 +203,8 @@ void apply_update(const std::vector<at::Tensor>& weights, const std::vector<at::
             ds[i] = at::empty_like(dense[i], correlations[i].options());
             ds[i].copy_(correlations[i]);
         }
-        items.push_back({dense[i].mutable_data_ptr(), element_of(kind_of(weight)), ds[i].const_data_ptr<float>(),
-                         dense[i].numel()});
+        items.push_back(
+            {dense[i].mutable_data_ptr(), element_of(kind_of(weight)), ds[i].const_data_ptr<float>(), dense[i].numel()});
     }
     const int count = static_cast<int>(items.size());
     const Stream stream = current_stream(where);

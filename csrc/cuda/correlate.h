@@ -1,5 +1,5 @@
-// The operations on a GPU: a fused kernel, or PyTorch's weight gradient and our write. Nothing here waits for the device, except
-// a plan that is measured.
+// The operations on a GPU: a fused kernel, or PyTorch's weight gradient and our write. Nothing here waits for the device,
+// except a plan that is measured.
 #pragma once
 
 #include <variant>

@@ -27,8 +27,7 @@ Device::Device(at::Device device) : device_(device) {
     check(query_chip(chips_.depthwise), "depthwise kernels");
     check(query_chip(chips_.apply), "apply kernel");
     chips_.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-    chips_.capability =
-        10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+    chips_.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
     chips_.clocks_per_us = attribute(cudaDevAttrClockRate) / 1e3; // given in kHz
     // Two transfers a clock, whatever the memory's generation calls its clock.
     chips_.bytes_per_us = 2.0 * attribute(cudaDevAttrMemoryClockRate) / 1e3 * attribute(cudaDevAttrGlobalMemoryBusWidth) / 8;

@@ -22,9 +22,9 @@ struct Chips {
     GramChip gram;
     DepthwiseChip depthwise;
     ApplyChip apply;
-    int capability = 0;        // 90 for 9.0, of the device itself
-    double clocks_per_us = 0;  // of a multiprocessor
-    double bytes_per_us = 0;   // of the device's memory
+    int capability = 0;       // 90 for 9.0, of the device itself
+    double clocks_per_us = 0; // of a multiprocessor
+    double bytes_per_us = 0;  // of the device's memory
     int multiprocessors = 0;
 };
 

@@ -29,7 +29,8 @@ struct Estimate {
 
 Estimate estimate(const DirectProblem& p, const Layer& layer, const Chips& chips) {
     const DirectConfig c = get_best_config(p, chips.direct);
-    const double bytes = bytes_of(p.x, x_elements(p.geometry)) + bytes_of(p.z, z_elements(p.geometry)) + 2 * weight_bytes(layer);
+    const double bytes =
+        bytes_of(p.x, x_elements(p.geometry)) + bytes_of(p.z, z_elements(p.geometry)) + 2 * weight_bytes(layer);
     return {kernel_us(chips, c.estimated_clocks, bytes, c.cooperative ? 1 : 3), c.text()};
 }
 
@@ -41,7 +42,8 @@ Estimate estimate(const GramProblem& p, const Layer& layer, const Chips& chips) 
 
 Estimate estimate(const DepthwiseProblem& p, const Layer& layer, const Chips& chips) {
     const DepthwiseConfig c = get_best_config(p, chips.depthwise);
-    const double bytes = bytes_of(p.x, x_elements(p.geometry)) + bytes_of(p.z, z_elements(p.geometry)) + 2 * weight_bytes(layer);
+    const double bytes =
+        bytes_of(p.x, x_elements(p.geometry)) + bytes_of(p.z, z_elements(p.geometry)) + 2 * weight_bytes(layer);
     return {kernel_us(chips, c.estimated_clocks, bytes, c.cooperative ? 1 : 3), c.text()};
 }
 
@@ -63,7 +65,7 @@ double library_us(const DirectProblem& p, const Layer& layer, const Chips& chips
     double bytes = bytes_of(p.x, x) + bytes_of(p.z, z);
     if (p.x.kind != p.z.kind || p.x.kind == Kind::f16) bytes += 3 * 4 * (x + z); // converted first: written and read again
     if (g.dims > 0 && p.x.strides.channel != 1 && multiplies > 128) bytes *= 3;  // to NHWC first
-    if (g.depthwise()) bytes *= 6;                                              // taps read apart
+    if (g.depthwise()) bytes *= 6;                                               // taps read apart
     const double slow = g.groups > 1 && !g.depthwise() ? 3 : 1;
     const double compute = double(g.positions()) * double(g.out_channels) * double(g.patch()) * slow / multiplies /
                            chips.multiprocessors / (multiplies > 128 ? kMmaShare : kFfmaShare) / chips.clocks_per_us;
@@ -117,7 +119,8 @@ Candidate judged(const Layer& layer, Candidate candidate, const Chips& chips) {
 Plan estimated_plan(const Layer& layer, const Query& query, const Chips& chips) {
     Plan plan;
     plan.query = query;
-    for (const Algorithm algorithm : kAlgorithms) plan.candidates.push_back(judged(layer, candidate_of(query, algorithm), chips));
+    for (const Algorithm algorithm : kAlgorithms)
+        plan.candidates.push_back(judged(layer, candidate_of(query, algorithm), chips));
     pick_by_estimate(plan);
     return plan;
 }

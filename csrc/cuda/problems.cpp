@@ -58,9 +58,7 @@ GramProblem gram_problem(const Layer& layer) {
     return problem;
 }
 
-DepthwiseProblem depthwise_problem(const Layer& layer) {
-    return {layer.geometry, operand(layer.x), output_operand(layer)};
-}
+DepthwiseProblem depthwise_problem(const Layer& layer) { return {layer.geometry, operand(layer.x), output_operand(layer)}; }
 
 Target target_of(const at::Tensor& weight) {
     Target target{weight.mutable_data_ptr(), element_of(kind_of(weight)), weight.stride(0), weight.stride(1), {0, 0, 0}};

@@ -90,7 +90,7 @@ def test_more_tensors_than_one_launch_takes() -> None:
 
 
 def test_float64_runs_on_the_reference_and_that_is_said_once() -> None:
-    case, x, z, weight, bias = layer("gram", torch.float64)
+    _, x, z, weight, bias = layer("gram", torch.float64)
     ops._say_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -25,7 +25,9 @@ struct GramPaths {
     using Gram = typename MmaPathOf<T, kAccess, kAccess>::Type;
     using ProductPath = ProductPathOf<kProductCore, kSize, T::kThreads>;
     using Product = typename ProductPath::Type;
-    static constexpr int kResident = kMmaResidentBlocks<T, kAccess, kAccess>;
+    // A product on fused multiply-adds takes some registers more in a small block, as in tile_ffma.cuh.
+    static constexpr int kResident =
+        kProductCore == Core::ffma && kSize == 64 ? 384 / T::kThreads : kMmaResidentBlocks<T, kAccess, kAccess>;
     static constexpr bool kExists = Gram::kExists && ProductPath::kExists;
 };
 

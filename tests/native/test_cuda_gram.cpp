@@ -77,7 +77,7 @@ void test_mma() {
         std::vector<Case> all = gram_cases();
         for (const Case& c : chunk_cases()) all.push_back(c);
         for (const Case& c : all)
-            for (const Layout layout : {Layout::nchw, Layout::nhwc, Layout::sliced}) {
+            for (const Layout layout : {Layout::nhwc, seed % 2 ? Layout::nchw : Layout::sliced}) {
                 // Now and then an fp32 x that is rounded, a W that the forward did not round (and that takes several parts),
                 // one in the other half precision.
                 const Kind z = seed % 5 == 0 ? Kind::f32 : own, other = own == Kind::bf16 ? Kind::f16 : Kind::bf16;
@@ -94,10 +94,10 @@ void test_mma() {
     }
 }
 
-// Tiles are chosen by shape; every one of them, with every access, has to have run: here on three and on five strips.
+// Tiles are chosen by shape; every one of them, with every access, has to have run: here on two and on three strips.
 void test_every_kernel() {
-    const Case c = layers::layer("every kernel", 2, 268, 140, {1, 2, 6}, {1, 1, 1});
-    const Case in_chunks = layers::layer("every kernel, chunks", 2, 264, 140, {1, 7, 12}, {1, 1, 1});
+    const Case c = layers::layer("every kernel", 2, 140, 132, {1, 2, 6}, {1, 1, 1});
+    const Case in_chunks = layers::layer("every kernel, chunks", 2, 136, 132, {1, 7, 12}, {1, 1, 1});
     int ran = 0;
     for (int kernel = 0; kernel < kGramKernels; ++kernel) {
         const GramVariant& v = gram_kernel_variant(kernel);

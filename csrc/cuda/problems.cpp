@@ -23,6 +23,11 @@ Operand output_operand(const Layer& layer) {
     return z;
 }
 
+// An fp32 x beside an output of lower precision: autocast rounded x for the forward, so that is what z came from.
+bool forward_rounded_input(const Layer& layer) {
+    return layer.z_is_output && kind_size(output_kind(layer)) < kind_size(kind_of(layer.x));
+}
+
 } // namespace
 
 Kind output_kind(const Layer& layer) {
@@ -38,9 +43,7 @@ bool tf32_allowed(const Layer& layer) {
 
 DirectProblem direct_problem(const Layer& layer) {
     const Operand x = operand(layer.x), z = output_operand(layer);
-    // An fp32 x beside an output of lower precision: autocast rounded x for the forward, so that is what z came from.
-    const bool rounded = layer.z_is_output && kind_size(z.kind) < kind_size(x.kind);
-    return {layer.geometry, x, z, tf32_allowed(layer), rounded};
+    return {layer.geometry, x, z, tf32_allowed(layer), forward_rounded_input(layer)};
 }
 
 GramProblem gram_problem(const Layer& layer) {
@@ -55,6 +58,8 @@ GramProblem gram_problem(const Layer& layer) {
     problem.bias_kind = layer.bias ? kind_of(*layer.bias) : Kind::f32;
     problem.bias = layer.bias ? layer.bias->const_data_ptr() : nullptr;
     problem.z_kind = output_kind(layer);
+    problem.allow_tf32 = tf32_allowed(layer);
+    problem.allow_lower = forward_rounded_input(layer);
     return problem;
 }
 

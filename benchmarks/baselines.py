@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -112,6 +113,18 @@ def reduced(case: Case, most_flops: float) -> Case:
     return replace(case, x=(max(1, min(case.x[0], int(most_flops / max(1, each)))), *case.x[1:]))
 
 
+def compiled_user(o: Operands) -> Callable[[], object] | None:
+    """None where PyTorch cannot compile it (no C++ compiler, no Triton)."""
+    torch.compiler.reset()  # every layer is a function of its own, not one more recompilation
+    function: Callable[[], object] = torch.compile(o.user, dynamic=False)
+    try:
+        function()
+    except Exception as error:  # whatever the compiler stack raises
+        print(f"torch.compile: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
+    return function
+
+
 def functions(o: Operands, *, compiled: bool, unfold: bool) -> dict[str, Callable[[], object]]:
     """Every function to time by name: ``auto``, the eligible algorithms, the baselines."""
     timed: dict[str, Callable[[], object]] = {}
@@ -119,9 +132,8 @@ def functions(o: Operands, *, compiled: bool, unfold: bool) -> dict[str, Callabl
         timed[algorithm] = lambda algorithm=algorithm: o.update(algorithm)
     timed["wgrad"] = o.wgrad
     timed["user"] = o.user
-    if compiled:
-        torch.compiler.reset()  # every layer is a function of its own, not one more recompilation
-        timed["compiled"] = torch.compile(o.user, dynamic=False)
+    if compiled and (function := compiled_user(o)):
+        timed["compiled"] = function
     if unfold and o.case.dims == 2:
         timed["unfold"] = o.unfold
     return timed

@@ -142,6 +142,7 @@ def measure(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     timer = timer_for(args.device)
     records = Records(args.out, header(args, timer.device, networks), resume=args.resume)
+    records.save()
     print(f"{len(todo)} layers x dtypes x layouts, {torch.get_num_threads()} threads", file=sys.stderr)
     for key, (case, dtype, layout) in todo.items():
         if key in records.rows:

@@ -1,4 +1,7 @@
-"""What every test starts from: fixed seeds, one compute thread, no TF32, our own warnings as errors."""
+"""What every test starts from: fixed seeds, one compute thread, no TF32, our own warnings as errors.
+
+With ``--emulated`` the operations run the CUDA kernels on an emulated GPU, on tensors of the CPU.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,17 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulated", action="store_true", help="run the CUDA kernels, emulated (python tests/emulated/build.py builds them)"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--emulated"):
+        from emulated import gpu
+
+        gpu.install()
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: same bits as in this one
     config.addinivalue_line("markers", "slow: builds something; deselect with -m 'not slow'")
     # The package warns by UserWarning: one that a test does not expect (pytest.warns) is a failure.

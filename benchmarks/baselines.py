@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import _source  # noqa: F401
 import torch
@@ -50,7 +51,8 @@ class Operands:
 
     @property
     def pads(self) -> list[int]:
-        return self._ints(self.case.padding)  # type: ignore[arg-type]  # networks have no 'same'
+        assert not isinstance(self.case.padding, str)  # no network here has 'same'
+        return self._ints(self.case.padding)
 
     def _ints(self, value: int | tuple[int, ...]) -> list[int]:
         return [value] * self.case.dims if isinstance(value, int) else list(value)
@@ -82,7 +84,7 @@ class Operands:
     def unfold(self) -> None:
         """FastHebb (arXiv 2207.03172): the patch matrix in memory, then one GEMM a group."""
         case = self.case
-        columns = F.unfold(self.x, case.weight[2:], case.dilation, self.pads, case.stride)  # [N, C * taps, positions]
+        columns = F.unfold(self.x, case.weight[2:], case.dilation, tuple(self.pads), case.stride)  # [N, C * taps, positions]
         g = case.groups
         patches = columns.unflatten(1, (g, -1)).permute(1, 2, 0, 3).flatten(2)  # [groups, C/g * taps, N * positions]
         z = self.z.flatten(2).unflatten(1, (g, -1)).permute(1, 2, 0, 3).flatten(2)  # [groups, K/g, N * positions]
@@ -129,7 +131,7 @@ def functions(o: Operands, *, compiled: bool, unfold: bool) -> dict[str, Callabl
     """Every function to time by name: ``auto``, the eligible algorithms, the baselines."""
     timed: dict[str, Callable[[], object]] = {}
     for algorithm in ("auto", *o.case.algorithms):
-        timed[algorithm] = lambda algorithm=algorithm: o.update(algorithm)
+        timed[algorithm] = partial(o.update, algorithm)
     timed["wgrad"] = o.wgrad
     timed["user"] = o.user
     if compiled and (function := compiled_user(o)):

@@ -101,6 +101,7 @@ def measured_row(case: Case, dtype: str, layout: str, timer: Timer, args: argpar
     """Parity first. ``us`` is missing where it failed."""
     row: dict[str, Any] = {"roofline_us": {}, "pick": "-"}
     with tf32(dtype == "tf32"):
+        torch.backends.cudnn.benchmark = False  # no search for the fastest fp64 oracle
         small = operands(reduced(case, PARITY_FLOPS[args.device]), dtype, layout, args.device)
         judge = Judge(small.case, small.x, small.z, small.weight, small.bias)
         verdicts = {algorithm: judge.update(algorithm) for algorithm in ("auto", *case.algorithms)}
@@ -108,6 +109,7 @@ def measured_row(case: Case, dtype: str, layout: str, timer: Timer, args: argpar
         row["parity_batch"] = small.case.x[0]
         if failed := [algorithm for algorithm, parity in verdicts.items() if not parity.ok]:
             return {**row, "status": "FAILED", "failed": failed}
+        torch.backends.cudnn.benchmark = True
         full = operands(case, dtype, layout, args.device)
         row["pick"] = Judge(case, full.x, full.z, full.weight, full.bias).pick()
         timings = timer.measure(functions(full, compiled=not args.no_compile, unfold=args.device == "cpu"), args.seconds)
@@ -137,7 +139,6 @@ def one_line(row: dict[str, Any]) -> str:
 def measure(args: argparse.Namespace) -> int:
     start = time.monotonic()
     networks, todo = work(args)
-    torch.backends.cudnn.benchmark = True
     if args.threads:
         torch.set_num_threads(args.threads)
     timer = timer_for(args.device)

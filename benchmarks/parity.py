@@ -50,29 +50,32 @@ class Judge:
 
     def __init__(self, case: Case, x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.case, self.x, self.z, self.weight, self.bias = case, x, z, weight, bias
-        self._known: dict[bool, tuple[Tensor, float]] = {}
+        self._known: dict[tuple[bool, bool], tuple[Tensor, float]] = {}
 
-    def _truth(self, gram: bool) -> tuple[Tensor, float]:
-        if gram not in self._known:
+    def _truth(self, gram: bool, promised: bool) -> tuple[Tensor, float]:
+        """fp64, and the error of PyTorch's own operation. ``promised``: ``z`` is the layer's output, so that where it is of lower
+        precision than ``x``, autocast rounded ``x`` for the forward, and does for the weight gradient."""
+        if (gram, promised) not in self._known:
             z = None if gram else self.z
             weight = as_forward_saw(self.weight, self.z) if gram else self.weight
             bias = as_forward_saw(self.bias, self.z) if gram else self.bias
             assert weight is not None
             with torch.no_grad():
                 truth = exact(self.case, self.x, z, weight, bias)
-            common = torch.promote_types(self.x.dtype, self.z.dtype)
+            rounded = promised and self.z.dtype.itemsize < self.x.dtype.itemsize
+            common = self.z.dtype if rounded else torch.promote_types(self.x.dtype, self.z.dtype)
             theirs = relative_error(pytorchs_own(self.case, self.x, z, weight, bias, common), truth)
             if not theirs < 1:  # fp16 overflowed
                 theirs = relative_error(pytorchs_own(self.case, self.x, z, weight, bias, torch.float32), truth)
-            self._known[gram] = truth, theirs
-        return self._known[gram]
+            self._known[gram, promised] = truth, theirs
+        return self._known[gram, promised]
 
     def judge(self, d: Tensor, algorithm: str, *, direction: bool = False) -> Parity:
-        """``direction``: only that of ``d`` is known."""
-        truth, theirs = self._truth(algorithm == "gram")
+        """``direction``: only that of ``d`` is known, as of an update, to which ``z`` was promised to be the layer's output."""
+        truth, theirs = self._truth(algorithm == "gram", promised=direction)
         error = relative_error(d, truth / truth.norm() if direction else truth)
         tf32 = torch.backends.cudnn.allow_tf32 and {self.x.dtype, self.z.dtype} == {torch.float32}
-        floor = FLOORS["fp64" if d.dtype == FP64 and not direction else "tf32" if tf32 and d.is_cuda else "fp32"]
+        floor = FLOORS["fp64" if d.dtype == FP64 and not direction else "tf32" if tf32 else "fp32"]
         return Parity(error, theirs, max(2 * theirs, floor))
 
     def correlation(self, algorithm: str) -> Parity:
@@ -92,6 +95,7 @@ class Judge:
 
     def pick(self) -> str:
         """What ``auto`` takes for the layer's own output."""
-        if not ops.is_compiled(self.x.device):
+        if ops.obstacle(self.weight, self.x, self.z):
             return "reference"
-        return ops.plan(self.x, self.z, self.weight, bias=self.bias, z_is_output=True, **self.case.arguments).pick
+        plan = ops.plan(self.x, self.z, self.weight, bias=self.bias, z_is_output=True, **self.case.arguments)
+        return str(plan.pick)

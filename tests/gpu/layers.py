@@ -1,15 +1,20 @@
-"""Layers on the GPU, as the tests here use them."""
+"""Layers on the GPU, as the tests here use them; with ``--emulated``, on the emulated one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from cases import CASES, Case, with_layout
 from torch import Tensor
 
-from localsgd_ext import correlation, hebbian_update_
+from localsgd_ext import correlation, hebbian_update_, ops
+
+DEVICE = getattr(ops._C, "gpu", None) or "cuda"  # an emulated GPU computes on the CPU's tensors
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 ELIGIBLE = [(case, algorithm) for case in CASES for algorithm in case.algorithms]
@@ -39,7 +44,7 @@ class Layer:
         return correlation(self.x, self.z, self.weight, algorithm=algorithm, **self.arguments)
 
 
-def layer(case: Case, dtype: torch.dtype = torch.float32, layout: str = "contiguous", device: str = "cuda") -> Layer:
+def layer(case: Case, dtype: torch.dtype = torch.float32, layout: str = "contiguous", device: str = DEVICE) -> Layer:
     """Operands of ``dtype``, parameters in fp32."""
     x, weight, bias = case.sample(torch.float64, device)
     z = case.forward(x, weight, bias).to(dtype)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from cases import Case
 from gpu_graph import graph_equals_eager
-from layers import FEW, FEW_ELIGIBLE, LOW, layer
+from layers import FEW, FEW_ELIGIBLE, LOW, layer, needs_cuda
 
-from localsgd_ext import apply_update_
+from localsgd_ext import apply_update_, ops
+
+pytestmark = needs_cuda
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -87,8 +89,6 @@ def test_no_allocation_on_the_hot_path(case: Case, algorithm: str) -> None:
         pytest.skip("PyTorch's operation allocates its result")
     given = layer(case)
     if algorithm == "auto":
-        from localsgd_ext import ops
-
         picked = ops.plan(given.x, given.z, given.weight, **given.arguments).pick if ops.is_compiled("cuda") else "reference"
         if picked in ("library", "reference"):
             pytest.skip(f"auto picks {picked}, which allocates its result")

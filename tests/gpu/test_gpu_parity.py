@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import CASES, EMPTY_CASES, LAYOUTS, Case
 from gpu_parity import DTYPES, judge
-from layers import ELIGIBLE, FEW, LOW, layer
+from layers import DEVICE, ELIGIBLE, FEW, LOW, layer
 
 from localsgd_ext import correlation, reference
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agrees_with_fp64(case: Case, layout: str, dtype: str) -> None:
-    for algorithm, parity in judge(case, dtype, layout, "cuda").items():
+    for algorithm, parity in judge(case, dtype, layout, DEVICE).items():
         assert parity.ok, f"{algorithm}: {parity}"
 
 
@@ -50,13 +50,13 @@ def test_empty_batch_has_no_correlation(case: Case) -> None:
         given = layer(case)
         before = given.weight.clone()
         assert not given.correlation(algorithm).any()
-        skipped = torch.zeros(1, dtype=torch.int64, device="cuda")
+        skipped = torch.zeros(1, dtype=torch.int64, device=DEVICE)
         given.update(0.3, algorithm, skipped=skipped)
         assert torch.equal(given.weight, before)
         assert skipped.item() == 1
 
 
 def test_auto_reads_the_z_it_is_given() -> None:
-    x, weight = torch.randn(64, 32, device="cuda"), torch.randn(128, 32, device="cuda")
-    z = torch.randn(64, 128, device="cuda")  # not the layer's output
+    x, weight = torch.randn(64, 32, device=DEVICE), torch.randn(128, 32, device=DEVICE)
+    z = torch.randn(64, 128, device=DEVICE)  # not the layer's output
     torch.testing.assert_close(correlation(x, z, weight), (z.double().t() @ x.double()).float(), rtol=1e-4, atol=1e-4)

@@ -156,8 +156,8 @@ def hebbian_update_(
 ) -> None:
     """``W += lr * D / ||D||_2`` in place, ``D = correlation(x, z, weight)`` (LoCal+SGD, equation 4).
 
-    The norm runs over the whole tensor. Where it is 0 or not finite, ``weight`` is left untouched bit for bit and
-    ``skipped`` is incremented. The caller's grad mode and autocast state do not matter; the weight may require grad, and
+    The norm runs over the whole tensor. Where it is 0 or not finite, or ``lr`` is a tensor on a GPU that is not finite,
+    ``weight`` is left untouched bit for bit and ``skipped`` is incremented. The caller's grad mode and autocast state do not matter; the weight may require grad, and
     its version counter is bumped, so autograd refuses to back-propagate through the value it had before.
 
     Args:

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-import _source  # noqa: F401
 import torch
 import torch.nn.functional as F
 from cases import Case, with_layout
-from networks import output_shape
 from torch import Tensor
 
+from benchmarks.networks import output_shape
 from localsgd_ext import hebbian_update_
 
 LR = 1e-6  # of no importance to the time, and W stays where it is

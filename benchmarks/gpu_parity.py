@@ -14,14 +14,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import _source  # noqa: F401
+if __name__ == "__main__":  # in the place of this directory, whose modules are the package's
+    sys.path[:1] = [str(Path(__file__).resolve().parents[1] / where) for where in (".", "tests")]
+
 import torch
-from baselines import tf32
 from cases import CASES, LAYOUTS, Case, with_layout
 from oracle import FP64
-from parity import Judge, Parity
-from records import Records
 
+from benchmarks.baselines import tf32
+from benchmarks.parity import Judge, Parity
+from benchmarks.records import Records
 from localsgd_ext.train import environment
 
 # Of x and z, and whether fp32 may be rounded to tf32; parameters are fp32, or fp64 beside fp64.

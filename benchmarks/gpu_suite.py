@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import _source
-import stages
+if __name__ == "__main__":  # in the place of this directory, whose modules are the package's
+    sys.path[:1] = [str(Path(__file__).resolve().parents[1] / where) for where in (".", "tests")]
 
+from benchmarks import ROOT, stages
 from localsgd_ext.train.files import read_json, write_json
 
 GOOD = ("passed", "unavailable")
@@ -100,7 +101,7 @@ def call(command: stages.Command, log: Any, seconds: float) -> tuple[int | None,
     log.write(f"$ {' '.join(command.argv)}\n".encode())
     log.flush()
     process = subprocess.Popen(
-        command.argv, cwd=_source.ROOT, env={**os.environ, **command.environment}, stdout=log, stderr=subprocess.STDOUT,
+        command.argv, cwd=ROOT, env={**os.environ, **command.environment}, stdout=log, stderr=subprocess.STDOUT,
         start_new_session=True
     )  # fmt: skip
     try:

@@ -19,17 +19,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import _source  # noqa: F401
-import torch
-from baselines import DTYPES, LAYOUTS, functions, operands, reduced, tf32
-from cases import Case
-from networks import DEFAULT_NETWORKS, NETWORKS, kind, layers
-from parity import Judge
-from predict import costs, predicted_row, rooflines
-from records import Records
-from tables import report
-from timing import Timer, timer_for
+if __name__ == "__main__":  # in the place of this directory, whose modules are the package's
+    sys.path[:1] = [str(Path(__file__).resolve().parents[1] / where) for where in (".", "tests")]
 
+import torch
+from cases import Case
+
+from benchmarks.baselines import DTYPES, LAYOUTS, functions, operands, reduced, tf32
+from benchmarks.networks import DEFAULT_NETWORKS, NETWORKS, kind, layers
+from benchmarks.parity import Judge
+from benchmarks.predict import costs, predicted_row, rooflines
+from benchmarks.records import Records
+from benchmarks.tables import report
+from benchmarks.timing import Timer, timer_for
 from localsgd_ext import roofline
 from localsgd_ext.train import environment
 from localsgd_ext.train.files import read_json

@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-import _source  # noqa: F401  (the source tree's modules)
+if __name__ == "__main__":  # in the place of this directory, whose modules are the package's
+    sys.path[:1] = [str(Path(__file__).resolve().parents[1] / where) for where in (".", "tests")]
+
 import torch
 from cases import Case
 from torch import Tensor, nn

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import _source  # noqa: F401
 import torch
 from cases import Case
 from oracle import FP64, exact, relative_error

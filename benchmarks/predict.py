@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import _source  # noqa: F401
-from baselines import DTYPES, LAYOUTS
 from cases import Case
-from networks import geometry
 
+from benchmarks.baselines import DTYPES, LAYOUTS
+from benchmarks.networks import geometry
 from localsgd_ext.roofline import Cost, Device, cost
 
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import _source  # noqa: F401
-
 from localsgd_ext.train.files import read_json, write_json
 
 # Rows may be mixed in one file only if these agree.

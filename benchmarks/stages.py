@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import _source
 import torch
 
+from benchmarks import ROOT
 from localsgd_ext.train.files import read_json
 
 BENCHMARKS = Path(__file__).resolve().parent
@@ -83,7 +83,7 @@ def pytest(args: argparse.Namespace) -> list[Command]:
         raise Unavailable("pytest is not installed")
     # The project's own options name plugins that a bare machine lacks.
     options = ("-q", "-o", "addopts=-ra", "-p", "no:cacheprovider", f"--junitxml={args.out / 'pytest.xml'}")
-    return [Command("pytest", python("-m", "pytest", *options, "tests/gpu"), {"PYTHONPATH": str(_source.ROOT)})]
+    return [Command("pytest", python("-m", "pytest", *options, "tests/gpu"), {"PYTHONPATH": str(ROOT)})]
 
 
 def sanitizer(args: argparse.Namespace) -> list[Command]:
@@ -124,7 +124,7 @@ def train(args: argparse.Namespace) -> list[Command]:
         shutil.rmtree(args.out / "train", ignore_errors=True)
     elif (args.out / "train").exists():
         argv.append("--resume")
-    return [Command("compare", argv, {"PYTHONPATH": str(_source.ROOT)})]
+    return [Command("compare", argv, {"PYTHONPATH": str(ROOT)})]
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], list[Command]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from targets import geomean, targets
+from benchmarks.targets import geomean, targets
 
 ALGORITHMS = ("gram", "direct", "depthwise", "library")
 BASELINES = ("wgrad", "user", "compiled", "unfold")

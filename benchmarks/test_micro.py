@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import _source  # noqa: F401
 import pytest
 import torch
-from baselines import functions, operands
 from cases import LAYERS, Case
-from parity import Judge
+
+from benchmarks.baselines import functions, operands
+from benchmarks.parity import Judge
 
 BENCHMARKS = [
     (case, name)

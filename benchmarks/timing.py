@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
 
-import _source  # noqa: F401
 import torch
 
 from localsgd_ext import roofline

@@ -1,7 +1,6 @@
-"""Makes the modules of benchmarks/ importable."""
+"""Makes the package ``benchmarks``, which is not installed, importable."""
 
 import sys
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+sys.path.append(str(Path(__file__).resolve().parents[2]))

@@ -6,18 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import kernels
 import pytest
-import tables
-import targets
 import torch
-from baselines import functions, operands, reduced
 from cases import CASES, Case
-from networks import layers
 from oracle import relative_error
-from parity import Judge
-from timing import CpuTimer, Timing
 
+from benchmarks import kernels, tables, targets
+from benchmarks.baselines import functions, operands, reduced
+from benchmarks.networks import layers
+from benchmarks.parity import Judge
+from benchmarks.timing import CpuTimer, Timing
 from localsgd_ext import ops
 
 RESULTS = Path(kernels.__file__).parent / "results"

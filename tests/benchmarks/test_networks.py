@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import networks
 import pytest
-from networks import NETWORKS, kind, layers
 from torch import Size
 
+from benchmarks import networks
+from benchmarks.networks import NETWORKS, kind, layers
 from localsgd_ext.train import models
 
 # Layers, and multiply-adds of one picture's forward in 10^9, as the papers and torchvision's documentation give them.

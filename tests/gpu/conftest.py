@@ -10,7 +10,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parents[1] / "benchmarks"))  # what the suite and these tests share
+sys.path.append(str(HERE.parents[1]))  # the package benchmarks: what the suite and these tests share
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case
-from gpu_graph import graph_equals_eager
 from layers import FEW, FEW_ELIGIBLE, LOW, layer, needs_cuda
 
+from benchmarks.gpu_graph import graph_equals_eager
 from localsgd_ext import apply_update_, ops
 
 pytestmark = needs_cuda

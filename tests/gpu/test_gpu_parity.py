@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES, EMPTY_CASES, LAYOUTS, Case
-from gpu_parity import DTYPES, judge
 from layers import DEVICE, ELIGIBLE, FEW, LOW, layer
 
+from benchmarks.gpu_parity import DTYPES, judge
 from localsgd_ext import correlation, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

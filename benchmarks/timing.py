@@ -74,11 +74,12 @@ class CpuTimer:
 
 
 class CudaTimer:
-    """Device time, from cold caches: between two runs a buffer twice the size of the second-level cache is overwritten."""
+    """Device time, from cold caches: between two runs a buffer of at least twice the size of the second-level cache is
+    overwritten, which also takes longer than the host needs to queue the next run."""
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties()
-        self._flush = torch.empty(max(2 * properties.L2_cache_size, 32 << 20), dtype=torch.int8, device="cuda")
+        self._flush = torch.empty(max(2 * properties.L2_cache_size, 256 << 20), dtype=torch.int8, device="cuda")
         one = torch.zeros(1, device="cuda")
         self.device = roofline.device(properties)
         self.device = self.device.measured(self.measure({"empty": lambda: one.add_(1)}, 0.1)["empty"].us)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,3 +191,39 @@ def test_the_graph_scripts_step_on_a_cpu() -> None:
         step()
         assert not torch.equal(weight, before)
         assert skipped.item() == 0
+
+
+@pytest.mark.parametrize("faithful", [True, False])
+def test_a_graph_that_loses_an_update_is_noticed(faithful: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph stage's comparison, with a fake that replays calls."""
+    real, calls, capturing = gpu_graph.hebbian_update_, [], [False]
+
+    def update(*args: object, **kwargs: object) -> None:
+        if capturing[0]:
+            calls.append(lambda: real(*args, **kwargs))  # type: ignore[arg-type]
+        else:
+            real(*args, **kwargs)  # type: ignore[arg-type]
+
+    @contextmanager
+    def capture(_graph: object) -> Iterator[None]:
+        capturing[0] = True
+        yield
+        capturing[0] = False
+        if not faithful:
+            calls.pop()
+
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    for name, fake in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda _: nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: [call() for call in calls]),
+        "graph": capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    stepper = gpu_graph.stepper
+    monkeypatch.setattr(gpu_graph, "stepper", lambda case, algorithm, dtype, _device: stepper(case, algorithm, dtype, "cpu"))
+    monkeypatch.setattr(gpu_graph, "hebbian_update_", update)
+    case = next(case for case in CASES if case.name == "linear")
+    assert gpu_graph.graph_equals_eager(case, "auto", torch.float32, updates=7) == faithful
+    assert len(calls) == (7 if faithful else 6)

@@ -242,3 +242,13 @@ def test_the_judge_notices_small_errors() -> None:
         assert judge.judge(d / d.double().norm(), algorithm, direction=True).ok
         assert not judge.judge(d * 1.00001, algorithm).ok
         assert not judge.judge(d * float("nan"), algorithm).ok
+
+
+def test_an_overflow_of_theirs_excuses_nothing() -> None:
+    case = Case("", (129, 4), (6, 4))
+    x = torch.full(case.x, 60.0, dtype=torch.float16)
+    z = torch.full((129, 6), 60.0, dtype=torch.float16)  # sums of 129 * 3600 end beyond fp16
+    judge = Judge(case, x, z, torch.zeros(case.weight), None)
+    d = torch.full(case.weight, 129 * 3600.0)
+    assert judge.judge(d, "direct").ok
+    assert not judge.judge(d * 1.001, "direct").ok

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localsgd_ext import ops
+from localsgd_ext import ops, roofline
 from localsgd_ext.layers import LAYER_TYPES, is_plain
 
 _HEADINGS = ("layer", "geometry", "x", "z", "layout")
@@ -55,6 +55,16 @@ class LayerChoice:
     pick: str
     """The algorithm's name, or ``"reference"``."""
     reason: str
+    roofline_us: float | None = None
+    """The least that the pick can take by its bytes and flops (:mod:`localsgd_ext.roofline`); None where the device's peaks are
+    not known, as on a CPU."""
+
+    @property
+    def roofline_share(self) -> float | None:
+        """``roofline_us`` over the pick's measured time or, without one, the estimated; 1 is all that the device can do."""
+        cost = next((cost for cost in self.costs if cost.algorithm == self.pick), None)
+        us = None if cost is None else cost.estimated_us if cost.measured_us is None else cost.measured_us
+        return None if self.roofline_us is None or not us else self.roofline_us / us
 
 
 @dataclass(frozen=True)
@@ -73,14 +83,16 @@ class Explanation:
         algorithms = [a for a in ops.ALGORITHMS if a != "auto"]
         timed = any(cost.measured_us is not None for layer in self.layers for cost in layer.costs)
         unit = "µs (measured)" if timed else "µs"
-        rows = [(*_HEADINGS, *(f"{a} {unit}" for a in algorithms), "pick", "why")]
+        rows = [(*_HEADINGS, *(f"{a} {unit}" for a in algorithms), "roofline µs", "share", "pick", "why")]
         for layer in self.layers:
             costs = {cost.algorithm: str(cost) for cost in layer.costs}
             dtypes = [str(dtype).removeprefix("torch.") for dtype in (layer.x_dtype, layer.z_dtype)]
             shown = [costs.get(algorithm, "-") for algorithm in algorithms]
-            rows.append((layer.name, layer.geometry, *dtypes, layer.layout, *shown, layer.pick, layer.reason))
+            roofline = "-" if layer.roofline_us is None else f"{layer.roofline_us:.0f}"
+            share = "-" if layer.roofline_share is None else f"{layer.roofline_share:.0%}"
+            rows.append((layer.name, layer.geometry, *dtypes, layer.layout, *shown, roofline, share, layer.pick, layer.reason))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        first_number, last_number = len(_HEADINGS), len(_HEADINGS) + len(algorithms)
+        first_number, last_number = len(_HEADINGS), len(_HEADINGS) + len(algorithms) + 2
         return "\n".join(
             "  ".join(
                 cell.rjust(width) if first_number <= i < last_number else cell.ljust(width)
@@ -148,4 +160,29 @@ def _choice(name: str, module: nn.Module, x: Tensor, z: Tensor) -> LayerChoice:
         AlgorithmCost(c.algorithm, c.eligible, c.automatic, c.why_not, c.estimated_us, c.measured_us, c.configuration)
         for c in plan.candidates
     )
-    return LayerChoice(name, plan.geometry, x.dtype, z.dtype, layout, costs, plan.pick, plan.reason)
+    least = _roofline_us(plan.pick, x, z, weight, getattr(module, "groups", 1), layout)
+    return LayerChoice(name, plan.geometry, x.dtype, z.dtype, layout, costs, plan.pick, plan.reason, least)
+
+
+def _device_of(tensor: Tensor) -> roofline.Device | None:
+    if tensor.device.type != "cuda":
+        return None
+    try:
+        return roofline.device(torch.cuda.get_device_properties(tensor.device))
+    except ValueError:  # unknown, and PyTorch does not tell its clocks
+        return None
+
+
+def _roofline_us(algorithm: str, x: Tensor, z: Tensor, weight: Tensor, groups: int, layout: str) -> float | None:
+    device = _device_of(weight)
+    if device is None:
+        return None
+    batched = weight.dim() in (2, x.dim())
+    x_shape, z_shape = (tuple(t.shape) if batched else (1, *t.shape) for t in (x, z))
+    geometry = roofline.Geometry(x_shape, z_shape, tuple(weight.shape), groups)
+    tf32 = torch.backends.cuda.matmul.allow_tf32 if weight.dim() == 2 else torch.backends.cudnn.allow_tf32
+    dtypes = {"x": x.dtype, "z": z.dtype, "weight": weight.dtype, "tf32": tf32, "layout": layout}
+    us = roofline.cost(algorithm, geometry, **dtypes).roofline_us(device)  # type: ignore[arg-type]
+    if algorithm == "library":  # norm and write are a launch of their own
+        us += roofline.cost("apply", geometry, **dtypes).roofline_us(device)  # type: ignore[arg-type]
+    return us

@@ -56,7 +56,7 @@ def is_compiled(device: str | torch.device = "cpu") -> bool:
 def obstacle(*tensors: Tensor | None) -> str:
     """Why the operations would take these operands to :mod:`localsgd_ext.reference`, or ``""`` where kernels run."""
     if _C is None:
-        return "nothing is compiled"
+        return "nothing is compiled"  # type: ignore[unreachable]  # see the import
     device = next(t for t in tensors if t is not None).device
     why = _device_obstacle(device)
     if not why and device.type == _C.gpu and any(t is not None and t.dtype == torch.float64 for t in tensors):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import localsgd_ext
 from emulated import gpu
-from localsgd_ext import explain, ops, reference
+from localsgd_ext import explain, ops, reference, roofline
 
 LAYERS = {
     "gram": Case("", (2, 16, 9, 7), (24, 16, 1, 1), bias=True),
@@ -198,4 +198,22 @@ def test_explain_names_core_tiles_and_launches() -> None:
         costs = {cost.algorithm: cost for cost in row.costs}
         assert "one launch" in costs["direct"].configuration
         assert costs["library"].configuration == "weight gradient, then apply"
+        assert row.roofline_us is None  # the peaks of an emulated GPU are nothing to speak of
     assert "product" in {cost.algorithm: cost for cost in rows[1].costs}["gram"].configuration
+
+
+def test_explain_shows_the_share_of_the_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(localsgd_ext.explain.__globals__, "_device_of", lambda _: roofline.DEVICES["H200"])
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 64, 1))
+    table = explain(model, torch.randn(2, 3, 32, 32))
+    for row in table:
+        us = next(cost.estimated_us for cost in row.costs if cost.algorithm == row.pick)
+        assert row.roofline_us is not None
+        assert row.roofline_share == row.roofline_us / us
+        assert f"{row.roofline_share:.0%}" in str(table)
+    least = roofline.cost(table.layers[0].pick, roofline.Geometry((2, 3, 32, 32), (2, 16, 30, 30), (16, 3, 3, 3)))
+    apply = roofline.cost("apply", roofline.Geometry((2, 3, 32, 32), (2, 16, 30, 30), (16, 3, 3, 3)))
+    expected = least.roofline_us(roofline.DEVICES["H200"])
+    if table.layers[0].pick == "library":
+        expected += apply.roofline_us(roofline.DEVICES["H200"])
+    assert table.layers[0].roofline_us == pytest.approx(expected, rel=1e-3)

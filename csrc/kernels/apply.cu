@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "apply.h"
+#include "launch.h"
 #include "workspace.h"
 
 namespace localsgd::cuda {
@@ -15,12 +16,11 @@ int64 chunks_of(int64 count) { return std::max<int64>(1, (count + kChunk - 1) / 
 } // namespace
 
 cudaError_t query_chip(ApplyChip& chip) {
-    int device = 0, multiprocessors = 0, blocks = 0, cooperative = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
-    if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, apply_kernel, kApplyThreads, 0);
-    chip = {multiprocessors * blocks, cooperative != 0};
+    int multiprocessors = 0, blocks = 0;
+    bool cooperative = false;
+    cudaError_t error = query_device(multiprocessors, cooperative);
+    if (error == cudaSuccess) error = query_blocks(blocks, apply_kernel, kApplyThreads, 0);
+    chip = {multiprocessors * blocks, cooperative};
     return error;
 }
 
@@ -51,14 +51,10 @@ cudaError_t apply_update(const ApplyItem* items, int count, const Step& step, in
         p.step = step;
         if (step.skipped) p.step.skipped += static_cast<int64>(first) * skipped_stride;
         p.workspace = lay_out(workspace, static_cast<size_t>(chunks));
-        const dim3 grid(static_cast<unsigned>(std::min<int64>(chunks, std::max(1, chip.blocks))));
-        for (int phase = kReduce; phase <= kWrite; ++phase) {
-            p.first = static_cast<Phase>(phase);
-            p.last = chip.cooperative ? kWrite : p.first;
-            const cudaError_t error = launch(apply_kernel, grid, dim3(kApplyThreads), 0, chip.cooperative, stream, p);
-            if (error != cudaSuccess) return error;
-            if (chip.cooperative) break;
-        }
+        const int blocks = static_cast<int>(std::min<int64>(chunks, std::max(1, chip.blocks)));
+        const cudaError_t error =
+            launch_phases(apply_kernel, {blocks, kApplyThreads, 0, chip.cooperative}, p, kReduce, kWrite, stream);
+        if (error != cudaSuccess) return error;
     }
     return cudaSuccess;
 }

@@ -13,6 +13,7 @@ LOCALSGD_DEPTHWISE_KERNELS(LOCALSGD_INSTANTIATE)
 #include <limits>
 
 #include "depthwise.h"
+#include "launch.h"
 
 namespace localsgd::cuda {
 namespace {
@@ -148,16 +149,9 @@ DepthwiseParams params_of(const DepthwiseProblem& problem, const DepthwiseConfig
     return p;
 }
 
-cudaError_t run(const DepthwiseParams& params, const DepthwiseConfig& c, Phase last, cudaStream_t stream) {
-    DepthwiseParams p = params;
-    for (int phase = kCorrelate; phase <= last; ++phase) {
-        p.first = static_cast<Phase>(phase);
-        p.last = c.cooperative ? last : p.first;
-        const cudaError_t error = launch(kDepthwiseVariants[c.kernel].kernel, dim3(c.blocks), dim3(kDepthwiseThreads),
-                                         c.shared_bytes, c.cooperative, stream, p);
-        if (error != cudaSuccess || c.cooperative) return error;
-    }
-    return cudaSuccess;
+cudaError_t run(const DepthwiseParams& p, const DepthwiseConfig& c, Phase last, cudaStream_t stream) {
+    return launch_phases(kDepthwiseVariants[c.kernel].kernel, {c.blocks, kDepthwiseThreads, c.shared_bytes, c.cooperative}, p,
+                         kCorrelate, last, stream);
 }
 
 const char* gather_name(Gather gather) {
@@ -176,14 +170,9 @@ std::string DepthwiseConfig::text() const {
 }
 
 cudaError_t query_chip(DepthwiseChip& chip) {
-    int device = 0, cooperative = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&chip.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
-    chip.cooperative = cooperative != 0;
+    cudaError_t error = query_device(chip.multiprocessors, chip.cooperative);
     for (int i = 0; i < kDepthwiseKernels && error == cudaSuccess; ++i)
-        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&chip.blocks[i], kDepthwiseVariants[i].kernel, kDepthwiseThreads,
-                                                              kSharedBytes);
+        error = query_blocks(chip.blocks[i], kDepthwiseVariants[i].kernel, kDepthwiseThreads, static_cast<int>(kSharedBytes));
     return error;
 }
 

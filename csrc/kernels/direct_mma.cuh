@@ -8,20 +8,6 @@
 namespace localsgd::cuda {
 
 template <class T, Access kZ, Access kX>
-struct MmaPathOf {
-    using Type = StagedMma<T, kZ, kX>;
-};
-template <class T>
-struct MmaPathOf<T, Access::chunks16, Access::chunks16> {
-    using Type = PipelinedMma<T>;
-};
-
-// 512 threads on a multiprocessor leave 128 registers for each; gathering element by element takes more, which 384 have.
-template <class T, Access kZ, Access kX>
-constexpr int kMmaResidentBlocks =
-    (kZ == Access::scalar || (T::kThreads == 128 && kX == Access::scalar) ? 384 : 512) / T::kThreads;
-
-template <class T, Access kZ, Access kX>
 __global__ void __launch_bounds__(T::kThreads, kMmaResidentBlocks<T, kZ, kX>) direct_mma_kernel(const DirectParams p) {
     using Path = typename MmaPathOf<T, kZ, kX>::Type;
     if constexpr (!Path::kExists) {
@@ -30,16 +16,7 @@ __global__ void __launch_bounds__(T::kThreads, kMmaResidentBlocks<T, kZ, kX>) di
         if (p.first == kCorrelate) {
             LOCALSGD_DYNAMIC_SHARED(bytes);
             auto& shared = *reinterpret_cast<typename Path::Storage*>(bytes);
-            for (unsigned unit = blockIdx.x; unit < static_cast<unsigned>(p.grid.units); unit += gridDim.x) {
-                const auto [place, begin, end] = unit_of<T>(p, unit);
-                typename T::Sum sum;
-                Path::correlate(sum, shared, p.z, p.x, place.group, place.m, place.n, begin, end);
-                LOCALSGD_FORGET(unit); // two registers less in the main loop
-                unsigned split = unit;
-                const unsigned tile = divide(split, p.grid.by_splits);
-                store_quads<T>(p.workspace, p.grid, tile, static_cast<int>(split),
-                               [&](int slot) { return fragment_quad(sum[slot / T::kFragmentsN][slot % T::kFragmentsN]); });
-            }
+            correlate_units<Path>(p.workspace, p.grid, p.z, p.x, shared);
         }
         finish_direct<T>(p);
     }

@@ -47,17 +47,29 @@ LOCALSGD_DEVICE float widen(unsigned bits, Element element) {
                                       : half_to_float(bits);
 }
 
+// What is read: what nothing writes while the kernel runs, as x and z, through the read-only cache; or what other blocks wrote
+// before a grid barrier, past the first-level cache.
+enum class Source { constant, written };
+
+template <Source kSource, class T>
+LOCALSGD_DEVICE T load_from(const T* p) {
+    return kSource == Source::constant ? __ldg(p) : __ldcg(p);
+}
+
 // Loads leave their bits as they are: a conversion right after a load would wait for it, and the main loops issue theirs one
-// step ahead. Through the read-only cache: nothing writes x or z while a kernel runs.
+// step ahead.
+template <Source kSource = Source::constant>
 LOCALSGD_DEVICE unsigned load_bits(const void* data, int64 index, Element element) {
-    return element == Element::f32 ? __ldg(static_cast<const unsigned*>(data) + index)
-                                   : __ldg(static_cast<const unsigned short*>(data) + index);
+    return element == Element::f32 ? load_from<kSource>(static_cast<const unsigned*>(data) + index)
+                                   : load_from<kSource>(static_cast<const unsigned short*>(data) + index);
 }
 
 // Four neighbours, aligned to their 16 (fp32) or 8 bytes.
+template <Source kSource = Source::constant>
 LOCALSGD_DEVICE uint4 load_bits4(const void* data, int64 index, Element element) {
-    if (element == Element::f32) return __ldg(reinterpret_cast<const uint4*>(static_cast<const float*>(data) + index));
-    const uint2 pairs = __ldg(reinterpret_cast<const uint2*>(static_cast<const unsigned short*>(data) + index));
+    if (element == Element::f32)
+        return load_from<kSource>(reinterpret_cast<const uint4*>(static_cast<const float*>(data) + index));
+    const uint2 pairs = load_from<kSource>(reinterpret_cast<const uint2*>(static_cast<const unsigned short*>(data) + index));
     return make_uint4(pairs.x, pairs.y, 0, 0);
 }
 

@@ -2,16 +2,17 @@
 // one position, x is all that has to be read, once for every strip of tiles, and symmetry halves the work.
 #pragma once
 
+#include "parts.cuh"
 #include "split_k.cuh"
 #include "tile_ffma.cuh"
 
 namespace localsgd::cuda {
 
-// Tiles of G. Those of D are Tile<kSize, kSize>, computed by the same threads.
-template <int kSize>
-struct GramTile : Tile<kSize, kSize> {};
-template <int kSize>
-constexpr bool kTriangle<GramTile<kSize>> = true;
+// Tiles of G, as they lie in its lower triangle.
+template <class T>
+struct GramTile : T {};
+template <class T>
+constexpr bool kTriangle<GramTile<T>> = true;
 
 // Whether the launch runs `phase`; if it ran the one before it as well, all blocks are through with that afterwards.
 LOCALSGD_DEVICE bool begin_phase(const GramParams& p, GramPhase phase) {
@@ -20,59 +21,49 @@ LOCALSGD_DEVICE bool begin_phase(const GramParams& p, GramPhase phase) {
     return true;
 }
 
-// A tile on the diagonal: both operands are the same slice, which is read once. Returns the sum over positions [begin, end) of
-// x[position, first + thread], for the threads that have such a column.
-template <class T, Access kAccess>
-LOCALSGD_DEVICE float diagonal_ffma(float (&sum)[8][8], FfmaStorage<T>& shared, const Patches& x, int group, int first,
-                                    int begin, int end) {
-    float column_sum = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sum[i][j] = 0;
-    tabulate<T::kN, T::kThreads>(shared.x_columns, x, group, first);
-    __syncthreads();
-    Stage<kAccess, T::kN, T::kThreads> stage(x, shared.x_columns);
-    stage.load(begin, end);
-    stage.store(shared.x[0]);
-    __syncthreads();
-    int current = 0;
-    for (int position = begin; position < end; position += kStepPositions) {
-        const bool more = position + kStepPositions < end;
-        if (more) stage.load(position + kStepPositions, end);
-        multiply_slices<T>(sum, shared.x[current], shared.x[current]);
-        if (threadIdx.x < T::kN) {
-#pragma unroll
-            for (int k = 0; k < kStepPositions; ++k) column_sum += shared.x[current][k][threadIdx.x];
-        }
-        if (more) stage.store(shared.x[current ^ 1]);
-        current ^= 1;
-        __syncthreads(); // also before the next tile overwrites the table
-    }
-    return column_sum;
-}
+// On the diagonal both operands of a tile are the same strip. With a bias its columns are added up as well: each thread adds a
+// share of every slice's positions in one column, from what lies in shared memory, which in tf32 is not rounded yet.
+template <class T>
+struct MaybeDiagonal {
+    static constexpr int kShares = T::kThreads / T::kN;
+    static_assert(T::kM == T::kN && kShares * T::kN == T::kThreads);
 
-template <class T, Access kAccess>
-LOCALSGD_DEVICE void gram_tiles(const GramParams& p, FfmaStorage<T>& shared) {
-    using Triangle = GramTile<T::kM>;
+    const GramParams& params;
+    bool diagonal;
+    float sum = 0;
+
+    LOCALSGD_DEVICE bool same() const { return diagonal; }
+    LOCALSGD_DEVICE bool summing() const { return diagonal && params.bias != nullptr; }
+    static LOCALSGD_DEVICE int column() { return static_cast<int>(threadIdx.x) % T::kN; }
+    static LOCALSGD_DEVICE int share() { return static_cast<int>(threadIdx.x) / T::kN; }
+
+    template <class Holds, class Value, int kPositions, int kRowValues>
+    LOCALSGD_DEVICE void visit(const Value (&slice)[kPositions][kRowValues]) {
+        constexpr int kEach = kPositions / kShares;
+        static_assert(kEach * kShares == kPositions);
+        if (!summing()) return;
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) sum += Holds::value_of(slice[share() * kEach + i][column()]);
+    }
+};
+
+template <class Path>
+LOCALSGD_DEVICE void gram_tiles(const GramParams& p, typename Path::Storage& shared) {
+    using T = typename Path::Tile;
     for (unsigned unit = blockIdx.x; unit < static_cast<unsigned>(p.gram.units); unit += gridDim.x) {
-        unsigned split = unit;
-        const TilePlace place = place_of<Triangle>(p.gram, divide(split, p.gram.by_splits));
-        const int begin = static_cast<int>(split) * p.gram.split_positions;
-        const int end = min(begin + p.gram.split_positions, p.x.positions);
-        float sum[8][8];
-        if (place.m == place.n) {
-            const float column_sum = diagonal_ffma<T, kAccess>(sum, shared, p.x, place.group, place.n, begin, end);
-            const int c = place.n + static_cast<int>(threadIdx.x);
-            if (p.bias && threadIdx.x < T::kN && c < p.pitch)
-                p.sum_partials[(static_cast<int64>(split) * p.gram.groups + place.group) * p.pitch + c] = column_sum;
-        } else {
-            correlate_ffma<T, kAccess, kAccess>(sum, shared, p.x, p.x, place.group, place.m, place.n, begin, end);
+        const auto [place, split, begin, end] = unit_of<GramTile<T>>(p.gram, p.x.positions, unit);
+        MaybeDiagonal<T> strips{p, place.m == place.n};
+        typename T::Sum sum;
+        Path::correlate(sum, shared, p.x, p.x, place.group, place.m, place.n, begin, end, strips);
+        LOCALSGD_FORGET(unit); // fewer registers in the main loop
+        const Unit u = unit_of<GramTile<T>>(p.gram, p.x.positions, unit);
+        const int c = u.place.n + strips.column();
+        if (strips.summing() && c < p.pitch) {
+            const int64 row = static_cast<int64>(u.split) * strips.kShares + strips.share();
+            p.sum_partials[(row * p.gram.groups + u.place.group) * p.pitch + c] = strips.sum;
         }
-        LOCALSGD_FORGET(unit); // fewer registers in the main loops
-        split = unit;
-        const unsigned tile = divide(split, p.gram.by_splits);
-        store_partial<Triangle>(p.workspace, p.gram, tile, static_cast<int>(split), sum);
+        unsigned again = unit;
+        store_partial<GramTile<T>>(p.workspace, p.gram, divide(again, p.gram.by_splits), u.split, sum);
     }
 }
 
@@ -89,151 +80,136 @@ LOCALSGD_DEVICE float load_weight(const GramParams& p, int64 index) {
                                             : widen(static_cast<const unsigned short*>(p.weight)[index], p.weight_element);
 }
 
-// G whole, both its halves, and W in dense rows. With a bias, b is another column of W and sum x another row of G, so that one
-// product is all of D. Zeros fill up to multiples of 4.
-template <class T>
-LOCALSGD_DEVICE void gram_matrix(const GramParams& p) {
-    const auto matrix_of = [&](unsigned group) { return p.gram_matrix + static_cast<int64>(group) * p.inner * p.pitch; };
-    for_owned_quads<GramTile<T::kM>, true>(p.workspace, p.gram, p.pitch, p.pitch,
-                                           [&](float4*, const float4& sum, int64 row, int n, int) {
-                                               auto m = static_cast<unsigned>(row);
-                                               float* matrix = matrix_of(divide(m, p.by_pitch));
-                                               quad(matrix + static_cast<int64>(m) * p.pitch + n) = sum;
-                                               if (static_cast<int>(m) / T::kM == n / T::kN)
-                                                   return; // the tile holds both halves
-#pragma unroll
-                                               for (int i = 0; i < 4; ++i)
-                                                   matrix[static_cast<int64>(n + i) * p.pitch + m] = component(sum, i);
-                                           });
-    const unsigned threads = gridDim.x * T::kThreads, thread = blockIdx.x * T::kThreads + threadIdx.x;
-    const unsigned columns = static_cast<unsigned>(p.gram.groups) * static_cast<unsigned>(p.pitch);
-    for (unsigned i = thread; p.bias && i < columns; i += threads) {
-        float sum = 0;
-#pragma unroll 4
-        for (int split = 0; split < p.gram.splits; ++split)
-            sum += __ldcg(p.sum_partials + static_cast<int64>(split) * columns + i);
-        unsigned c = i;
-        float* row = matrix_of(divide(c, p.by_pitch)) + static_cast<int64>(p.pitch) * p.pitch;
-        row[c] = sum;
-        for (int more = 1; more < 4; ++more) row[more * p.pitch + c] = 0;
-    }
-    const unsigned weights = static_cast<unsigned>(p.gram.groups) * static_cast<unsigned>(p.z.columns) * p.inner;
-    for (unsigned i = thread; i < weights; i += threads) {
-        unsigned c = i;
-        const unsigned k = divide(c, p.by_inner);
-        float value = 0;
-        if (c < static_cast<unsigned>(p.x.columns))
-            value = rounded(load_weight(p, k * p.weight_out_stride + c * p.weight_channel_stride), p.weight_rounding);
-        else if (c == static_cast<unsigned>(p.pitch)) // only with a bias
-            value = rounded(widen(load_bits(p.bias, k, p.bias_element), p.bias_element), p.bias_rounding);
-        p.rounded[i] = value;
-    }
-}
-
-// A step's slices of W and G. Past the first-level cache: other blocks wrote them in the same launch.
-template <class T>
-class ProductStage {
-    static constexpr int kWeights = kStepPositions / 4 * T::kM / T::kThreads, kGrams = kStepPositions * T::kN / 4 / T::kThreads;
-    static_assert(kWeights * T::kThreads * 4 == kStepPositions * T::kM && kGrams * T::kThreads * 4 == kStepPositions * T::kN);
-
-  public:
-    LOCALSGD_DEVICE ProductStage(const GramParams& params, const TilePlace& place) : params_(params), place_(place) {}
-
-    LOCALSGD_DEVICE void load(int channel, int end) {
-        const float4 zero = make_float4(0, 0, 0, 0);
-        const int rows = params_.z.columns, pitch = params_.pitch; // the launcher makes sure that ints suffice
-#pragma unroll
-        for (int i = 0; i < kWeights; ++i) {
-            const int m = place_.m + weight_row(i), c = channel + weight_channel();
-            weight_[i] =
-                m < rows && c < end ? load_quad(params_.rounded + (place_.group * rows + m) * params_.inner + c) : zero;
-        }
-#pragma unroll
-        for (int i = 0; i < kGrams; ++i) {
-            const int c = channel + gram_row(i), n = place_.n + gram_column();
-            gram_[i] =
-                c < end && n < pitch ? load_quad(params_.gram_matrix + (place_.group * params_.inner + c) * pitch + n) : zero;
-        }
-    }
-
-    LOCALSGD_DEVICE void store(Slice<T::kM>& w, Slice<T::kN>& g) const {
-#pragma unroll
-        for (int i = 0; i < kWeights; ++i) {
-            const int m = weight_row(i), c = weight_channel();
-            w[c][m] = weight_[i].x;
-            w[c + 1][m] = weight_[i].y;
-            w[c + 2][m] = weight_[i].z;
-            w[c + 3][m] = weight_[i].w;
-        }
-#pragma unroll
-        for (int i = 0; i < kGrams; ++i) quad(&g[gram_row(i)][gram_column()]) = gram_[i];
-    }
-
-  private:
-    static LOCALSGD_DEVICE float4 load_quad(const float* p) { return __ldcg(reinterpret_cast<const float4*>(p)); }
-
-    // In every step anew, as in Stage.
-    static LOCALSGD_DEVICE int thread() {
-        int t = static_cast<int>(threadIdx.x);
-        LOCALSGD_FORGET(t);
-        return t;
-    }
-    // Two lanes share a row of W: their 8 channels are one 32-byte sector, and the stores of a warp hit 32 banks.
-    static LOCALSGD_DEVICE int weight_channel() { return thread() % 2 * 4; }
-    static LOCALSGD_DEVICE int weight_row(int i) { return thread() / 2 + i * (T::kThreads / 2); }
-    static LOCALSGD_DEVICE int gram_column() { return thread() % (T::kN / 4) * 4; }
-    static LOCALSGD_DEVICE int gram_row(int i) { return thread() / (T::kN / 4) + i * (T::kThreads * 4 / T::kN); }
-
-    const GramParams& params_;
-    const TilePlace& place_;
-    float4 weight_[kWeights], gram_[kGrams];
+template <class Value>
+struct alignas(4 * sizeof(Value)) Four {
+    Value value[4];
 };
 
-// sum[m, n] = sum over channels [begin, end) of w[first_m + m, channel] * g[channel, first_n + n].
-template <class T>
-LOCALSGD_DEVICE void product_ffma(float (&sum)[8][8], FfmaStorage<T>& shared, ProductStage<T>& stage, int begin, int end) {
+// One part of each of 4 neighbours.
+template <class P>
+LOCALSGD_DEVICE Four<typename P::Value> take4(float (&rest)[4]) {
+    return {P::take(rest[0]), P::take(rest[1]), P::take(rest[2]), P::take(rest[3])};
+}
+
+template <class Value>
+LOCALSGD_DEVICE void put(Value* to, const Four<Value>& v) {
+    *reinterpret_cast<Four<Value>*>(to) = v;
+}
+
+// G whole, both its halves, in parts; below it, with a bias, sum x, once for every part of b.
+template <class T, class P>
+LOCALSGD_DEVICE void write_matrix(const GramParams& p) {
+    using Value = typename P::Value;
+    const auto row_of = [&](unsigned group, int part, unsigned row) {
+        return static_cast<Value*>(p.matrix_data) + ((static_cast<int64>(group) * P::kCount + part) * p.inner + row) * p.pitch;
+    };
+    for_owned_quads<GramTile<T>, true>(p.workspace, p.gram, p.pitch, p.pitch,
+                                       [&](float4*, const float4& sum, int64 row, int n, int) {
+                                           auto m = static_cast<unsigned>(row);
+                                           const unsigned group = divide(m, p.by_pitch);
+                                           float rest[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
+                                           for (int part = 0; part < P::kCount; ++part) {
+                                               const Four<Value> quad = take4<P>(rest);
+                                               put(row_of(group, part, m) + n, quad);
+                                               if (static_cast<int>(m) / T::kM == n / T::kN)
+                                                   continue; // the tile holds both halves
 #pragma unroll
-        for (int j = 0; j < 8; ++j) sum[i][j] = 0;
-    stage.load(begin, end);
-    stage.store(shared.z[0], shared.x[0]);
-    __syncthreads();
-    int current = 0;
-    for (int channel = begin; channel < end; channel += kStepPositions) {
-        const bool more = channel + kStepPositions < end;
-        if (more) stage.load(channel + kStepPositions, end);
-        multiply_slices<T>(sum, shared.z[current], shared.x[current]);
-        if (more) stage.store(shared.z[current ^ 1], shared.x[current ^ 1]);
-        current ^= 1;
-        __syncthreads();
+                                               for (int i = 0; i < 4; ++i)
+                                                   row_of(group, part, static_cast<unsigned>(n + i))[m] = quad.value[i];
+                                           }
+                                       });
+    if (!p.bias) return;
+    const unsigned threads = gridDim.x * T::kThreads, columns = static_cast<unsigned>(p.gram.groups * p.pitch);
+    for (unsigned i = blockIdx.x * T::kThreads + threadIdx.x; i < columns; i += threads) {
+        float sum = 0;
+#pragma unroll 4
+        for (int row = 0; row < p.gram.splits * MaybeDiagonal<T>::kShares; ++row)
+            sum += __ldcg(p.sum_partials + static_cast<int64>(row) * columns + i);
+        unsigned c = i;
+        const unsigned group = divide(c, p.by_pitch);
+#pragma unroll
+        for (int part = 0; part < P::kCount; ++part) {
+            const Value value = P::take(sum);
+            for (int row = 0; row < 8; ++row)
+                row_of(group, part, static_cast<unsigned>(p.pitch + row))[c] = row < P::kCount ? value : Value(0);
+        }
     }
 }
 
-template <class T>
-LOCALSGD_DEVICE void gram_product(const GramParams& p, FfmaStorage<T>& shared) {
-    for (unsigned unit = blockIdx.x; unit < static_cast<unsigned>(p.product.units); unit += gridDim.x) {
-        unsigned split = unit;
-        const unsigned tile = divide(split, p.product.by_splits);
-        const TilePlace place = place_of<T>(p.product, tile);
-        const int begin = static_cast<int>(split) * p.product.split_positions;
-        ProductStage<T> stage(p, place);
-        float sum[8][8];
-        product_ffma<T>(sum, shared, stage, begin, min(begin + p.product.split_positions, p.inner));
-        store_partial<T>(p.workspace, p.product, tile, static_cast<int>(split), sum);
+// W in parts, transposed, so that the summed index lies outermost as it does in x. A thread takes 4 output channels of one
+// input channel; the 32 of a warp read 8 neighbours of W and write 16, whole sectors of 32 bytes in either.
+template <class P, int kThreads>
+LOCALSGD_DEVICE void write_weights(const GramParams& p) {
+    using Value = typename P::Value;
+    const auto value_at = [&](int64 k, int c) -> float {
+        if (c < p.x.columns)
+            return rounded(load_weight(p, k * p.weight_out_stride + c * p.weight_channel_stride), p.weight_rounding);
+        if (c < p.pitch || c >= p.pitch + P::kCount) return 0; // beyond the pitch there is something only with a bias
+        float rest = rounded(widen(load_bits(p.bias, k, p.bias_element), p.bias_element), p.bias_rounding);
+        for (int part = p.pitch; part < c; ++part) P::take(rest);
+        return rest;
+    };
+    const unsigned quads = static_cast<unsigned>(p.gram.groups * p.inner) * static_cast<unsigned>(p.rows / 4);
+    for (unsigned i = blockIdx.x * kThreads + threadIdx.x; i < quads; i += gridDim.x * kThreads) {
+        unsigned quad = i / 8, octet = divide(quad, p.by_row_quads);
+        const int64 group = divide(octet, p.by_inner_octets);
+        const int c = static_cast<int>(octet * 8 + i % 8), k = static_cast<int>(quad * 4);
+        float rest[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) rest[j] = k + j < p.outputs ? value_at(group * p.outputs + k + j, c) : 0.0f;
+        for (int part = 0; part < p.weight_parts; ++part) {
+            auto* row = static_cast<Value*>(p.weights_data) +
+                        ((group * p.weight_parts + part) * p.inner + c) * static_cast<int64>(p.rows);
+            const Four<Value> parts = take4<P>(rest);
+            put(row + k, parts);
+            if (c < p.pitch) continue;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) rest[j] = 0; // of b each part has a channel of its own
+        }
     }
 }
+
+// The main loops of a kernel and what multiplies in them.
+template <Core kCore, int kSize, Access kAccess, Core kProductCore>
+struct GramPaths;
+
+// The product's tile on fused multiply-adds, for blocks of so many threads.
+template <int kSize, int kThreads>
+using FfmaProduct = StagedFfma<Tile<kSize, 64 * kThreads / kSize>, Access::channels4, Access::channels4, Source::written>;
 
 template <int kSize, Access kAccess>
-__global__ void __launch_bounds__(Tile<kSize, kSize>::kThreads, kResidentBlocks<Tile<kSize, kSize>, kAccess, kAccess>)
-    gram_kernel(const GramParams p) {
+struct GramPaths<Core::ffma, kSize, kAccess, Core::ffma> {
     using T = Tile<kSize, kSize>;
-    LOCALSGD_SHARED(FfmaStorage<T>, shared);
-    if (begin_phase(p, kGramTiles)) gram_tiles<T, kAccess>(p, shared);
-    if (begin_phase(p, kGramMatrix)) gram_matrix<T>(p);
-    if (begin_phase(p, kGramProduct)) gram_product<T>(p, shared);
-    if (begin_phase(p, kGramReduce)) reduce_partials<T>(p.workspace, p.product, p.z, p.x, p.target, p.to_target);
-    if (begin_phase(p, kGramWrite)) norm_and_write<T>(p.workspace, p.product, p.z, p.x, p.target, p.step);
+    using Gram = StagedFfma<T, kAccess, kAccess>;
+    using Product = FfmaProduct<kSize, T::kThreads>;
+    static constexpr int kResident = kResidentBlocks<T, kAccess, kAccess>;
+    static constexpr bool kExists = true;
+};
+
+template <Core kCore, int kSize, Access kAccess, Core kProductCore,
+          class Paths = GramPaths<kCore, kSize, kAccess, kProductCore>>
+__global__ void __launch_bounds__(Paths::Gram::Tile::kThreads, Paths::kResident) gram_kernel(const GramParams p) {
+    if constexpr (!Paths::kExists) {
+        __trap(); // not for this architecture: never nothing without a word
+    } else {
+        using Gram = typename Paths::Gram;
+        using Product = typename Paths::Product;
+        using T = typename Gram::Tile;
+        using D = typename Product::Tile;
+        static_assert(D::kThreads == T::kThreads);
+        LOCALSGD_DYNAMIC_SHARED(shared);
+        if (begin_phase(p, kGramTiles)) gram_tiles<Gram>(p, *reinterpret_cast<typename Gram::Storage*>(shared));
+        if (begin_phase(p, kGramMatrix)) {
+            write_matrix<T, Parts<kProductCore>>(p);
+            write_weights<Parts<kProductCore>, T::kThreads>(p);
+        }
+        if (begin_phase(p, kGramProduct))
+            correlate_units<Product>(p.workspace, p.product, p.weights, p.matrix,
+                                     *reinterpret_cast<typename Product::Storage*>(shared));
+        if (begin_phase(p, kGramReduce)) reduce_partials<D>(p.workspace, p.product, p.outputs, p.x, p.target, p.to_target);
+        if (begin_phase(p, kGramWrite)) norm_and_write<D>(p.workspace, p.product, p.outputs, p.x, p.target, p.step);
+    }
 }
 
 } // namespace localsgd::cuda

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <string>
 
+#include "gram_variants.h"
 #include "operand.h"
 #include "workspace.h"
 
@@ -20,28 +21,34 @@ struct GramProblem {
     const void* bias; // [K], dense; or null
     Kind bias_kind;
     Kind z_kind; // W and b are rounded to it where it is lower than theirs, as the forward did
+    // Which roundings of an fp32 x the caller takes for matrix units, as in DirectProblem: to tf32, and W with it, as the
+    // forward did; to a z_kind that is lower. Without them x is never rounded.
+    bool allow_tf32 = false, allow_lower = false;
 };
-
-constexpr int kGramSizes = 2, kGramAccesses = 3;
 
 // What the choice depends on besides the problem.
 struct GramChip {
     int multiprocessors = 0;
-    bool cooperative = false;                    // whether a grid may have barriers
-    int blocks[kGramSizes * kGramAccesses] = {}; // of each kernel, alive at once on a multiprocessor
+    bool cooperative = false;      // whether a grid may have barriers
+    int blocks[kGramKernels] = {}; // of each kernel, alive at once on a multiprocessor
+    int compute = 0;               // as in Chip
 };
 
 struct GramConfig {
-    int kernel = 0; // which of the tiles and accesses
+    int kernel = 0; // which of the cores, tiles and accesses
+    Core core = Core::ffma;
     int tile = 0, threads = 0;
     Access access = Access::scalar;
     int tiles = 0;  // of G's lower triangles
     int splits = 1; // of the positions
     int split_positions = 0;
     int sharers = 1;
+    Core product = Core::ffma;
+    int product_m = 0, product_n = 0;
+    int product_pairs = 1;  // of parts, see parts.cuh
     int product_tiles = 0;  // of D
-    int product_splits = 1; // of the input channels
-    int product_split_channels = 0;
+    int product_splits = 1; // of the summed index, whose length is pairs * input channels
+    int product_split_length = 0;
     int product_sharers = 1;
     int blocks = 1;
     bool cooperative = false; // one launch; otherwise one a phase

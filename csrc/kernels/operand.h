@@ -66,6 +66,9 @@ inline Element element_of(Kind kind) {
     return kind == Kind::f32 ? Element::f32 : kind == Kind::bf16 ? Element::bf16 : Element::f16;
 }
 
+// What a core multiplies.
+inline Kind kind_of(Core core) { return core == Core::mma_bf16 ? Kind::bf16 : core == Core::mma_f16 ? Kind::f16 : Kind::f32; }
+
 inline bool multiple_of_4(int64_t n) { return n % 4 == 0; }
 
 inline bool aligned(const Operand& o) { return reinterpret_cast<uintptr_t>(o.data) % (4 * kind_size(o.kind)) == 0; }

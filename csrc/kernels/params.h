@@ -98,17 +98,23 @@ struct DirectParams {
     Phase first, last;
 };
 
-// The phases of a Gram launch, as above: G in partial tiles; G whole, and W as the forward rounded it; D in partial
-// tiles; D; W.
+// The phases of a Gram launch, as above: G in partial tiles; G whole, and W as the forward rounded it, as operands of the
+// product; D in partial tiles; D; W.
 enum GramPhase : int { kGramTiles, kGramMatrix, kGramProduct, kGramReduce, kGramWrite };
 
+// The product's summed index is (part of W, part of G, input channel), cut off where pairs of parts no longer count; see
+// parts.cuh. With a bias, the parts of b are further channels of W and sum x further rows of G, so that one product is all of
+// D. Zeros fill up to multiples of 8.
 struct GramParams {
-    Patches x;              // columns: input channels per group
-    Patches z;              // only its columns, output channels per group: z itself is not read
-    TileGrid gram, product; // tiles of G's lower triangle, split over positions; of D, split over input channels
-    int pitch;              // input channels per group, rounded up to a multiple of 4
-    int inner;              // length of the product's sums: pitch, or 4 more with a bias
-    FastDiv by_pitch, by_inner;
+    Patches x;               // columns: input channels per group
+    TileGrid gram, product;  // tiles of G's lower triangle, split over positions; of D, split over the product's summed index
+    Patches weights, matrix; // [groups][parts][inner][rows]: W transposed; [groups][parts][inner][pitch]: G
+    void *weights_data, *matrix_data;
+    float* sum_partials; // of x: [splits][shares of a slice][groups][pitch]; only with a bias
+    int outputs, rows;   // output channels per group; rounded up
+    int pitch, inner;    // input channels per group, rounded up; with a bias 8 more
+    int weight_parts;
+    FastDiv by_pitch, by_row_quads, by_inner_octets;
     const void* weight;
     Element weight_element;
     int64 weight_out_stride, weight_channel_stride;
@@ -116,9 +122,6 @@ struct GramParams {
     Element bias_element;
     Element weight_rounding, bias_rounding; // before they are multiplied; f32: none
     Workspace workspace;
-    float* gram_matrix;  // [groups][inner][pitch]: G, sum x
-    float* rounded;      // [K][inner]: W, b
-    float* sum_partials; // of x: [splits][groups][pitch]
     Target target;
     bool to_target; // D itself is wanted: kGramReduce is the last phase
     Step step;

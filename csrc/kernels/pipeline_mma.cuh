@@ -49,6 +49,8 @@ struct ChunkCopy {
 // copies of the step before are issued.
 template <class T>
 struct PipelinedMma {
+    using Tile = T;
+    using Holds = typename T::Operand::Holds;
     static constexpr bool kExists = LOCALSGD_ARCH >= 800;
     static constexpr int kStages = 4;
     static constexpr int kPositions = 64 / static_cast<int>(sizeof(typename T::Value));
@@ -72,13 +74,15 @@ struct PipelinedMma {
         if (warp == 1) shared.x_rows[step % 2][lane] = patch_row(x, position, end);
     }
 
-    static LOCALSGD_DEVICE void issue(Storage& shared, const Patches& z, const Patches& x, int step) {
-        ZCopy::issue(shared.z[step % kStages], z, shared.z_columns, shared.z_rows[step % 2]);
+    template <class Strips>
+    static LOCALSGD_DEVICE void issue(Storage& shared, const Patches& z, const Patches& x, int step, const Strips& strips) {
+        if (!strips.same()) ZCopy::issue(shared.z[step % kStages], z, shared.z_columns, shared.z_rows[step % 2]);
         XCopy::issue(shared.x[step % kStages], x, shared.x_columns, shared.x_rows[step % 2]);
     }
 
+    template <class Strips = TwoStrips>
     static LOCALSGD_DEVICE void correlate(typename T::Sum& sum, Storage& shared, const Patches& z, const Patches& x, int group,
-                                          int first_m, int first_n, int begin, int end) {
+                                          int first_m, int first_n, int begin, int end, Strips&& strips = {}) {
         clear<T>(sum);
         const int steps = (end - begin + kPositions - 1) / kPositions; // none for an empty batch
         ZCopy::tabulate(shared.z_columns, z, group, first_m);
@@ -86,7 +90,7 @@ struct PipelinedMma {
         find_rows(shared, z, x, 0, begin, end);
         for (int step = 0; step < kStages - 1; ++step) {
             __syncthreads(); // the step's rows have been found, and the last ones read
-            if (step < steps) issue(shared, z, x, step);
+            if (step < steps) issue(shared, z, x, step, strips);
             cp_async_commit(); // a group a step, empty or not: waiting counts groups
             find_rows(shared, z, x, step + 1, begin, end);
         }
@@ -94,14 +98,30 @@ struct PipelinedMma {
             cp_async_wait<kStages - 2>(); // this thread's part of the step has arrived,
             __syncthreads();              // everybody's has, and everybody is done with the slices of the step before
             const int ahead = step + kStages - 1;
-            if (ahead < steps) issue(shared, z, x, ahead);
+            if (ahead < steps) issue(shared, z, x, ahead, strips);
             cp_async_commit();
             find_rows(shared, z, x, ahead + 1, begin, end);
-            multiply_slices<T, kPositions>(sum, shared.z[step % kStages], shared.x[step % kStages]);
+            const auto& x_slice = shared.x[step % kStages];
+            multiply_slices<T, kPositions>(sum, first_slice(strips, shared.z[step % kStages], x_slice), x_slice);
+            strips.template visit<Holds>(x_slice);
         }
         // No barrier: who is still multiplying reads neither table, and the next tile's slices are filled after its first one.
         cp_async_wait<0>(); // empty groups
     }
 };
+
+template <class T, Access kZ, Access kX>
+struct MmaPathOf {
+    using Type = StagedMma<T, kZ, kX>;
+};
+template <class T>
+struct MmaPathOf<T, Access::chunks16, Access::chunks16> {
+    using Type = PipelinedMma<T>;
+};
+
+// 512 threads on a multiprocessor leave 128 registers for each; gathering element by element takes more, which 384 have.
+template <class T, Access kZ, Access kX>
+constexpr int kMmaResidentBlocks =
+    (kZ == Access::scalar || (T::kThreads == 128 && kX == Access::scalar) ? 384 : 512) / T::kThreads;
 
 } // namespace localsgd::cuda

@@ -38,25 +38,46 @@ LOCALSGD_DEVICE TilePlace place_of(const TileGrid& grid, unsigned tile) {
     return {static_cast<int>(group), static_cast<int>(m) * T::kM, static_cast<int>(n) * T::kN};
 }
 
+struct Unit {
+    TilePlace place;
+    int split, begin, end; // positions
+};
+
+template <class T>
+LOCALSGD_DEVICE Unit unit_of(const TileGrid& grid, int positions, unsigned unit) {
+    unsigned split = unit;
+    const TilePlace place = place_of<T>(grid, divide(split, grid.by_splits));
+    const int begin = static_cast<int>(split) * grid.split_positions;
+    return {place, static_cast<int>(split), begin, min(begin + grid.split_positions, positions)};
+}
+
 template <class T>
 LOCALSGD_DEVICE float4* partial_quad(const Workspace& w, const TileGrid& grid, int64 tile, int split, int slot, int thread) {
     return reinterpret_cast<float4*>(w.partials) + ((tile * grid.splits + split) * T::kSlots + slot) * T::kThreads + thread;
 }
 
-// quad_of(slot): this thread's quad of neighbouring columns, as T::m_of and T::n_of place it.
-template <class T, class QuadOf>
-LOCALSGD_DEVICE void store_quads(const Workspace& w, const TileGrid& grid, unsigned tile, int split, const QuadOf& quad_of) {
-#pragma unroll
-    for (int slot = 0; slot < T::kSlots; ++slot) *partial_quad<T>(w, grid, tile, split, slot, threadIdx.x) = quad_of(slot);
-}
-
+// A thread's sums, by quads of neighbouring columns as T::m_of and T::n_of place them.
 template <class T>
 LOCALSGD_DEVICE void store_partial(const Workspace& w, const TileGrid& grid, unsigned tile, int split,
-                                   const float (&sum)[8][8]) {
-    store_quads<T>(w, grid, tile, split, [&](int slot) {
-        const float* s = &sum[slot / 2][slot % 2 * 4];
-        return make_float4(s[0], s[1], s[2], s[3]);
-    });
+                                   const typename T::Sum& sum) {
+#pragma unroll
+    for (int slot = 0; slot < T::kSlots; ++slot)
+        *partial_quad<T>(w, grid, tile, split, slot, threadIdx.x) = T::quad_of(sum, slot);
+}
+
+// The main loop of the units that fall to this block; their partial tiles go to the workspace.
+template <class Path>
+LOCALSGD_DEVICE void correlate_units(const Workspace& w, const TileGrid& grid, const Patches& z, const Patches& x,
+                                     typename Path::Storage& shared) {
+    for (unsigned unit = blockIdx.x; unit < static_cast<unsigned>(grid.units); unit += gridDim.x) {
+        const auto [place, split, begin, end] = unit_of<typename Path::Tile>(grid, x.positions, unit);
+        typename Path::Tile::Sum sum;
+        Path::correlate(sum, shared, z, x, place.group, place.m, place.n, begin, end);
+        LOCALSGD_FORGET(unit); // two registers less in the main loop
+        unsigned again = unit;
+        const unsigned tile = divide(again, grid.by_splits);
+        store_partial<typename Path::Tile>(w, grid, tile, static_cast<int>(again), sum);
+    }
 }
 
 LOCALSGD_DEVICE int64 target_offset(const Target& target, const Patches& x, int64 out_channel, int column) {
@@ -108,12 +129,14 @@ LOCALSGD_DEVICE void for_owned_quads(const Workspace& w, const TileGrid& grid, i
 
 LOCALSGD_DEVICE float component(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
+// `rows`: of D per group, its columns are those of x.
+
 // D into the first split's place, its squares' sum for this block; or D to the target, if that is all that is wanted.
 template <class T>
-LOCALSGD_DEVICE void reduce_partials(const Workspace& w, const TileGrid& grid, const Patches& z, const Patches& x,
-                                     const Target& target, bool to_target) {
+LOCALSGD_DEVICE void reduce_partials(const Workspace& w, const TileGrid& grid, int rows, const Patches& x, const Target& target,
+                                     bool to_target) {
     double squares = 0;
-    for_owned_quads<T, true>(w, grid, z.columns, x.columns, [&](float4* quad, const float4& sum, int64 k, int n, int count) {
+    for_owned_quads<T, true>(w, grid, rows, x.columns, [&](float4* quad, const float4& sum, int64 k, int n, int count) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if (i >= count) break;
@@ -129,15 +152,15 @@ LOCALSGD_DEVICE void reduce_partials(const Workspace& w, const TileGrid& grid, c
 }
 
 template <class T>
-LOCALSGD_DEVICE void norm_and_write(const Workspace& w, const TileGrid& grid, const Patches& z, const Patches& x,
-                                    const Target& target, const Step& step) {
+LOCALSGD_DEVICE void norm_and_write(const Workspace& w, const TileGrid& grid, int rows, const Patches& x, const Target& target,
+                                    const Step& step) {
     const double squares = block_sum<T::kThreads>(w.squares, static_cast<int>(gridDim.x));
     if (!usable(squares)) {
         if (blockIdx.x == 0 && threadIdx.x == 0) count_skip(step.skipped);
         return;
     }
     const double scale = step_scale(step, squares);
-    for_owned_quads<T, false>(w, grid, z.columns, x.columns, [&](const float4* quad, const float4&, int64 k, int n, int count) {
+    for_owned_quads<T, false>(w, grid, rows, x.columns, [&](const float4* quad, const float4&, int64 k, int n, int count) {
         const float4 d = __ldcg(quad);
 #pragma unroll
         for (int i = 0; i < 4; ++i)

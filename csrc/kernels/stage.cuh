@@ -18,6 +18,22 @@ LOCALSGD_DEVICE void tabulate(PatchColumn (&table)[kColumns], const Patches& pat
     for (int i = static_cast<int>(threadIdx.x); i < kColumns; i += kThreads) table[i] = patch_column(patches, group, first + i);
 }
 
+// Whether a tile's two operands are strips of their own. Where they may be one and the same, the main loops ask, and load it
+// once; what then is to be done with its slices happens in `visit`.
+struct TwoStrips {
+    static LOCALSGD_DEVICE constexpr bool same() { return false; }
+    template <class Holds, class Slice>
+    LOCALSGD_DEVICE void visit(const Slice&) const {}
+};
+template <class Strips, class Z, class X>
+LOCALSGD_DEVICE const Z& first_slice(const Strips&, const Z& z, const X&) { // not the same: of another size
+    return z;
+}
+template <class Strips, class Slice>
+LOCALSGD_DEVICE const Slice& first_slice(const Strips& strips, const Slice& z, const Slice& x) {
+    return strips.same() ? x : z;
+}
+
 // What a slice holds: fp32,
 struct HoldsFloats {
     using Value = float;
@@ -26,6 +42,7 @@ struct HoldsFloats {
     static LOCALSGD_DEVICE float4 four(uint4 bits, Element element) { return widen4(bits, element); }
     static LOCALSGD_DEVICE float part(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
     static LOCALSGD_DEVICE void put(float* to, const float4& v) { quad(to) = v; }
+    static LOCALSGD_DEVICE float value_of(float held) { return held; }
 };
 
 // or 16-bit operands of the matrix units: bits that pass through, or fp32 that is rounded.
@@ -48,9 +65,11 @@ struct HoldsHalves {
         return static_cast<unsigned short>((i < 2 ? v.x : v.y) >> i % 2 * 16);
     }
     static LOCALSGD_DEVICE void put(unsigned short* to, const uint2& v) { *reinterpret_cast<uint2*>(to) = v; }
+    static LOCALSGD_DEVICE float value_of(unsigned short held) { return widen(held, kElement); }
 };
 
-template <Access kAccess, int kColumns, int kThreads, class Holds = HoldsFloats, int kPositions = kStepPositions>
+template <Access kAccess, int kColumns, int kThreads, class Holds = HoldsFloats, int kPositions = kStepPositions,
+          Source kSource = Source::constant>
 class Stage {
     static constexpr int kWidth = kAccess == Access::scalar ? 1 : 4;
     static constexpr int kLoads = kPositions * kColumns / (kThreads * kWidth);
@@ -67,7 +86,7 @@ class Stage {
             for (int i = 0; i < kLoads; ++i) {
                 const PatchRow row = patch_row(patches_, position + first_row() + i * kRowsApart, end);
                 bits4_[i] = inside(patches_, row, column)
-                                ? load_bits4(patches_.data, row.offset + column.offset, patches_.element)
+                                ? load_bits4<kSource>(patches_.data, row.offset + column.offset, patches_.element)
                                 : make_uint4(0, 0, 0, 0);
             }
         } else {
@@ -79,9 +98,9 @@ class Stage {
                 const int64 at = row.offset + column.offset;
                 const bool valid = inside(patches_, row, column);
                 if constexpr (kAccess == Access::positions4)
-                    bits4_[i] = valid ? load_bits4(patches_.data, at, patches_.element) : make_uint4(0, 0, 0, 0);
+                    bits4_[i] = valid ? load_bits4<kSource>(patches_.data, at, patches_.element) : make_uint4(0, 0, 0, 0);
                 else
-                    bits_[i] = valid ? load_bits(patches_.data, at, patches_.element) : 0u;
+                    bits_[i] = valid ? load_bits<kSource>(patches_.data, at, patches_.element) : 0u;
             }
         }
     }

@@ -14,6 +14,7 @@ struct Tile {
     static constexpr int kWarpsM = kM / 32, kWarpsN = kN / 64;
     static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
     static constexpr int kElements = kM * kN;
+    using Sum = float[8][8];
     static_assert(kM % 32 == 0 && kN % 64 == 0);
 
     // A thread's 64 results are 16 quads of 4 neighbouring columns; quad `slot` of thread `thread` begins at (m, n).
@@ -22,6 +23,10 @@ struct Tile {
     static LOCALSGD_DEVICE int first_n(int thread) { return thread / 32 % kWarpsN * 64 + thread % 8 * 4; }
     static LOCALSGD_DEVICE int m_of(int thread, int slot) { return first_m(thread) + slot / 8 * 16 + slot / 2 % 4; }
     static LOCALSGD_DEVICE int n_of(int thread, int slot) { return first_n(thread) + slot % 2 * 32; }
+    static LOCALSGD_DEVICE float4 quad_of(const Sum& sum, int slot) {
+        const float* s = &sum[slot / 2][slot % 2 * 4];
+        return make_float4(s[0], s[1], s[2], s[3]);
+    }
 };
 
 // Blocks a multiprocessor is to hold, by which the compiler rations registers, of which the tile takes 64: 512 threads have 128
@@ -29,13 +34,6 @@ struct Tile {
 template <class T, Access kZ, Access kX>
 constexpr int kResidentBlocks =
     (T::kThreads == 256 || (kZ == Access::channels4 && kX == Access::channels4) ? 512 : 384) / T::kThreads;
-
-template <class T>
-struct FfmaStorage {
-    alignas(16) Slice<T::kM> z[2];
-    alignas(16) Slice<T::kN> x[2];
-    PatchColumn z_columns[T::kM], x_columns[T::kN];
-};
 
 template <class T>
 LOCALSGD_DEVICE void multiply_slices(float (&sum)[8][8], const Slice<T::kM>& z, const Slice<T::kN>& x) {
@@ -55,38 +53,53 @@ LOCALSGD_DEVICE void multiply_slices(float (&sum)[8][8], const Slice<T::kM>& z, 
 
 // sum[m, n] = sum over positions [begin, end) of z[position, first_m + m] * x[position, first_n + n], for one group.
 // Two slices of each operand in shared memory: one barrier a step.
-template <class T, Access kZ, Access kX>
-LOCALSGD_DEVICE void correlate_ffma(float (&sum)[8][8], FfmaStorage<T>& shared, const Patches& z, const Patches& x, int group,
-                                    int first_m, int first_n, int begin, int end) {
+template <class T, Access kZ, Access kX, Source kSource = Source::constant>
+struct StagedFfma {
+    using Tile = T;
+    static constexpr bool kExists = true;
+    static constexpr int kPositions = kStepPositions;
+    using Holds = HoldsFloats;
+
+    struct Storage {
+        alignas(16) Slice<T::kM> z[2];
+        alignas(16) Slice<T::kN> x[2];
+        PatchColumn z_columns[T::kM], x_columns[T::kN];
+    };
+
+    template <class Strips = TwoStrips>
+    static LOCALSGD_DEVICE void correlate(typename T::Sum& sum, Storage& shared, const Patches& z, const Patches& x, int group,
+                                          int first_m, int first_n, int begin, int end, Strips&& strips = {}) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
+        for (int i = 0; i < 8; ++i)
 #pragma unroll
-        for (int j = 0; j < 8; ++j) sum[i][j] = 0;
-    tabulate<T::kM, T::kThreads>(shared.z_columns, z, group, first_m);
-    tabulate<T::kN, T::kThreads>(shared.x_columns, x, group, first_n);
-    __syncthreads();
-    Stage<kZ, T::kM, T::kThreads> z_stage(z, shared.z_columns);
-    Stage<kX, T::kN, T::kThreads> x_stage(x, shared.x_columns);
-    z_stage.load(begin, end);
-    x_stage.load(begin, end);
-    z_stage.store(shared.z[0]);
-    x_stage.store(shared.x[0]);
-    __syncthreads();
-    int current = 0;
-    for (int position = begin; position < end; position += kStepPositions) {
-        const bool more = position + kStepPositions < end;
-        if (more) {
-            z_stage.load(position + kStepPositions, end);
-            x_stage.load(position + kStepPositions, end);
+            for (int j = 0; j < 8; ++j) sum[i][j] = 0;
+        if (!strips.same()) tabulate<T::kM, T::kThreads>(shared.z_columns, z, group, first_m);
+        tabulate<T::kN, T::kThreads>(shared.x_columns, x, group, first_n);
+        __syncthreads();
+        Stage<kZ, T::kM, T::kThreads, Holds, kPositions, kSource> z_stage(z, shared.z_columns);
+        Stage<kX, T::kN, T::kThreads, Holds, kPositions, kSource> x_stage(x, shared.x_columns);
+        if (!strips.same()) z_stage.load(begin, end);
+        x_stage.load(begin, end);
+        if (!strips.same()) z_stage.store(shared.z[0]);
+        x_stage.store(shared.x[0]);
+        __syncthreads();
+        int current = 0;
+        for (int position = begin; position < end; position += kPositions) {
+            const bool more = position + kPositions < end;
+            if (more) {
+                if (!strips.same()) z_stage.load(position + kPositions, end);
+                x_stage.load(position + kPositions, end);
+            }
+            multiply_slices<T>(sum, first_slice(strips, shared.z[current], shared.x[current]), shared.x[current]);
+            strips.template visit<Holds>(shared.x[current]);
+            if (more) {
+                if (!strips.same()) z_stage.store(shared.z[current ^ 1]);
+                x_stage.store(shared.x[current ^ 1]);
+            }
+            current ^= 1;
+            __syncthreads(); // also before the next tile overwrites the tables
         }
-        multiply_slices<T>(sum, shared.z[current], shared.x[current]);
-        if (more) {
-            z_stage.store(shared.z[current ^ 1]);
-            x_stage.store(shared.x[current ^ 1]);
-        }
-        current ^= 1;
-        __syncthreads(); // also before the next tile overwrites the tables
     }
-}
+};
 
 } // namespace localsgd::cuda

@@ -42,6 +42,15 @@ struct MmaOperand<Core::mma_tf32> {
     }
 };
 
+// A thread holds 2 columns of row lane/4 and 2 of the row 8 below; its neighbour holds the next 2 of both. They swap, and the
+// even one has 4 of the upper row, the odd one 4 of the lower.
+LOCALSGD_DEVICE float4 fragment_quad(const float (&d)[4]) {
+    const bool odd = threadIdx.x % 2 != 0;
+    const float first = __shfl_xor_sync(0xffffffffu, odd ? d[0] : d[2], 1);
+    const float second = __shfl_xor_sync(0xffffffffu, odd ? d[1] : d[3], 1);
+    return odd ? make_float4(first, second, d[2], d[3]) : make_float4(d[0], d[1], first, second);
+}
+
 // kM x kN of D for a block; a warp computes 64 x 32 of it, of a 64x64 tile 32 x 32, so that 4 warps hide latencies there too.
 // From global memory a tile takes 2 kM kN flops for (kM + kN) operands: 128x128 64 flop/B in 16 bits (32 in tf32), 128x64 and
 // 64x128 43 (21), 64x64 32 (16). From shared memory a warp reads 64 + 32 operands a position for 64 * 32 multiply-adds: 21
@@ -72,16 +81,10 @@ struct MmaTile {
     static LOCALSGD_DEVICE int n_of(int thread, int slot) {
         return warp_n(thread) + slot % kFragmentsN * 8 + thread % 4 / 2 * 4;
     }
+    static LOCALSGD_DEVICE float4 quad_of(const Sum& sum, int slot) {
+        return fragment_quad(sum[slot / kFragmentsN][slot % kFragmentsN]);
+    }
 };
-
-// A thread holds 2 columns of row lane/4 and 2 of the row 8 below; its neighbour holds the next 2 of both. They swap, and the
-// even one has 4 of the upper row, the odd one 4 of the lower.
-LOCALSGD_DEVICE float4 fragment_quad(const float (&d)[4]) {
-    const bool odd = threadIdx.x % 2 != 0;
-    const float first = __shfl_xor_sync(0xffffffffu, odd ? d[0] : d[2], 1);
-    const float second = __shfl_xor_sync(0xffffffffu, odd ? d[1] : d[3], 1);
-    return odd ? make_float4(first, second, d[2], d[3]) : make_float4(d[0], d[1], first, second);
-}
 
 // A slice in shared memory, [position][column]. 8 values of padding: the 8 rows of 16 bytes that ldmatrix reads at a time lie
 // 4 banks apart, and the 4 rows x 8 columns of fp32 that make a tf32 fragment 8 banks: no conflicts in either.
@@ -141,6 +144,8 @@ LOCALSGD_DEVICE void clear(typename T::Sum& sum) {
 // step, and a step's loads take few enough registers to be in flight beside the sums.
 template <class T, Access kZ, Access kX>
 struct StagedMma {
+    using Tile = T;
+    using Holds = typename T::Operand::Holds;
     static constexpr bool kExists = T::Operand::kStaged;
     static constexpr int kPositions = T::Operand::kDepth;
 
@@ -150,30 +155,32 @@ struct StagedMma {
         PatchColumn z_columns[T::kM], x_columns[T::kN];
     };
 
+    template <class Strips = TwoStrips>
     static LOCALSGD_DEVICE void correlate(typename T::Sum& sum, Storage& shared, const Patches& z, const Patches& x, int group,
-                                          int first_m, int first_n, int begin, int end) {
-        using Holds = typename T::Operand::Holds;
+                                          int first_m, int first_n, int begin, int end, Strips&& strips = {}) {
         clear<T>(sum);
-        tabulate<T::kM, T::kThreads>(shared.z_columns, z, group, first_m);
+        if (!strips.same()) tabulate<T::kM, T::kThreads>(shared.z_columns, z, group, first_m);
         tabulate<T::kN, T::kThreads>(shared.x_columns, x, group, first_n);
         __syncthreads();
         Stage<kZ, T::kM, T::kThreads, Holds, kPositions> z_stage(z, shared.z_columns);
         Stage<kX, T::kN, T::kThreads, Holds, kPositions> x_stage(x, shared.x_columns);
-        z_stage.load(begin, end);
+        if (!strips.same()) z_stage.load(begin, end);
         x_stage.load(begin, end);
-        z_stage.store(shared.z[0]);
+        if (!strips.same()) z_stage.store(shared.z[0]);
         x_stage.store(shared.x[0]);
         __syncthreads();
         int current = 0;
         for (int position = begin; position < end; position += kPositions) {
             const bool more = position + kPositions < end;
             if (more) {
-                z_stage.load(position + kPositions, end);
+                if (!strips.same()) z_stage.load(position + kPositions, end);
                 x_stage.load(position + kPositions, end);
             }
-            multiply_slices<T, kPositions>(sum, shared.z[current], shared.x[current]);
+            const auto& x_slice = shared.x[current];
+            multiply_slices<T, kPositions>(sum, first_slice(strips, shared.z[current], x_slice), x_slice);
+            strips.template visit<Holds>(x_slice);
             if (more) {
-                z_stage.store(shared.z[current ^ 1]);
+                if (!strips.same()) z_stage.store(shared.z[current ^ 1]);
                 x_stage.store(shared.x[current ^ 1]);
             }
             current ^= 1;

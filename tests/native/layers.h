@@ -55,6 +55,15 @@ inline std::vector<Case> cases() {
 // One that any access can read, larger than every tile.
 inline Case every_access() { return layer("every access", 2, 136, 132, {1, 4, 5}, {1, 1, 1}); }
 
+// A number as a dtype holds it.
+inline float rounded_to(Kind kind, float value) {
+    localsgd::Half half;
+    localsgd::BFloat16 bfloat;
+    localsgd::store(half, value);
+    localsgd::store(bfloat, value);
+    return kind == Kind::f16 ? localsgd::to_float(half) : kind == Kind::bf16 ? localsgd::to_float(bfloat) : value;
+}
+
 enum class Layout { nchw, nhwc, sliced };
 inline const char* name_of(Layout layout) {
     return layout == Layout::nchw ? "NCHW" : layout == Layout::nhwc ? "NHWC" : "sliced";

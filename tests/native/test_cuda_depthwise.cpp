@@ -1,22 +1,11 @@
 // The depthwise kernels on the emulated GPU against fp64 loops.
 #include "../../csrc/kernels/depthwise.cu"
 
-#include <memory>
-
-#include "check.h"
-#include "emulation/guarded.h"
 #include "launches.h"
-#include "layers.h"
 
 namespace {
 
-using namespace localsgd;
-using namespace localsgd::cuda;
-using emulation::Flush;
-using emulation::Guarded;
 using namespace launches;
-using layers::Case;
-using layers::Layout;
 
 DepthwiseChip chip_of(int multiprocessors, int blocks) {
     DepthwiseChip chip{multiprocessors, true, {}};
@@ -57,9 +46,6 @@ std::vector<Case> cases() {
     return all;
 }
 
-Element element(Kind kind) { return kind == Kind::f32 ? Element::f32 : kind == Kind::bf16 ? Element::bf16 : Element::f16; }
-
-// A launch's device memory. Buffers lie against unmapped pages and are poisoned; the workspace is, but for its header.
 struct Memory {
     const Case& layer;
     layers::Tensor x, z, weight; // weight [K, 1, taps]: in NHWC models [K, taps, 1], which is the same
@@ -84,11 +70,9 @@ struct Memory {
         d_target = {d.data(), Element::f32, g.taps(), g.taps(), {g.kernel[1] * g.kernel[2], g.kernel[2], 1}};
     }
 
-    void make_workspace(const DepthwiseConfig& config) {
-        workspace = std::make_unique<Guarded<unsigned char>>(workspace_bytes(config));
-        std::memset(workspace->data(), 0, kWorkspaceHeader);
-    }
+    void make_workspace(const DepthwiseConfig& config) { workspace = new_workspace(workspace_bytes(config)); }
     bool intact() const { return x.intact() && z.intact() && weight.intact() && d.intact() && workspace->intact(); }
+    std::vector<float> floats() const { return weight.floats(); }
     void set_weight(const std::vector<float>& values) {
         for (size_t i = 0; i < values.size(); ++i) weight.set(i, values[i]);
     }
@@ -117,46 +101,9 @@ void use_kernel(DepthwiseConfig& config, const Geometry& g, int kernel, int rows
 
 void run_case(Memory& m, DepthwiseConfig config, unsigned seed) {
     use(seed, true);
-    const std::vector<double> oracle = m.oracle();
-    const double norm = norm_of(oracle);
     const std::string what = std::string(m.layer.name) + " " + kind_name(m.problem.x.kind) + "/" + kind_name(m.problem.z.kind) +
                              ": " + config.text();
-    m.make_workspace(config);
-    CHECK_THAT(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess, what);
-    CHECK_THAT(m.intact(), what);
-    check_d(m.d, oracle, what);
-
-    // Three times with the workspace as the last launch left it, the last time a launch a phase in another order of blocks and
-    // threads; the rate from the host, then from the device.
-    const std::vector<float> before = m.weight.floats();
-    const float rate = -0.5f;
-    std::vector<float> after;
-    for (int repeat = 0; repeat < 3; ++repeat) {
-        m.set_weight(before);
-        Guarded<uint64> skipped(1);
-        skipped[0] = 7;
-        Step step;
-        step.rate.value = 0.25;
-        if (repeat) step.rate.device_float = &rate;
-        step.skipped = skipped.data();
-        config.cooperative = repeat < 2;
-        use(seed + 31 * static_cast<unsigned>(repeat), config.cooperative);
-        CHECK_THAT(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess,
-                   what);
-        CHECK_THAT(m.intact() && skipped.intact(), what);
-        CHECK_THAT(skipped[0] == (norm > 0 ? 7u : 8u), what);
-        if (norm > 0)
-            check_weight(m.weight.floats(), m.weight_kind, before, oracle, repeat ? rate : 0.25, what);
-        else
-            CHECK_THAT(same_bits(before, m.weight.floats()), what);
-        if (repeat == 2) CHECK_THAT(same_bits(after, m.weight.floats()), what + ": other bits in separate launches");
-        after = m.weight.floats();
-    }
-    m.set_weight(before);
-    const std::vector<float> d = m.d.values();
-    use(seed + 17, false);
-    CHECK_THAT(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess, what);
-    CHECK_THAT(m.intact() && same_bits(d, m.d.values()), what + ": other bits in separate launches");
+    check_launches(m, config, m.oracle(), seed, what);
 }
 
 void test_cases() {
@@ -190,32 +137,11 @@ void test_every_kernel() {
             }
 }
 
-// A batch that holds NaN or Inf, or whose correlation is zero, must not move the weight, and the next one must.
 void test_bad_batches() {
+    use(1, true);
     const Case c = depthwise("3x3", 2, 6, 1, {1, 7, 9}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1});
-    for (const float poison : {std::nanf(""), HUGE_VALF, 0.0f}) {
-        use(1, true);
-        Memory m(c, Kind::f32, Kind::f32, Kind::f32, Layout::nchw, Flush::end);
-        const DepthwiseConfig config = get_best_config(m.problem, kChip);
-        m.make_workspace(config);
-        Guarded<uint64> skipped(1);
-        skipped[0] = 0;
-        Step step;
-        step.rate.value = 0.1;
-        step.skipped = skipped.data();
-        const std::vector<float> good = m.z.floats(), before = m.weight.floats();
-        if (poison == 0)
-            m.z.fill(0);
-        else
-            m.z.set(m.z.size() / 2, poison);
-        CHECK(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess);
-        CHECK(skipped[0] == 1);
-        CHECK(same_bits(before, m.weight.floats()));
-        for (size_t i = 0; i < good.size(); ++i) m.z.set(i, good[i]);
-        CHECK(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess);
-        CHECK(skipped[0] == 1);
-        check_weight(m.weight.floats(), m.weight_kind, before, m.oracle(), 0.1, "after a bad batch");
-    }
+    Memory m(c, Kind::f32, Kind::f32, Kind::f32, Layout::nchw, Flush::end);
+    check_bad_batches(m, get_best_config(m.problem, kChip), m.z, m.oracle());
 }
 
 // What no output reads must not matter, Inf and NaN included.

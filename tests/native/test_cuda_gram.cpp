@@ -1,199 +1,29 @@
-// The Gram kernels on the emulated GPU against fp64 loops.
+// The Gram kernels on the emulated GPU against fp64 loops. Compiled once more by test_cuda_gram_sm75.cpp, for an architecture
+// that only has some of the instructions.
 #include "../../csrc/kernels/gram.cu"
+#include "../../csrc/kernels/gram_mma_bf16.cu"
+#include "../../csrc/kernels/gram_mma_f16.cu"
+#include "../../csrc/kernels/gram_mma_tf32.cu"
 
-#include <memory>
-
-#include "check.h"
-#include "emulation/guarded.h"
-#include "launches.h"
-#include "layers.h"
+#include "gram_launches.h"
 
 namespace {
 
-using namespace localsgd;
-using namespace localsgd::cuda;
-using emulation::Flush;
-using emulation::Guarded;
 using namespace launches;
-using layers::Case;
-using layers::Layout;
 
-GramChip chip_of(int multiprocessors, int small, int large) {
-    GramChip chip{multiprocessors, true, {}};
-    for (int i = 0; i < kGramKernels; ++i) chip.blocks[i] = kGramVariants[i].tile == 64 ? small : large;
+constexpr int kCompute = LOCALSGD_ARCH / 10;
+
+GramChip chip_of(int multiprocessors, int small, int large, int compute = 0) {
+    GramChip chip{multiprocessors, true, {}, compute};
+    for (int i = 0; i < kGramKernels; ++i) chip.blocks[i] = gram_kernel_variant(i).tile == 64 ? small : large;
     return chip;
 }
 const GramChip kChip = chip_of(3, 2, 2);
 
-std::vector<Case> cases() {
-    using layers::layer;
-    std::vector<Case> all{
-        layer("1x1 stride 2, padded", 2, 5, 9, {1, 7, 6}, {1, 1, 1}, {1, 2, 2}, {0, 1, 2}),
-        layer("1x1 stride 3, quads", 3, 8, 12, {1, 9, 9}, {1, 1, 1}, {1, 3, 3}),
-        layer("grouped", 2, 15, 21, {1, 5, 5}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}, 3),
-        layer("grouped, quads, two tiles", 1, 136, 24, {1, 4, 6}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}, 2),
-        layer("three strips", 1, 130, 65, {1, 3, 7}, {1, 1, 1}),
-        layer("five strips, quads", 1, 260, 8, {1, 2, 6}, {1, 1, 1}),
-        layer("one position", 1, 66, 3, {1, 1, 1}, {1, 1, 1}),
-        layer("conv1d", 4, 7, 5, {1, 1, 33}, {1, 1, 1}, {1, 1, 2}),
-        layer("strided 1x1x1 conv3d", 2, 4, 6, {3, 4, 5}, {1, 1, 1}, {2, 2, 1}),
-        layer("no images", 0, 3, 4, {1, 5, 5}, {1, 1, 1}),
-        layer("no output channels", 2, 3, 0, {1, 5, 5}, {1, 1, 1}),
-    };
-    for (const Case& c : layers::cases())
-        if (c.geometry.pointwise()) all.push_back(c);
-    return all;
-}
-
-float rounded_to(Kind kind, Kind own, double value) {
-    if (kind_size(kind) >= kind_size(own)) return static_cast<float>(value);
-    Half half;
-    BFloat16 bfloat;
-    store(half, value);
-    store(bfloat, value);
-    return kind == Kind::f16 ? to_float(half) : to_float(bfloat);
-}
-
-Element element(Kind kind) { return kind == Kind::f32 ? Element::f32 : kind == Kind::bf16 ? Element::bf16 : Element::f16; }
-
-// A launch's device memory. Buffers lie against unmapped pages and are poisoned; the workspace is, but for its header.
-struct Memory {
-    const Case& layer;
-    layers::Tensor x, weight, bias;
-    Guarded<float> d;
-    std::unique_ptr<Guarded<unsigned char>> workspace;
-    GramProblem problem;
-    Kind weight_kind, z_kind;
-    Target weight_target, d_target;
-
-    Memory(const Case& c, Kind x_kind, Kind weight_kind_, Kind z_kind_, Layout layout, bool has_bias, Flush flush)
-        : layer(c),
-          x(layers::input(c), x_kind, layout, flush, 1),
-          weight({c.geometry.out_channels, c.geometry.patch(), 1, 1, 1}, weight_kind_, layout, flush, 2),
-          bias({c.geometry.out_channels, 1, 1, 1, 1}, weight_kind_, Layout::nchw, flush, 3),
-          d(static_cast<size_t>(c.geometry.out_channels * c.geometry.patch()), flush),
-          weight_kind(weight_kind_),
-          z_kind(z_kind_) {
-        const Strides& w = weight.strides();
-        problem = {c.geometry, {x.data(), x_kind, x.strides()},  weight.data(), weight_kind, w.batch,
-                   w.channel,  has_bias ? bias.data() : nullptr, weight_kind,   z_kind};
-        weight_target = {weight.data(), element(weight_kind), w.batch, w.channel, {0, 0, 0}};
-        d_target = {d.data(), Element::f32, c.geometry.patch(), 1, {0, 0, 0}};
-    }
-
-    void make_workspace(const GramConfig& config) {
-        workspace = std::make_unique<Guarded<unsigned char>>(workspace_bytes(problem, config));
-        std::memset(workspace->data(), 0, kWorkspaceHeader);
-    }
-
-    bool intact() const {
-        return x.intact() && weight.intact() && bias.intact() && d.intact() && (!workspace || workspace->intact());
-    }
-
-    void set_weight(const std::vector<float>& values) {
-        for (size_t i = 0; i < values.size(); ++i) weight.set(i, values[i]);
-    }
-
-    // D[k, c] = sum over positions of z[k] x[c], z = W x + b with W and b as the forward rounded them, in fp64.
-    std::vector<double> oracle() const {
-        const Geometry& g = layer.geometry;
-        const int64_t in = g.in_per_group(), out = g.out_per_group();
-        const std::vector<float> w = weight.floats(), b = bias.floats();
-        std::vector<double> sum(static_cast<size_t>(g.out_channels * in), 0.0), at(static_cast<size_t>(in));
-        for (int64_t n = 0; n < g.batch; ++n)
-            for (int64_t p = 0; p < g.image_positions(); ++p) {
-                const Triple q{p / (g.output[1] * g.output[2]), p / g.output[2] % g.output[1], p % g.output[2]};
-                Triple i;
-                bool valid = true;
-                for (int a = 0; a < 3; ++a) {
-                    i[a] = q[a] * g.stride[a] - g.pad[a];
-                    valid = valid && i[a] >= 0 && i[a] < g.input[a];
-                }
-                if (!valid) continue; // x = 0
-                for (int64_t group = 0; group < g.groups; ++group) {
-                    for (int64_t c = 0; c < in; ++c) at[c] = x.at(x.index(n, group * in + c, i));
-                    for (int64_t k = group * out; k < (group + 1) * out; ++k) {
-                        double z = problem.bias ? rounded_to(z_kind, weight_kind, b[k]) : 0.0;
-                        for (int64_t c = 0; c < in; ++c) z += at[c] * rounded_to(z_kind, weight_kind, w[k * in + c]);
-                        for (int64_t c = 0; c < in; ++c) sum[k * in + c] += z * at[c];
-                    }
-                }
-            }
-        return sum;
-    }
-};
-
-// Other numbers of splits than the chosen ones: more than blocks, one, and a last one that is short.
-void split(GramConfig& config, const GramProblem& problem, int splits) {
-    const Geometry& g = problem.geometry;
-    config.splits = splits;
-    config.split_positions = static_cast<int>(ceil_div(std::max<int64_t>(1, ceil_div(g.positions(), splits)), 8) * 8);
-    config.sharers = splits >= 4 ? 4 : 1;
-    config.product_splits = splits % 3 + 1;
-    config.product_split_channels = static_cast<int>(ceil_div(ceil_div(inner_of(problem), config.product_splits), 8) * 8);
-    config.product_sharers = config.product_splits >= 2 ? 2 : 1;
-    config.blocks = std::clamp(std::max(config.tiles * splits, config.product_tiles * config.product_splits), 1, 6);
-}
-
-void use_kernel(GramConfig& config, const Geometry& g, int kernel) {
-    const GramVariant& v = kGramVariants[kernel];
-    config.kernel = kernel;
-    config.tile = v.tile;
-    config.threads = v.threads;
-    config.access = v.access;
-    const int64_t rows = ceil_div(g.in_per_group(), v.tile);
-    config.tiles = static_cast<int>(g.groups * triangle(rows));
-    config.product_tiles = static_cast<int>(g.groups * ceil_div(g.out_per_group(), v.tile) * rows);
-}
-
-void run_case(Memory& m, GramConfig config, unsigned seed) {
-    const Case& c = m.layer;
-    use(seed, true);
-    const std::vector<double> oracle = m.oracle();
-    const double norm = norm_of(oracle);
-    const std::string what = std::string(c.name) + " " + kind_name(m.problem.x.kind) + ": " + config.text();
-    m.make_workspace(config);
-    CHECK_THAT(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess, what);
-    CHECK_THAT(m.intact(), what);
-    check_d(m.d, oracle, what);
-
-    // Three times with the workspace as the last launch left it, the last time a launch a phase in another order of blocks and
-    // threads; the rate from the host, then from the device.
-    const std::vector<float> before = m.weight.floats();
-    const float rate = -0.5f;
-    std::vector<float> after;
-    for (int repeat = 0; repeat < 3; ++repeat) {
-        m.set_weight(before);
-        Guarded<uint64> skipped(1);
-        skipped[0] = 7;
-        Step step;
-        step.rate.value = 0.25;
-        if (repeat) step.rate.device_float = &rate;
-        step.skipped = skipped.data();
-        config.cooperative = repeat < 2;
-        use(seed + 31 * static_cast<unsigned>(repeat), config.cooperative);
-        CHECK_THAT(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess,
-                   what);
-        CHECK_THAT(m.intact() && skipped.intact(), what);
-        CHECK_THAT(skipped[0] == (norm > 0 ? 7u : 8u), what);
-        if (norm > 0)
-            check_weight(m.weight.floats(), m.weight_kind, before, oracle, repeat ? rate : 0.25, what);
-        else
-            CHECK_THAT(same_bits(before, m.weight.floats()), what);
-        if (repeat == 2) CHECK_THAT(same_bits(after, m.weight.floats()), what + ": other bits in separate launches");
-        after = m.weight.floats();
-    }
-    m.set_weight(before);
-    const std::vector<float> d = m.d.values();
-    use(seed + 17, false);
-    CHECK_THAT(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess, what);
-    CHECK_THAT(m.intact() && same_bits(d, m.d.values()), what + ": other bits in separate launches");
-}
-
-void test_cases() {
+void test_ffma() {
     const Kind kinds[] = {Kind::f32, Kind::f16, Kind::bf16};
     unsigned seed = 1;
-    for (const Case& c : cases())
+    for (const Case& c : gram_cases())
         for (const Layout layout : {Layout::nchw, Layout::nhwc, Layout::sliced}) {
             // Each case and layout in another mixture of dtypes and another number of splits.
             Memory m(c, kinds[seed % 3], kinds[seed / 2 % 3], kinds[seed / 3 % 3], layout, seed % 4 != 0,
@@ -201,51 +31,204 @@ void test_cases() {
             CHECK(unsupported(m.problem) == nullptr);
             GramConfig config = get_best_config(m.problem, kChip);
             if (seed % 4) split(config, m.problem, static_cast<int>(seed % 4 == 3 ? 9 : seed % 4));
-            run_case(m, config, seed++);
+            use(seed, true);
+            check_launches(m, config, m.oracle(), seed, describe(m, layout, config));
+            ++seed;
         }
+}
+
+// One of a core's kernels for a problem, chosen or not.
+GramConfig config_with(const GramProblem& problem, Core core, int tile) {
+    for (int i = 0; i < kGramKernels; ++i) {
+        const GramVariant& v = gram_kernel_variant(i);
+        if (v.core == core && v.tile == tile && runs_on(v, kCompute) && allowed(core, problem) && reads(v, problem, kCompute))
+            return with_kernel(problem, i);
+    }
+    CHECK_THAT(false, std::string("no kernel of ") + core_name(core));
+    return get_best_config(problem, kChip);
+}
+
+std::vector<Core> mma_cores() {
+    if (kCompute < 80) return {Core::mma_f16};
+    return {Core::mma_bf16, Core::mma_f16, Core::mma_tf32};
+}
+
+// As a caller would have to allow it for the core.
+void allow(GramProblem& problem, Core core) {
+    problem.allow_tf32 = core == Core::mma_tf32;
+    problem.allow_lower = core != Core::mma_tf32;
+}
+
+// Whole chunks of 16 bytes in NHWC, and more steps than the pipeline has stages.
+std::vector<Case> chunk_cases() {
+    using layers::layer;
+    return {
+        layer("1x1, chunks", 3, 72, 136, {1, 7, 7}, {1, 1, 1}),
+        layer("1x1 stride 2, padded, chunks", 3, 24, 8, {1, 15, 13}, {1, 1, 1}, {1, 2, 2}, {0, 1, 0}),
+        layer("grouped, chunks", 2, 48, 30, {1, 9, 9}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}, 3),
+        layer("linear, chunks", 1, 136, 72, {1, 1, 197}, {1, 1, 1}),
+    };
+}
+
+void test_mma() {
+    unsigned seed = 1;
+    for (const Core core : mma_cores()) {
+        const Kind own = kind_of(core);
+        std::vector<Case> all = gram_cases();
+        for (const Case& c : chunk_cases()) all.push_back(c);
+        for (const Case& c : all)
+            for (const Layout layout : {Layout::nchw, Layout::nhwc, Layout::sliced}) {
+                // Now and then an fp32 x that is rounded, a W that the forward did not round (and that takes several parts),
+                // one in the other half precision.
+                const Kind z = seed % 5 == 0 ? Kind::f32 : own, other = own == Kind::bf16 ? Kind::f16 : Kind::bf16;
+                const Kind x = seed % 3 == 1 && z == own ? Kind::f32 : own;
+                const Kind weight = seed % 5 == 1 ? other : seed % 2 ? own : Kind::f32;
+                Memory m(c, x, weight, z, layout, seed % 4 != 0, seed % 2 ? Flush::begin : Flush::end);
+                allow(m.problem, core);
+                GramConfig config = config_with(m.problem, core, seed % 7 == 0 ? 128 : 64);
+                split(config, m.problem, static_cast<int>(seed % 4 == 3 ? 9 : seed % 4 + 1));
+                use(seed, true);
+                check_launches(m, config, m.oracle(core), seed, describe(m, layout, config));
+                ++seed;
+            }
+    }
 }
 
 // Tiles are chosen by shape; every one of them, with every access, has to have run: here on three and on five strips.
 void test_every_kernel() {
     const Case c = layers::layer("every kernel", 2, 268, 140, {1, 2, 6}, {1, 1, 1});
+    const Case in_chunks = layers::layer("every kernel, chunks", 2, 264, 140, {1, 7, 12}, {1, 1, 1});
+    int ran = 0;
     for (int kernel = 0; kernel < kGramKernels; ++kernel) {
-        const Access access = kGramVariants[kernel].access;
-        Memory m(c, Kind::f32, Kind::f32, Kind::bf16, access == Access::positions4 ? Layout::nchw : Layout::nhwc, true,
-                 Flush::end);
-        GramConfig config = get_best_config(m.problem, kChip);
-        CHECK(access == Access::scalar || config.access == access);
-        use_kernel(config, c.geometry, kernel);
+        const GramVariant& v = gram_kernel_variant(kernel);
+        if (!runs_on(v, kCompute)) continue;
+        ++ran;
+        const Layout layout = v.access == Access::positions4 ? Layout::nchw : Layout::nhwc;
+        const auto seed = static_cast<unsigned>(kernel + 1);
+        const Kind kind = kind_of(v.core);
+        Memory m(v.access == Access::chunks16 ? in_chunks : c, kind, Kind::f32, kernel % 4 == 3 ? kind : Kind::bf16, layout,
+                 true, Flush::end);
+        allow(m.problem, v.core);
+        GramConfig config = with_kernel(m.problem, kernel);
         split(config, m.problem, 2);
-        run_case(m, config, static_cast<unsigned>(kernel + 1));
+        use(seed, true);
+        check_launches(m, config, m.oracle(v.core), seed, describe(m, layout, config));
+    }
+    CHECK(ran == (kCompute >= 80 ? kGramKernels - 6 : kGramFfmaKernels + 6));
+}
+
+// Elements of G far beyond fp16's range, rows of W that cancel most of them.
+void test_range() {
+    const Case c = layers::layer("range", 2, 40, 24, {1, 9, 8}, {1, 1, 1});
+    for (const Core core : mma_cores()) {
+        use(2, true);
+        const Kind kind = kind_of(core);
+        Memory m(c, kind, Kind::f32, kind, Layout::nhwc, true, Flush::end);
+        allow(m.problem, core);
+        std::vector<float> x = m.x.floats();
+        for (size_t i = 0; i < x.size(); ++i) m.x.set(i, (x[i] + 2) * 1000);
+        GramConfig config = config_with(m.problem, core, 64);
+        split(config, m.problem, 3);
+        check_launches(m, config, m.oracle(core), 3, describe(m, Layout::nhwc, config));
     }
 }
 
-// A batch that holds NaN or Inf, or whose correlation is zero, must not move the weight, and the next one must.
 void test_bad_batches() {
-    const Case c = layers::layer("1x1", 2, 10, 7, {1, 4, 5}, {1, 1, 1});
-    for (const float poison : {std::nanf(""), HUGE_VALF, 0.0f}) {
-        use(1, true);
-        Memory m(c, Kind::f32, Kind::f32, Kind::f32, Layout::nchw, true, Flush::end);
-        const GramConfig config = get_best_config(m.problem, kChip);
-        m.make_workspace(config);
-        Guarded<uint64> skipped(1);
-        skipped[0] = 0;
-        Step step;
-        step.rate.value = 0.1;
-        step.skipped = skipped.data();
-        const std::vector<float> good = m.x.floats(), before = m.weight.floats();
-        const std::vector<double> oracle = m.oracle();
-        if (poison == 0)
-            m.x.fill(0);
-        else
-            m.x.set(m.x.size() / 2, poison);
-        CHECK(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess);
-        CHECK(skipped[0] == 1);
-        CHECK(same_bits(before, m.weight.floats()));
-        for (size_t i = 0; i < good.size(); ++i) m.x.set(i, good[i]);
-        CHECK(correlate_and_update(m.problem, config, m.weight_target, step, m.workspace->data(), nullptr) == cudaSuccess);
-        CHECK(skipped[0] == 1);
-        check_weight(m.weight.floats(), m.weight_kind, before, oracle, 0.1, "after a bad batch");
+    const Case c = layers::layer("1x1", 2, 16, 7, {1, 4, 5}, {1, 1, 1});
+    std::vector<Core> cores = mma_cores();
+    cores.push_back(Core::ffma);
+    for (const Core core : cores)
+        for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
+            use(1, true);
+            const Kind kind = kind_of(core);
+            Memory m(c, kind, Kind::f32, kind, layout, true, Flush::end);
+            allow(m.problem, core);
+            GramConfig config = config_with(m.problem, core, 64);
+            split(config, m.problem, 2);
+            check_bad_batches(m, config, m.x, m.oracle(core));
+        }
+}
+
+// Kernels of instructions that the architecture lacks end the launch.
+void test_missing_instructions() {
+    const Case c = chunk_cases()[0];
+    for (int kernel = 0; kernel < kGramKernels; ++kernel) {
+        const GramVariant& v = gram_kernel_variant(kernel);
+        if (runs_on(v, kCompute) || v.tile != 64) continue;
+        use(0, true);
+        Memory m(c, kind_of(v.core), Kind::f32, kind_of(v.core), Layout::nhwc, false, Flush::end);
+        GramConfig config = with_kernel(m.problem, kernel);
+        split(config, m.problem, 1);
+        check_traps(m, config);
+    }
+}
+
+void test_query() {
+    use(0, true);
+    emulation::options().ptx_version = kCompute;
+    GramChip chip{};
+    CHECK(query_chip(chip) == cudaSuccess && chip.compute == kCompute && chip.multiprocessors == 3 && chip.cooperative);
+    for (int i = 0; i < kGramKernels; ++i) {
+        const GramVariant& v = gram_kernel_variant(i);
+        CHECK(chip.blocks[i] == (runs_on(v, kCompute) ? 2 : 0));
+        CHECK(v.shared_bytes <= (v.compute < 80 ? 48 : 99) << 10); // what every such multiprocessor has for a block
+    }
+}
+
+// C -> K channels, 1x1, batch 64, on a chip of 132 multiprocessors.
+GramProblem layer_of(int64_t in, int64_t out, int64_t size, Kind x, Kind z, bool channels_last) {
+    GramProblem p{};
+    p.geometry = test::geometry(64, in, out, 1, {1, size, size}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0});
+    p.x = {nullptr, x, (channels_last ? test::channels_last : test::channels_first)(in, {1, size, size})};
+    p.weight_kind = p.bias_kind = Kind::f32;
+    p.z_kind = z;
+    return p;
+}
+
+void test_choice() {
+    const Kind h = Kind::f16, b = Kind::bf16, f = Kind::f32;
+    const auto choose = [](GramProblem p, int compute, bool tf32 = false, bool lower = false) {
+        p.allow_tf32 = tf32;
+        p.allow_lower = lower;
+        return get_best_config(p, chip_of(132, 4, 2, compute));
+    };
+    const auto wide = [](Kind x, Kind z, bool channels_last) { return layer_of(512, 1024, 14, x, z, channels_last); };
+    for (const bool channels_last : {false, true}) {
+        for (const int compute : {0, 61, 70, 75, 80, 90}) {
+            const auto core = [&](Kind x, Kind z, bool tf32, bool lower) {
+                return choose(wide(x, z, channels_last), compute, tf32, lower).core;
+            };
+            CHECK(core(b, b, true, true) == (compute >= 80 ? Core::mma_bf16 : Core::ffma));
+            CHECK(core(h, h, true, true) == (compute >= 75 ? Core::mma_f16 : Core::ffma));
+            CHECK(core(f, f, true, true) == (compute >= 80 ? Core::mma_tf32 : Core::ffma));
+            CHECK(core(f, b, false, true) == (compute >= 80 ? Core::mma_bf16 : Core::ffma));
+            // Nothing is rounded that the caller does not allow.
+            CHECK(core(f, f, false, true) == Core::ffma);
+            CHECK(core(f, b, false, false) == Core::ffma);
+        }
+        CHECK(choose(wide(h, h, channels_last), 75).product == Core::ffma);
+        CHECK(choose(wide(h, h, channels_last), 80).product == Core::mma_tf32);
+        CHECK(choose(wide(h, h, channels_last), 80).product_pairs == 2);
+        CHECK(choose(wide(b, b, channels_last), 80).product == Core::mma_bf16);
+        CHECK(choose(wide(b, b, channels_last), 80).product_pairs == 3);
+        CHECK(choose(wide(b, f, channels_last), 80).product_pairs == 7);
+        CHECK(choose(wide(h, f, channels_last), 80).product_pairs == 3);
+        CHECK(choose(wide(f, f, channels_last), 80, true).product_pairs == 2);
+    }
+    CHECK(choose(wide(b, b, true), 90).access == Access::chunks16);
+    CHECK(choose(wide(f, f, true), 90, true).access == Access::chunks16);
+    CHECK(choose(wide(f, b, true), 90, false, true).access == Access::channels4);
+    CHECK(choose(wide(h, h, true), 75).access == Access::channels4); // no cp.async
+    CHECK(choose(wide(b, b, false), 90).access == Access::positions4);
+    CHECK(choose(layer_of(516, 1024, 14, b, b, true), 90).access == Access::channels4);
+    CHECK(choose(layer_of(513, 1024, 14, b, b, true), 90).access == Access::scalar);
+    for (const GramProblem& p : {layer_of(1024, 2048, 14, b, b, true), layer_of(1024, 2048, 14, h, h, true),
+                                 layer_of(1024, 2048, 14, f, f, true), layer_of(64, 256, 56, b, b, true)}) {
+        const GramConfig c = choose(p, 90, true);
+        std::printf("  %.0f clocks: %s\n", c.estimated_clocks, c.text().c_str());
+        CHECK(int64_t{c.splits} * c.split_positions >= p.geometry.positions());
+        CHECK(int64_t{c.product_splits} * c.product_split_length >= c.product_pairs * inner_of(p));
+        CHECK(c.blocks >= 132);
     }
 }
 
@@ -273,7 +256,7 @@ void test_configurations() {
     GramConfig c = get_best_config(p, big);
     std::printf("  %s\n", c.text().c_str());
     CHECK(c.access == Access::channels4 && c.tile == 64 && c.tiles == 1 && c.blocks >= 132);
-    CHECK(int64_t{c.splits} * c.split_positions >= p.geometry.positions() && c.product_split_channels * c.product_splits >= 64);
+    CHECK(int64_t{c.splits} * c.split_positions >= p.geometry.positions() && c.product_split_length * c.product_splits >= 64);
     p.geometry.batch = 1 << 20;
     CHECK(unsupported(p) != nullptr);
     p.geometry.batch = 1;
@@ -292,9 +275,14 @@ void test_configurations() {
 
 int main() {
     test_triangle();
+    test_query();
     test_configurations();
+    test_choice();
+    test_missing_instructions();
     test_every_kernel();
-    test_cases();
+    test_range();
+    test_ffma();
+    test_mma();
     test_bad_batches();
     return test::finish("test_cuda_gram");
 }

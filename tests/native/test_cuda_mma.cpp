@@ -5,9 +5,6 @@
 #include "../../csrc/kernels/direct_mma_f16.cu"
 #include "../../csrc/kernels/direct_mma_tf32.cu"
 
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include "direct_launches.h"
 
 namespace {
@@ -23,19 +20,9 @@ Chip chip_of(int multiprocessors, int compute) {
     return chip;
 }
 
-Kind kind_of(Core core) { return core == Core::mma_bf16 ? Kind::bf16 : core == Core::mma_f16 ? Kind::f16 : Kind::f32; }
-
-// An operand as a core rounds it; in 16 bits all are exact.
 void round_into(layers::Tensor& to, const layers::Tensor& from, Kind kind, Core core) {
     const std::vector<float> values = from.floats();
-    for (size_t i = 0; i < values.size(); ++i) {
-        float v = values[i];
-        const unsigned bits = __float_as_uint(v);
-        if (kind == Kind::f32 && core == Core::mma_tf32) v = __uint_as_float((bits + 0x1000u) & 0xffffe000u); // ties away
-        if (kind == Kind::f32 && core == Core::mma_bf16) v = bfloat16_to_float(float_to_bfloat16(v));
-        if (kind == Kind::f32 && core == Core::mma_f16) v = half_to_float(float_to_half(v));
-        to.set(i, v);
-    }
+    for (size_t i = 0; i < values.size(); ++i) to.set(i, kind == Kind::f32 ? rounded_by(core, values[i]) : values[i]);
 }
 
 std::vector<double> oracle_of(const Case& c, const Memory& m, Core core) {
@@ -76,7 +63,7 @@ void run_case(const Case& c, Core core, Kind x_kind, Kind z_kind, Layout layout,
     m.problem.allow_lower = core != Core::mma_tf32;
     DirectConfig config = config_of(m.problem, core);
     if (splits > 0) split(config, c.geometry, splits, variant(config.kernel).step_positions);
-    check_launches(m, c, config, oracle_of(c, m, core), seed, describe(c, m.problem, layout, config));
+    check_launches(m, config, oracle_of(c, m, core), seed, describe(c, m.problem, layout, config));
 }
 
 // Whole chunks of 16 bytes in NHWC, and more steps than the pipeline has stages.
@@ -138,27 +125,10 @@ void test_every_kernel() {
         m.make_workspace(config);
         CHECK(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess);
         CHECK_THAT(m.intact(), config.text());
-        const double error = error_of(m.d, oracle_of(c, m, v.core));
-        CHECK_THAT(error <= kTolerance, config.text() + ": error " + std::to_string(error));
+        check_d(m.d, oracle_of(c, m, v.core), config.text());
     }
 }
 
-// Whether `body` ends the process that runs it.
-template <class Body>
-bool aborts(const Body& body) {
-    std::fflush(nullptr);
-    const pid_t child = fork();
-    if (child == 0) {
-        if (!std::freopen("/dev/null", "w", stderr)) _exit(0); // what it reports is expected
-        body();
-        _exit(0);
-    }
-    int status = 0;
-    waitpid(child, &status, 0);
-    return WIFSIGNALED(status);
-}
-
-// Kernels of instructions that the architecture lacks end the launch.
 void test_missing_instructions() {
     const Case c = chunk_cases()[0];
     int missing = 0;
@@ -172,12 +142,7 @@ void test_missing_instructions() {
         DirectConfig config = get_best_config(m.problem, chip_of(3, 0));
         config.kernel = kernel;
         config.threads = v.threads;
-        m.make_workspace(config);
-        CHECK_THAT(aborts([&] {
-                       if (cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) != cudaSuccess)
-                           _exit(0);
-                   }),
-                   "a kernel for " + std::to_string(v.compute) + " ran on " + std::to_string(kCompute));
+        check_traps(m, config);
     }
     CHECK(missing == (kCompute >= 80 ? 0 : kCompute >= 75 ? 2 * kMmaKernels + kDirectTiles : 3 * kMmaKernels));
 }

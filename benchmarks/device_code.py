@@ -16,7 +16,7 @@ from device import kernels
 
 def print_table(architectures: list[int]) -> None:
     print(
-        f"{'sm':<4}{'kernel':<58}{'registers':>9}{'stack':>6}{'spills':>7}  {'multiplies':<10}{'share':>6}  flop/B global, shared"
+        f"{'sm':<4}{'kernel':<58}{'registers':>9}{'stack':>6}{'spills':>7}  {'multiplies':<20}{'share':>6}  flop/B global, shared"
     )
     for architecture in architectures:
         for symbol, r in sorted(kernels.resources(architecture).items(), key=lambda item: kernels.short(item[0])):
@@ -25,11 +25,13 @@ def print_table(architectures: list[int]) -> None:
                 print(f"{architecture:<4}{name:<58}  ends the launch: not for this architecture")
                 continue
             instructions = len({address for loop in r.loops for address in loop.instructions})
-            share = f"{r.multiplies / instructions:.0%}" if instructions else "-"
-            tiles = ", ".join(f"{tile.global_intensity:.0f} {tile.shared_intensity:.1f}" for tile in r.variant.tiles)
-            counted = f"{r.multiplies} {r.variant.multiply}"
+            counts = {product.multiply: r.multiplies(product) for product in r.variant.products}
+            share = f"{sum(counts.values()) / instructions:.0%}" if instructions else "-"
+            counted = ", ".join(f"{count} {multiply}" for multiply, count in counts.items())
+            tiles = [product.tile for product in r.variant.products if product.tile]
+            intensity = ", ".join(f"{tile.global_intensity:.0f} {tile.shared_intensity:.1f}" for tile in tiles) or "-"
             print(
-                f"{architecture:<4}{name:<58}{r.kernel.registers:>9}{frame:>6}{spills:>7}  {counted:<10}{share:>6}  {tiles or '-'}"
+                f"{architecture:<4}{name:<58}{r.kernel.registers:>9}{frame:>6}{spills:>7}  {counted:<20}{share:>6}  {intensity}"
             )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from device import cubin, kernels
 from device.cubin import Kernel
-from device.kernels import ARCHITECTURES, Resources, Variant
+from device.kernels import ARCHITECTURES, Product, Resources, Variant
 
 pytestmark = pytest.mark.skipif(not (kernels.ROOT / "setup.py").exists(), reason="tests the source tree")
 
@@ -53,12 +53,12 @@ def test_architectures_have_matrix_units_from_sm_75_on() -> None:
     """What the tables say is what was meant: fp16 from sm_75, bf16 and tf32 from sm_80, fused multiply-adds everywhere."""
 
     def cores(architecture: int) -> set[str]:
-        chosen = (v for v in kernels.variants().values() if v.runs_on(architecture) and v.multiply == "HMMA")
+        chosen = (v for v in kernels.variants().values() if v.runs_on(architecture))
         return {match[0] for v in chosen for match in re.finditer(r"(?<=Core\))\d", cubin.demangled(v.symbol))}
 
     bf16, f16, tf32, ffma = "1", "2", "3", "0"
     assert [cores(a) - {ffma} for a in ARCHITECTURES] == [set(), set(), {f16}, {bf16, f16, tf32}, {bf16, f16, tf32}]
-    assert all(any(v.runs_on(a) and v.multiply == "FFMA" for v in kernels.variants().values()) for a in ARCHITECTURES)
+    assert all(any(v.runs_on(a) and v.compute == 0 for v in kernels.variants().values()) for a in ARCHITECTURES)
 
 
 # ---- resources ---------------------------------------------------------------------------------------------------------
@@ -109,8 +109,9 @@ def test_tiles_are_large_enough(family: str) -> None:
     kinds: dict[tuple[str, int], list[kernels.Tile]] = {}
     for variant in kernels.variants().values():
         if kernels.short(variant.symbol).startswith(family):
-            for tile in variant.tiles:
-                kinds.setdefault((variant.multiply, tile.bytes), []).append(tile)
+            for product in variant.products:
+                assert product.tile is not None
+                kinds.setdefault((product.multiply, product.tile.bytes), []).append(product.tile)
     assert kinds
     for kind, tiles in kinds.items():
         largest, smallest, shared = INTENSITY[kind]
@@ -151,12 +152,12 @@ def compile_text(text: str, directory: Path, architecture: int, *options: str) -
 @pytest.mark.parametrize("architecture", [61, 70, 80])
 def test_a_hollow_kernel_is_found(tmp_path: Path, architecture: int) -> None:
     found = compile_text(HOLLOW, tmp_path, architecture)
-    variant = Variant("", "FFMA", 0, 1 << 30, ())
+    variant = Variant("", 0, 1 << 30, (Product("FFMA"),))
     problems = {name: Resources(kernel, variant).problem() for name, kernel in found.items()}
     hollow = "has no loop with 1 FFMA" if architecture < 70 else ""
     trap = "only ends the launch, but is chosen on this architecture"
     assert problems == {"full_kernel<1>": "", "hollow_kernel": hollow, "trap_kernel": trap}
-    later = Variant("", "FFMA", 75, 80, ())
+    later = Variant("", 75, 80, (Product("FFMA"),))
     must = "must end the launch with an error, for it is not chosen on this architecture"
     assert {n: Resources(k, later).problem() for n, k in found.items()}["full_kernel<1>"] == must
     assert Resources(found["trap_kernel"], later).problem() == ""
@@ -188,13 +189,13 @@ __global__ void spilling_kernel(float* to, int n) {
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_spills_in_a_main_loop_are_found(tmp_path: Path, architecture: int) -> None:
-    variant = Variant("", "FFMA", 0, 1 << 30, ())
+    variant = Variant("", 0, 1 << 30, (Product("FFMA"),))
     tight = Resources(compile_text(SPILLING, tmp_path, architecture, "--maxrregcount=32")["spilling_kernel"], variant)
     wide = Resources(compile_text(SPILLING, tmp_path, architecture)["spilling_kernel"], variant)
     assert tight.kernel.registers <= 32 < wide.kernel.registers
     assert min(tight.spills) > 16
     assert wide.spills == (0, 0)
-    assert tight.multiplies > 0
+    assert tight.multiplies(Product("FFMA")) > 0
 
 
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a >= 75])

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from device.cubin import SPILLS, Kernel, Loop, demangled, read_kernels
@@ -48,23 +48,30 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Product:
+    """What a kernel multiplies, with which instruction; without a tile if it is bound by memory."""
+
+    multiply: str
+    tile: Tile | None = None
+
+    @property
+    def least(self) -> int:
+        """Multiplying instructions in a pass through its main loop: at least a tile's, for one step of the summed index."""
+        each = 128 if self.multiply == "HMMA" else 32  # results of a warp's instruction
+        return self.tile.warp_m * self.tile.warp_n // each if self.tile else 1
+
+
+@dataclass(frozen=True)
 class Variant:
     """A kernel as the launchers' tables describe it: it is chosen only where ``compute <= architecture < compute_end``."""
 
     symbol: str
-    multiply: str
     compute: int
     compute_end: int
-    tiles: tuple[Tile, ...]
+    products: tuple[Product, ...]
 
     def runs_on(self, architecture: int) -> bool:
         return self.compute <= architecture < self.compute_end
-
-    @property
-    def least(self) -> int:
-        """Multiplying instructions in a pass through a main loop: at least a tile's, for one step of the summed index."""
-        each = 128 if self.multiply == "HMMA" else 32  # results of a warp's instruction
-        return min((tile.warp_m * tile.warp_n // each for tile in self.tiles), default=1)
 
 
 @dataclass(frozen=True)
@@ -78,13 +85,12 @@ class Resources:
     def traps(self) -> bool:
         return self.kernel.only_traps
 
-    @property
+    @cached_property
     def loops(self) -> list[Loop]:
-        return self.kernel.main_loops(self.variant.multiply, self.variant.least)
+        return [loop for p in self.variant.products for loop in self.kernel.main_loops(p.multiply, p.least)]
 
-    @property
-    def multiplies(self) -> int:
-        return self.kernel.count_in(self.loops, self.variant.multiply)
+    def multiplies(self, product: Product) -> int:
+        return self.kernel.count_in(self.kernel.main_loops(product.multiply, product.least), product.multiply)
 
     @property
     def spills(self) -> tuple[int, int]:
@@ -98,8 +104,9 @@ class Resources:
             return "only ends the launch, but is chosen on this architecture" if expected else ""
         if not expected:
             return "must end the launch with an error, for it is not chosen on this architecture"
-        if self.multiplies == 0:
-            return f"has no loop with {self.variant.least} {self.variant.multiply}"
+        for product in self.variant.products:
+            if self.multiplies(product) == 0:
+                return f"has no loop with {product.least} {product.multiply}"
         return ""
 
 
@@ -140,10 +147,11 @@ def variants() -> dict[str, Variant]:
         subprocess.run(["c++", *options, str(program), "-o", str(partial), "-pthread", "-ldl"], check=True)
         partial.replace(binary)
     found = {}
-    for line in subprocess.run([binary], capture_output=True, text=True, check=True).stdout.splitlines():
-        symbol, multiply, compute, compute_end, *tiles = line.split()
-        shapes = tuple(Tile(*map(int, tile.split("x"))) for tile in tiles)
-        found[symbol] = Variant(symbol, multiply, int(compute), int(compute_end), shapes)
+    for line in subprocess.run([binary], capture_output=True, text=True, check=True).stdout.split("\n")[1:-1]:
+        symbol, compute, compute_end, *products = line.split()
+        parts = (product.partition(":") for product in products)
+        known = tuple(Product(name, Tile(*map(int, tile.split("x"))) if tile else None) for name, _, tile in parts)
+        found[symbol] = Variant(symbol, int(compute), int(compute_end), known)
     return found
 
 

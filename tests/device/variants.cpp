@@ -1,6 +1,7 @@
-// Prints the kernels that launchers choose from, one a line, as the launchers' own tables have them: symbol, instruction that
-// multiplies, first compute capability it runs on, first it no longer runs on, and its tiles: rows, columns, those of a warp's
-// part, bytes of an operand's element. Compiled with all of csrc/kernels/*.cu included, for the emulated GPU.
+// Prints the kernels that launchers choose from, one a line, as the launchers' own tables have them: symbol, first compute
+// capability it runs on, first it no longer runs on, and for each product the instruction that multiplies and the tile: rows,
+// columns, those of a warp's part, bytes of an operand's element. Compiled with all of csrc/kernels/*.cu included, for the
+// emulated GPU.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -15,7 +16,7 @@ constexpr int kNever = 1 << 30;
 template <class T>
 bool print_if(int m, int n, int bytes) {
     if (m != T::kM || n != T::kN) return false;
-    std::printf(" %dx%dx%dx%dx%d", m, n, T::kM / T::kWarpsM, T::kN / T::kWarpsN, bytes);
+    std::printf("%dx%dx%dx%dx%d", m, n, T::kM / T::kWarpsM, T::kN / T::kWarpsN, bytes);
     return true;
 }
 
@@ -32,7 +33,8 @@ using Tf32Tile = MmaTile<Core::mma_tf32, kM, kN>;
 template <int kM, int kN>
 using HalfTile = MmaTile<Core::mma_bf16, kM, kN>;
 
-void print_tile(Core core, int m, int n) {
+void print_product(Core core, int m, int n) {
+    std::printf(core == Core::ffma ? " FFMA:" : " HMMA:");
     if (core == Core::ffma)
         print_tile<Tile>(m, n, 4);
     else if (core == Core::mma_tf32)
@@ -42,22 +44,20 @@ void print_tile(Core core, int m, int n) {
 }
 
 template <class Kernel>
-void begin(Kernel kernel, const char* multiply, int compute = 0, int compute_end = kNever) {
+void begin(Kernel kernel, int compute = 0, int compute_end = kNever) {
     Dl_info found{};
     if (!dladdr(reinterpret_cast<const void*>(kernel), &found) || !found.dli_sname) std::exit(1);
-    std::printf("%s %s %d %d", found.dli_sname, multiply, compute, compute_end);
+    std::printf("\n%s %d %d", found.dli_sname, compute, compute_end);
 }
 
 void print(const Variant& v) {
-    begin(v.kernel, v.core == Core::ffma ? "FFMA" : "HMMA", v.compute);
-    print_tile(v.core, v.tile_m, v.tile_n);
-    std::puts("");
+    begin(v.kernel, v.compute);
+    print_product(v.core, v.tile_m, v.tile_n);
 }
 
 void print(const GramVariant& v) {
-    begin(v.kernel, "FFMA");
-    print_tile(Core::ffma, v.tile, v.tile);
-    std::puts("");
+    begin(v.kernel);
+    print_product(Core::ffma, v.tile, v.tile);
 }
 
 } // namespace
@@ -66,9 +66,9 @@ int main() {
     for (int i = 0; i < kDirectKernels; ++i) print(variant(i));
     for (const GramVariant& v : kGramVariants) print(v);
     for (const DepthwiseVariant& v : kDepthwiseVariants) {
-        begin(v.kernel, "FFMA");
-        std::puts("");
+        begin(v.kernel);
+        std::printf(" FFMA");
     }
-    begin(apply_kernel, "DFMA");
-    std::puts("");
+    begin(apply_kernel);
+    std::puts(" DFMA");
 }

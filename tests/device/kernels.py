@@ -292,5 +292,6 @@ def _write(path: Path, contents: bytes) -> None:
 
 
 def short(symbol: str) -> str:
-    """The kernel's name without namespaces and casts: ``direct_kernel<Tile<64, 64>, 1, 1>``."""
-    return re.sub(r"localsgd::cuda::|\((?:localsgd::cuda::)?\w+\)|, GramPaths<[^<>]*> ?", "", demangled(symbol).replace("localsgd::cuda::", ""))
+    """The name without namespaces, casts and what follows from the rest: ``direct_kernel<Tile<64, 64>, 1, 1>``."""
+    name = demangled(symbol).replace("localsgd::cuda::", "")
+    return re.sub(r"\(\w+\)|, \w+Paths<[^<>]*> ?", "", name)

@@ -52,7 +52,7 @@ struct Met {
 };
 inline Met met;
 inline bool planted(int id) {
-    if (kChosen == -1) met.at[id] = 1;
+    if (kChosen == -1 && !met.at[id]) met.at[id] = 1;
     return kChosen == id;
 }
 } // namespace mutation

@@ -212,7 +212,7 @@ def plant(mutants: list[Mutant], build: Path) -> None:
                 text = text[: mutant.begin] + planted + text[mutant.end :]
         path.write_text(text)
     for name, old, new in (
-        ("check.h", "++failures;\n", "++failures;\n    std::fflush(nullptr), std::_Exit(1);\n"),  # the first one is enough
+        ("check.h", "what.c_str());\n", "what.c_str());\n    std::fflush(nullptr), std::_Exit(1);\n"),  # the first is enough
         ("emulation/machine.h", "hang_seconds = 120", "hang_seconds = 20"),
     ):
         path = build / "tests" / "native" / name

@@ -8,11 +8,15 @@ TEST_FLAGS ?=
 BENCH_FLAGS ?= --benchmark-disable-gc
 DEMO_FLAGS ?= --data glyphs --methods sgd,freeze,local --seeds 1 --train-size 4000 --test-size 1000
 
+# What runs a second time with the CUDA kernels, on an emulated GPU.
+EMULATED_TESTS := tests/emulated tests/test_ops.py tests/test_ops_update.py tests/test_ops_errors.py tests/test_ops_compile.py \
+  tests/test_learning_proofs.py tests/test_learning_modules.py tests/test_checkpointing.py tests/test_compiled_training.py
+
 CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py localsgd_ext/_cuda_toolkit.py csrc/sources.txt $(wildcard $(shell find csrc -type f))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test native mutants lint format bench clean
+.PHONY: help venv build demo test native mutants emulated lint format bench clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,8 +43,12 @@ demo: venv ## Train a small CNN with SGD, a frozen prefix and localized learning
 	rm -rf runs/demo
 	$(BIN)/localsgd compare $(DEMO_FLAGS) --out runs/demo
 
-test: venv native ## Run every test, native and Python (under 15 minutes on 2 cores)
+test: venv native emulated ## Run every test: native, on the emulated GPU, and Python (under 20 minutes on 2 cores)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --benchmark-disable --emulated $(EMULATED_TESTS) $(TEST_FLAGS)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --benchmark-disable $(TEST_FLAGS)
+
+emulated: venv ## Build the module whose CUDA kernels run on an emulated GPU: pytest --emulated
+	$(BIN)/python tests/emulated/build.py
 
 native: venv ## Build the kernels without Python or PyTorch and run their C++ tests
 	$(BIN)/cmake -S . -B build/native -DLOCALSGD_CUDA=OFF # the extension's build has compiled those; here they are emulated

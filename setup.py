@@ -20,7 +20,7 @@ import torch
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-GROUPS = ("core", "torch", "cuda")
+GROUPS = ("core", "torch", "cuda", "glue")
 DEFAULT_ARCH_LIST = "7.5;8.0;9.0+PTX"
 BYTES_PER_JOB = 3 << 30  # a translation unit that includes ATen takes up to 3 GiB
 
@@ -103,7 +103,7 @@ def make_extension(cpp_extension, sources, toolkit):
         return cpp_extension.CppExtension("localsgd_ext._C", host_sources, **options)
     cxx.append("-DLOCALSGD_WITH_CUDA")
     options["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++20", "-lineinfo", "-DLOCALSGD_WITH_CUDA"]
-    extension = cpp_extension.CUDAExtension("localsgd_ext._C", host_sources + sources["cuda"], **options)
+    extension = cpp_extension.CUDAExtension("localsgd_ext._C", host_sources + sources["glue"] + sources["cuda"], **options)
     extension.include_dirs.append(str(toolkit.include))
     extension.libraries.remove("cudart")  # by path instead: the wheels have no libcudart.so for -lcudart to find
     extension.extra_objects.append(str(toolkit.cudart))

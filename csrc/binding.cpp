@@ -4,6 +4,9 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "hebbian.h"
+#if defined(LOCALSGD_WITH_CUDA)
+#include "cuda/device.h"
+#endif
 
 namespace {
 
@@ -30,21 +33,33 @@ Plan py_plan(Tensor x, OptionalTensor z, Tensor weight, OptionalTensor bias, Int
     return plan({x, z, weight, bias, stride, padding, dilation, groups, padding_mode, z_is_output}, benchmark);
 }
 
+// Why kernels cannot run on a device, or "".
+std::string unavailable(const c10::Device& device) {
+#if defined(LOCALSGD_WITH_CUDA)
+    if (device.type() == cuda::kDeviceType) return cuda::unavailable(device);
+#endif
+    if (device.is_cpu()) return "";
+    const std::string type = c10::DeviceTypeName(device.type(), true);
+    return "no kernel is built for " + type + " devices" + (type == "cuda" ? " (LOCALSGD_CUDA=1 says what is missing)" : "");
+}
+
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
     namespace py = pybind11;
     using torch::wrap_pybind_function_no_gil; // translates c10 errors to ValueError, TypeError, RuntimeError
 
-    py::class_<Candidate>(m, "Candidate")
+    // Local to the module: tests load a second build of it, whose device is emulated.
+    py::class_<Candidate>(m, "Candidate", py::module_local())
         .def_property_readonly("algorithm", [](const Candidate& c) { return algorithm_name(c.algorithm); })
         .def_readonly("eligible", &Candidate::eligible)
         .def_readonly("automatic", &Candidate::automatic)
         .def_readonly("why_not", &Candidate::why_not)
         .def_readonly("estimated_us", &Candidate::estimated_us)
+        .def_readonly("configuration", &Candidate::configuration)
         .def_property_readonly(
             "measured_us", [](const Candidate& c) { return c.measured_us < 0 ? std::nullopt : std::optional(c.measured_us); });
-    py::class_<Plan>(m, "Plan")
+    py::class_<Plan>(m, "Plan", py::module_local())
         .def_property_readonly("geometry", [](const Plan& p) { return describe(p.query.geometry); })
         .def_property_readonly("channels_last", [](const Plan& p) { return p.query.channels_last; })
         .def_readonly("candidates", &Plan::candidates)
@@ -55,4 +70,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("hebbian_update_", wrap_pybind_function_no_gil(py_hebbian_update_));
     m.def("apply_update_", wrap_pybind_function_no_gil(apply_update_));
     m.def("plan", wrap_pybind_function_no_gil(py_plan));
+    m.def("unavailable", wrap_pybind_function_no_gil(unavailable));
+#if defined(LOCALSGD_WITH_CUDA)
+    m.attr("gpu") = c10::DeviceTypeName(cuda::kDeviceType, true); // the devices whose kernels do not take float64
+#else
+    m.attr("gpu") = py::none();
+#endif
 }

@@ -1,20 +1,19 @@
 #include "hebbian.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
-#include <mutex>
 #include <numeric>
-#include <unordered_map>
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include "cpu/correlate.h"
+#include "cpu/plan.h"
+#if defined(LOCALSGD_WITH_CUDA)
+#include "cuda/correlate.h"
+#include "cuda/device.h"
+#endif
 
 namespace localsgd {
 namespace {
@@ -33,25 +32,14 @@ at::Tensor no_correlation(const Layer& layer) {
     return at::zeros(layer.weight.sizes(), layer.weight.options().dtype(layer.accumulate));
 }
 
-// z where the caller left it out: what the layer computes outside autocast.
-at::Tensor forward(const Layer& layer) {
-    const Geometry& g = layer.geometry;
-    const auto common = c10::promoteTypes(layer.x.scalar_type(), layer.weight.scalar_type());
-    const at::Tensor x = layer.x.to(common), w = layer.weight.to(common);
-    std::optional<at::Tensor> b;
-    if (layer.bias) b = layer.bias->to(common);
-    if (g.dims == 0) return at::linear(x, w, b);
-    const auto tail = [&](const Triple& t) { return std::vector<int64_t>(t.end() - g.dims, t.end()); };
-    if (layer.even_padding)
-        return at::convolution(x, w, b, tail(g.stride), tail(g.pad), tail(g.dilation), false, std::vector<int64_t>(g.dims, 0),
-                               g.groups);
-    // Zeros on both sides to the larger amount, then the outputs that start too early are dropped ('same', stride 1).
-    std::vector<int64_t> pads;
-    for (int i = 3 - g.dims; i < 3; ++i) pads.push_back((g.kernel[i] - 1) * g.dilation[i] - g.pad[i]);
-    at::Tensor z =
-        at::convolution(x, w, b, tail(g.stride), pads, tail(g.dilation), false, std::vector<int64_t>(g.dims, 0), g.groups);
-    for (int i = 3 - g.dims; i < 3; ++i) z = z.narrow(i - 1 + g.dims, pads[i - 3 + g.dims] - g.pad[i], g.output[i]);
-    return z;
+// Whether the CUDA kernels are to run.
+bool on_gpu(const at::Tensor& tensor) {
+#if defined(LOCALSGD_WITH_CUDA)
+    return tensor.device().type() == cuda::kDeviceType;
+#else
+    (void)tensor;
+    return false;
+#endif
 }
 
 Query query_of(const Layer& layer) {
@@ -68,45 +56,6 @@ Query query_of(const Layer& layer) {
     return q;
 }
 
-at::Tensor compute(Layer layer, Algorithm algorithm) {
-    if (algorithm != Algorithm::kGram && !layer.z) layer.z = forward(layer);
-    return cpu::correlate(layer, algorithm);
-}
-
-double median_us(const Layer& layer, Algorithm algorithm) {
-    using Clock = std::chrono::steady_clock;
-    std::vector<double> times;
-    for (int run = 0; run < 6; ++run) {
-        const auto start = Clock::now();
-        compute(layer, algorithm);
-        if (run > 0) times.push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count()); // 0: warm-up
-    }
-    std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-    return times[times.size() / 2];
-}
-
-// Every eligible algorithm timed once per key.
-Plan measured_plan(const Layer& layer, const Query& query) {
-    static std::mutex mutex;
-    static std::unordered_map<std::string, Plan> plans;
-    const std::string key = plan_key(query);
-    {
-        const std::lock_guard lock(mutex);
-        if (const auto found = plans.find(key); found != plans.end()) return found->second;
-    }
-    Plan plan = make_plan(query);
-    for (Candidate& candidate : plan.candidates)
-        if (candidate.automatic) candidate.measured_us = median_us(layer, candidate.algorithm);
-    pick_by_measurement(plan);
-    const std::lock_guard lock(mutex);
-    return plans.emplace(key, std::move(plan)).first->second; // another thread's timing, if it came first
-}
-
-Plan plan_of(const Layer& layer, bool benchmark) {
-    const Query query = query_of(layer);
-    return benchmark ? measured_plan(layer, query) : make_plan(query);
-}
-
 std::optional<Algorithm> parse(const std::string& name) {
     if (name == "auto") return std::nullopt;
     for (const Algorithm algorithm : kAlgorithms)
@@ -114,19 +63,44 @@ std::optional<Algorithm> parse(const std::string& name) {
     TORCH_CHECK_VALUE(false, "algorithm must be one of auto, gram, direct, depthwise, library, got '", name, "'");
 }
 
+Plan plan_of(const Layer& layer, bool benchmark) {
+#if defined(LOCALSGD_WITH_CUDA)
+    if (on_gpu(layer.weight)) return cuda::plan(layer, query_of(layer), benchmark);
+#endif
+    return cpu::plan(layer, query_of(layer), benchmark);
+}
+
+Algorithm pick(const Layer& layer, bool benchmark) {
+#if defined(LOCALSGD_WITH_CUDA)
+    if (on_gpu(layer.weight)) return cuda::pick(layer, query_of(layer), benchmark);
+#endif
+    return plan_of(layer, benchmark).pick;
+}
+
+std::string why_not(const Layer& layer, Algorithm algorithm) {
+    if (is_empty(layer)) return candidate_of(query_of(layer), algorithm).obstacle();
+#if defined(LOCALSGD_WITH_CUDA)
+    if (on_gpu(layer.weight)) return cuda::why_not(layer, query_of(layer), algorithm);
+#endif
+    return candidate_of(query_of(layer), algorithm).obstacle();
+}
+
 Algorithm choose(const Layer& layer, const std::string& name, bool benchmark) {
     const auto asked = parse(name);
-    if (!asked) return is_empty(layer) ? Algorithm::kDirect : plan_of(layer, benchmark).pick;
-    const Plan plan = make_plan(query_of(layer));
-    const Candidate& candidate = plan.candidate(*asked);
-    TORCH_CHECK_VALUE(candidate.eligible, "algorithm '", name, "' ", candidate.why_not, ", got weight of shape ",
-                      text(layer.weight.sizes()), " and groups=", layer.geometry.groups);
+    if (!asked) return is_empty(layer) ? Algorithm::kDirect : pick(layer, benchmark);
+    const std::string reason = why_not(layer, *asked);
+    TORCH_CHECK_VALUE(reason.empty(), "algorithm '", name, "' ", reason, ", got weight of shape ", text(layer.weight.sizes()),
+                      " and groups=", layer.geometry.groups);
     return *asked;
 }
 
 at::Tensor correlate(const Layer& layer, const std::string& algorithm, bool benchmark) {
     const Algorithm chosen = choose(layer, algorithm, benchmark);
-    return is_empty(layer) ? no_correlation(layer) : compute(layer, chosen);
+    if (is_empty(layer)) return no_correlation(layer);
+#if defined(LOCALSGD_WITH_CUDA)
+    if (on_gpu(layer.weight)) return cuda::correlate(layer, chosen);
+#endif
+    return cpu::correlate(layer, chosen);
 }
 
 double finite(double lr) {
@@ -134,11 +108,15 @@ double finite(double lr) {
     return lr;
 }
 
-double value_of(const Lr& lr) {
+// A number that is known here. What lies on a GPU is not waited for: kernels read it.
+Lr checked(const Lr& lr, at::Device device) {
     if (const auto* number = std::get_if<double>(&lr)) return finite(*number);
     const auto& tensor = std::get<at::Tensor>(lr);
     TORCH_CHECK_VALUE(tensor.numel() == 1, "lr must be a float or a tensor of one element, got shape ", text(tensor.sizes()));
-    TORCH_CHECK_VALUE(tensor.is_cpu(), "lr must be on the weight's device cpu, got ", tensor.device());
+#if defined(LOCALSGD_WITH_CUDA)
+    if (device.type() == cuda::kDeviceType && tensor.device() == device) return lr;
+#endif
+    TORCH_CHECK_VALUE(tensor.is_cpu(), "lr must be on the CPU or on the weight's device ", device, ", got ", tensor.device());
     return finite(tensor.item<double>());
 }
 
@@ -172,15 +150,35 @@ void check_skipped(const std::optional<at::Tensor>& skipped, int64_t weights, at
     TORCH_CHECK_VALUE(!may_overlap(*skipped), "skipped must not overlap itself in memory");
 }
 
-// The write of every operation. A raw-pointer write goes unseen by autograd, hence the version counters.
-void write(const at::Tensor& weight, const at::Tensor& d, double lr, bool normalize, const std::optional<at::Tensor>& skipped,
-           int64_t index) {
-    weight.unsafeGetTensorImpl()->bump_version();
-    if (d.numel() > 0 && cpu::apply_update(weight, d, lr, normalize)) return;
+// A raw-pointer write goes unseen by autograd, hence the version counters.
+void bump(const at::Tensor& tensor) { tensor.unsafeGetTensorImpl()->bump_version(); }
+
+void count_skip(const std::optional<at::Tensor>& skipped, int64_t index) {
     if (!skipped) return;
-    skipped->unsafeGetTensorImpl()->bump_version();
+    bump(*skipped);
     skipped->reshape({-1}).select(0, skipped->numel() == 1 ? 0 : index).add_(1);
 }
+
+void write_on_cpu(const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& correlations, double lr,
+                  bool normalize, const std::optional<at::Tensor>& skipped) {
+    for (size_t i = 0; i < weights.size(); ++i) {
+        bump(weights[i]);
+        if (correlations[i].numel() > 0 && cpu::apply_update(weights[i], correlations[i], lr, normalize)) continue;
+        count_skip(skipped, static_cast<int64_t>(i));
+    }
+}
+
+#if defined(LOCALSGD_WITH_CUDA)
+void check_gpu_dtype(const at::Tensor& tensor, const char* name) {
+    TORCH_CHECK_TYPE(tensor.scalar_type() != at::kDouble, name, " must not be float64 on a GPU, whose kernels sum in float32");
+}
+
+// What kernels write: whether they counted a skip is not known here.
+void bump_written(const std::vector<at::Tensor>& weights, const std::optional<at::Tensor>& skipped) {
+    for (const at::Tensor& weight : weights) bump(weight);
+    if (skipped) bump(*skipped);
+}
+#endif
 
 } // namespace
 
@@ -195,9 +193,20 @@ void hebbian_update_(const LayerArguments& arguments, const Lr& lr, bool normali
     check_floating(arguments.weight, "weight");
     check_weight(arguments.weight);
     check_skipped(skipped, 1, arguments.weight.device());
-    const double step = value_of(lr);
-    const at::Tensor d = correlate(canonical(arguments), algorithm, benchmark);
-    write(arguments.weight, d, step, normalize, skipped, 0);
+    const Lr step = checked(lr, arguments.weight.device());
+    const Layer layer = canonical(arguments);
+#if defined(LOCALSGD_WITH_CUDA)
+    if (on_gpu(arguments.weight)) {
+        check_gpu_dtype(layer.weight, "weight");
+        check_gpu_dtype(layer.x, "x");
+        if (layer.z) check_gpu_dtype(*layer.z, "z");
+        const Algorithm chosen = choose(layer, algorithm, benchmark);
+        if (is_empty(layer)) return count_skip(skipped, 0);
+        cuda::update(layer, chosen, {step, normalize, skipped});
+        return bump_written({arguments.weight}, skipped);
+    }
+#endif
+    write_on_cpu({arguments.weight}, {correlate(layer, algorithm, benchmark)}, std::get<double>(step), normalize, skipped);
 }
 
 void apply_update_(const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& correlations, const Lr& lr,
@@ -219,9 +228,18 @@ void apply_update_(const std::vector<at::Tensor>& weights, const std::vector<at:
     }
     if (weights.empty()) return;
     check_skipped(skipped, static_cast<int64_t>(weights.size()), weights[0].device());
-    const double step = value_of(lr);
-    for (size_t i = 0; i < weights.size(); ++i)
-        write(weights[i], correlations[i], step, normalize, skipped, static_cast<int64_t>(i));
+    const Lr step = checked(lr, weights[0].device());
+#if defined(LOCALSGD_WITH_CUDA)
+    if (on_gpu(weights[0])) {
+        for (size_t i = 0; i < weights.size(); ++i) {
+            check_gpu_dtype(weights[i], "weight");
+            check_gpu_dtype(correlations[i], "correlation");
+        }
+        cuda::apply_update(weights, correlations, {step, normalize, skipped});
+        return bump_written(weights, skipped);
+    }
+#endif
+    write_on_cpu(weights, correlations, std::get<double>(step), normalize, skipped);
 }
 
 Plan plan(const LayerArguments& arguments, bool benchmark) {

@@ -79,33 +79,18 @@ double library_us(const Query& q) {
     return gemm_us(q, wgrad_flops(g) * slow) + stream_us(q, x_bytes(q) + z_bytes(q)) + gather_us(q, reorder) + 10 * kCallUs;
 }
 
-Candidate candidate_for(const Query& q, Algorithm algorithm) {
-    const Geometry& g = q.geometry;
-    Candidate c{algorithm, true, true, "", 0, -1};
+double estimate_us(const Query& q, Algorithm algorithm) {
     const double forward = q.z_present ? 0 : forward_us(q);
     switch (algorithm) {
     case Algorithm::kGram:
-        c.eligible = g.pointwise();
-        c.automatic = c.eligible && (!q.z_present || q.z_is_output);
-        if (!c.eligible)
-            c.why_not = "needs a kernel of size 1 or a linear layer";
-        else if (!c.automatic)
-            c.why_not = "ignores z, which was not promised to be the layer's output (z_is_output=True)";
-        c.estimated_us = gram_us(q);
-        break;
+        return gram_us(q);
     case Algorithm::kDepthwise:
-        c.eligible = c.automatic = g.depthwise();
-        if (!c.eligible) c.why_not = "needs groups == in_channels > 1";
-        c.estimated_us = forward + depthwise_us(q);
-        break;
+        return forward + depthwise_us(q);
     case Algorithm::kDirect:
-        c.estimated_us = forward + direct_us(q);
-        break;
-    case Algorithm::kLibrary:
-        c.estimated_us = forward + library_us(q);
-        break;
+        return forward + direct_us(q);
+    default:
+        return forward + library_us(q);
     }
-    return c;
 }
 
 std::string list(const Triple& t, int dims) {
@@ -165,13 +150,37 @@ const Candidate& Plan::candidate(Algorithm algorithm) const {
     return *std::find_if(candidates.begin(), candidates.end(), [&](const Candidate& c) { return c.algorithm == algorithm; });
 }
 
+Candidate candidate_of(const Query& q, Algorithm algorithm) {
+    const Geometry& g = q.geometry;
+    Candidate c;
+    c.algorithm = algorithm;
+    c.eligible = c.automatic = true;
+    if (algorithm == Algorithm::kGram) {
+        c.eligible = g.pointwise();
+        c.automatic = c.eligible && (!q.z_present || q.z_is_output);
+        if (!c.eligible)
+            c.why_not = "needs a kernel of size 1 or a linear layer";
+        else if (!c.automatic)
+            c.why_not = "ignores z, which was not promised to be the layer's output (z_is_output=True)";
+    } else if (algorithm == Algorithm::kDepthwise) {
+        c.eligible = c.automatic = g.depthwise();
+        if (!c.eligible) c.why_not = "needs groups == in_channels > 1";
+    }
+    return c;
+}
+
 Plan make_plan(const Query& query) {
     Plan plan;
     plan.query = query;
-    for (const Algorithm algorithm : kAlgorithms) plan.candidates.push_back(candidate_for(query, algorithm));
-    pick_cheapest<&Candidate::estimated_us>(plan, "estimated");
+    for (const Algorithm algorithm : kAlgorithms) {
+        plan.candidates.push_back(candidate_of(query, algorithm));
+        plan.candidates.back().estimated_us = estimate_us(query, algorithm);
+    }
+    pick_by_estimate(plan);
     return plan;
 }
+
+void pick_by_estimate(Plan& plan) { pick_cheapest<&Candidate::estimated_us>(plan, "estimated"); }
 
 void pick_by_measurement(Plan& plan) { pick_cheapest<&Candidate::measured_us>(plan, "measured"); }
 

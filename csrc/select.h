@@ -28,11 +28,15 @@ struct Query {
 
 struct Candidate {
     Algorithm algorithm;
-    bool eligible = false;    // by geometry: may be asked for explicitly
-    bool automatic = false;   // may be picked by "auto"
-    const char* why_not = ""; // where not eligible or not automatic
+    bool eligible = false;  // by geometry: may be asked for explicitly
+    bool automatic = false; // may be picked by "auto"
+    std::string why_not;    // where not eligible or not automatic
     double estimated_us = 0;
-    double measured_us = -1; // negative: never timed
+    double measured_us = -1;   // negative: never timed
+    std::string configuration; // of the kernels: tiles, splits, launches; empty where there is nothing to choose
+
+    // Why it may not be asked for, or "".
+    std::string obstacle() const { return eligible ? std::string() : why_not; }
 };
 
 struct Plan {
@@ -46,10 +50,13 @@ struct Plan {
 
 bool cpu_multiplies_bf16();
 
-// Eligibility, cost estimates and the pick by estimate.
+// Whether an algorithm fits the layer on any device; no estimate.
+Candidate candidate_of(const Query& query, Algorithm algorithm);
+
+// Eligibility, cost estimates for a CPU and the pick by estimate.
 Plan make_plan(const Query& query);
 
-// The pick again, by the candidates' measured times.
+void pick_by_estimate(Plan& plan);
 void pick_by_measurement(Plan& plan);
 
 // "conv2d 64->256 k1x1 s1x1 p0x0 d1x1 g1 8x(56x56->56x56)"

@@ -1,6 +1,10 @@
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+gpu: str | None
+"""The type of the devices that run the CUDA kernels, or None where none are compiled."""
 
 class Candidate:
     @property
@@ -15,6 +19,8 @@ class Candidate:
     def estimated_us(self) -> float: ...
     @property
     def measured_us(self) -> float | None: ...
+    @property
+    def configuration(self) -> str: ...
 
 class Plan:
     @property
@@ -78,3 +84,4 @@ def plan(
     benchmark: bool,
     /,
 ) -> Plan: ...
+def unavailable(device: torch.device, /) -> str: ...

@@ -30,6 +30,8 @@ class AlgorithmCost:
     """Microseconds by the cost model, which is about ratios, not about this machine."""
     measured_us: float | None
     """Microseconds measured, if ``localsgd_ext.benchmark`` was on."""
+    configuration: str
+    """Of the kernel on a GPU: core, tile, splits, launches; empty on a CPU, where there is nothing to choose."""
 
     def __str__(self) -> str:
         if not self.automatic:
@@ -132,9 +134,9 @@ def _choice(name: str, module: nn.Module, x: Tensor, z: Tensor) -> LayerChoice:
         if weight.dim() > 2 and x.shape[1 - weight.dim()] > 1 and x.stride(1 - weight.dim()) == 1
         else "contiguous"
     )
-    if not ops.is_compiled(weight.device):
+    if why := ops.obstacle(weight, x, z):
         geometry = f"{type(module).__name__} {tuple(x.shape)} -> {tuple(z.shape)}"
-        reason = f"no kernels are compiled for {weight.device.type}"
+        reason = f"no kernels are compiled for {weight.device.type}: {why}"
         return LayerChoice(name, geometry, x.dtype, z.dtype, layout, (), "reference", reason)
     geometry_arguments = (
         {}
@@ -143,6 +145,7 @@ def _choice(name: str, module: nn.Module, x: Tensor, z: Tensor) -> LayerChoice:
     )
     plan = ops.plan(x, z, weight, bias=module.bias, z_is_output=True, **geometry_arguments)  # type: ignore[arg-type]
     costs = tuple(
-        AlgorithmCost(c.algorithm, c.eligible, c.automatic, c.why_not, c.estimated_us, c.measured_us) for c in plan.candidates
+        AlgorithmCost(c.algorithm, c.eligible, c.automatic, c.why_not, c.estimated_us, c.measured_us, c.configuration)
+        for c in plan.candidates
     )
     return LayerChoice(name, plan.geometry, x.dtype, z.dtype, layout, costs, plan.pick, plan.reason)

@@ -10,6 +10,7 @@ pre-activation output ``conv(x, W) + bias``.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,9 @@ from localsgd_ext.reference import ALGORITHMS, PADDING_MODES, IntOrTuple, accumu
 if TYPE_CHECKING:
     from localsgd_ext._C import Plan
 
-__all__ = ["ALGORITHMS", "PADDING_MODES", "apply_update_", "benchmark", "correlation", "hebbian_update_", "is_compiled", "plan"]
+__all__ = [
+    "ALGORITHMS", "PADDING_MODES", "apply_update_", "benchmark", "correlation", "hebbian_update_", "is_compiled", "obstacle", "plan"
+]  # fmt: skip
 
 benchmark = False
 """Time the eligible algorithms once per geometry, dtypes, layout and thread count instead of trusting the cost model
@@ -42,8 +45,46 @@ except ImportError as error:
 
 
 def is_compiled(device: str | torch.device = "cpu") -> bool:
-    """True if compiled kernels exist for ``device``; elsewhere the operations run on :mod:`localsgd_ext.reference`."""
-    return _C is not None and torch.device(device).type == "cpu"
+    """True if compiled kernels run on ``device``; elsewhere the operations run on :mod:`localsgd_ext.reference`.
+
+    A CUDA device is one for whose architecture the build holds code. ``float64`` operands run on the reference there: the
+    kernels sum in ``float32``.
+    """
+    return _C is not None and not _device_obstacle(torch.device(device))
+
+
+def obstacle(*tensors: Tensor | None) -> str:
+    """Why the operations would take these operands to :mod:`localsgd_ext.reference`, or ``""`` where kernels run."""
+    if _C is None:
+        return "nothing is compiled"
+    device = next(t for t in tensors if t is not None).device
+    why = _device_obstacle(device)
+    if not why and device.type == _C.gpu and any(t is not None and t.dtype == torch.float64 for t in tensors):
+        why = "the kernels do not take float64"
+    return why
+
+
+@functools.cache
+def _device_obstacle(device: torch.device) -> str:
+    return _C.unavailable(device)
+
+
+def _on_kernels(*tensors: Tensor | None) -> bool:
+    """Whether compiled kernels take these operands; if not, that is said once for each reason."""
+    why = obstacle(*tensors)
+    if why:
+        _say_once(next(t for t in tensors if t is not None).device.type, why)
+    return not why
+
+
+@functools.cache
+def _say_once(device_type: str, why: str) -> None:
+    if _C is not None and device_type != "meta":  # without a module that was said when it was imported
+        warnings.warn(
+            f"localsgd_ext runs on its plain PyTorch reference, which is slower, on {device_type}: {why}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def correlation(
@@ -117,9 +158,10 @@ def hebbian_update_(
 ) -> None:
     """``W += lr * D / ||D||_2`` in place, ``D = correlation(x, z, weight)`` (LoCal+SGD, equation 4).
 
-    The norm runs over the whole tensor. Where it is 0 or not finite, ``weight`` is left untouched bit for bit and
-    ``skipped`` is incremented. The caller's grad mode and autocast state do not matter; the weight may require grad, and
-    its version counter is bumped, so autograd refuses to back-propagate through the value it had before.
+    The norm runs over the whole tensor. Where it is 0 or not finite, or ``lr`` is a tensor on a GPU that is not finite,
+    ``weight`` is left untouched bit for bit and ``skipped`` is incremented. The caller's grad mode and autocast state do not
+    matter; the weight may require grad, and its version counter is bumped, so autograd refuses to back-propagate through the
+    value it had before.
 
     Args:
         weight: the layer's weight, written in place and rounded once to its dtype; any non-overlapping strides.
@@ -199,9 +241,9 @@ def plan(
     Raises:
         RuntimeError: there is no compiled kernel for the operands' device, hence nothing to choose from.
     """
-    if not is_compiled(weight.device):
+    if why := obstacle(weight, x, z):
         raise RuntimeError(
-            f"no kernels are compiled for device {weight.device}: the reference runs there and has no alternatives"
+            f"no kernels are compiled for device {weight.device}: the reference runs there and has no alternatives ({why})"
         )
     return _C.plan(x, z, weight, bias, stride, padding, dilation, groups, padding_mode, z_is_output, benchmark)
 
@@ -222,7 +264,7 @@ def _correlation(
     z_is_output: bool,
     algorithm: str,
 ) -> Tensor:
-    if is_compiled(weight.device):
+    if _on_kernels(weight, x, z):
         return _C.correlation(
             x, z, weight, bias, stride, padding, dilation, groups, padding_mode, z_is_output, algorithm, benchmark
         )
@@ -248,7 +290,7 @@ def _hebbian_update_(
     algorithm: str,
     skipped: Tensor | None,
 ) -> None:
-    if is_compiled(weight.device):
+    if _on_kernels(weight, x, z):
         _C.hebbian_update_(
             weight, x, z, lr, bias, stride, padding, dilation, groups, padding_mode, z_is_output, normalize, algorithm, skipped,
             benchmark
@@ -263,7 +305,7 @@ def _hebbian_update_(
 def _apply_update_(
     weights: Sequence[Tensor], correlations: Sequence[Tensor], lr: float | Tensor, normalize: bool, skipped: Tensor | None
 ) -> None:
-    if all(is_compiled(weight.device) for weight in weights) and _C is not None:
+    if all(_on_kernels(*pair) for pair in zip(weights, correlations, strict=False)) and _C is not None:
         _C.apply_update_(list(weights), list(correlations), lr, normalize, skipped)
     else:
         reference.apply_update_(weights, correlations, lr, normalize=normalize, skipped=skipped)

@@ -59,7 +59,7 @@ def correlation(
             )
         if z is None:
             z = _forward(x, weight, bias, geometry)
-        return _weight_grad(x.to(dtype), z.to(dtype), weight, geometry)
+        return _weight_grad(x.to(dtype), z.to(dtype), weight, geometry).contiguous()
 
 
 def apply_update_(
@@ -92,6 +92,8 @@ def apply_update_(
             wide = d.to(torch.float64)
             norm = torch.linalg.vector_norm(wide)
             usable = torch.isfinite(norm) & (norm > 0)
+            if isinstance(step, Tensor):  # on a device it is not waited for, so it may be anything
+                usable &= torch.isfinite(step)
             scale = step / norm if normalize else step
             weight.copy_(torch.where(usable, (weight.to(torch.float64) + scale * wide).to(weight.dtype), weight))
             if skipped is not None:

@@ -1,4 +1,4 @@
-"""The one list of layer shapes: tests run over ``CASES``, benchmarks over ``LAYERS``."""
+"""The one list of layer shapes: tests run over ``CASES``, micro benchmarks over ``LAYERS``; benchmarks/networks.py traces more."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ EMPTY_CASES = (
     Case("empty-linear", (0, 5), (3, 5), bias=True),
 )
 
-# Layers of real networks, for benchmarks; batch 8 is what a small CPU does in a fraction of a second.
+# Layers of real networks, for ``make bench``; batch 8 is what a small CPU does in a fraction of a second.
 LAYERS = (
     Case("resnet50 stem", (8, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3),
     Case("resnet50 expand 64-256", (8, 64, 56, 56), (256, 64, 1, 1)),

@@ -1,23 +1,49 @@
-"""What every test starts from: fixed seeds, one compute thread, no TF32, our own warnings as errors."""
+"""What every test starts from: fixed seeds, one compute thread, no TF32, our own warnings as errors.
+
+With ``--emulated`` the operations run the CUDA kernels on an emulated GPU, on tensors of the CPU.
+"""
 
 from __future__ import annotations
 
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulated", action="store_true", help="run the CUDA kernels, emulated (python tests/emulated/build.py builds them)"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--emulated"):
+        from emulated import gpu
+
+        gpu.install()
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: same bits as in this one
     config.addinivalue_line("markers", "slow: builds something; deselect with -m 'not slow'")
     # The package warns by UserWarning: one that a test does not expect (pytest.warns) is a failure.
     config.addinivalue_line("filterwarnings", "error::UserWarning")
     # Source trees without a compiled module are supported; tests/test_doctor.py checks what is said there.
     config.addinivalue_line("filterwarnings", "default:localsgd_ext runs on its plain PyTorch reference:RuntimeWarning")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path.name == "emulated" and not config.getoption("--emulated") else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--emulated"):
+        from emulated import gpu
+
+        for line in gpu.coverage_lines():
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -265,7 +265,7 @@ def test_groups_hold_what_they_promise(setup_py: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("core csrc/a.cpp extra", "sources.txt:2: expected '<core|torch|cuda> <path>'"),
+        ("core csrc/a.cpp extra", "sources.txt:2: expected '<core|torch|cuda|glue> <path>'"),
         ("kernel csrc/a.cpp", "sources.txt:2: expected"),
         ("core csrc/gone.cpp", "sources.txt:2: csrc/gone.cpp does not exist"),
     ],

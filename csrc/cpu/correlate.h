@@ -1,5 +1,6 @@
 // The correlation on the CPU, one function per algorithm. All return D with the weight's shape, contiguous, in
-// layer.accumulate; all but `gram` read layer.z, which must be there. Neither batch nor any channel count may be 0.
+// layer.accumulate; z, where all but `gram` read it and the caller left it out, is computed. Neither batch nor any channel
+// count may be 0.
 #pragma once
 
 #include "../canonical.h"

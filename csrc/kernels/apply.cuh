@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kApplyThreads) apply_kernel(const ApplyParams 
             squares = block_sum<kApplyThreads>(p.workspace.squares + t.first_chunk, end - t.first_chunk);
             summed = index;
         }
-        if (usable(squares)) {
+        if (usable(p.step, squares)) {
             const int64 begin = static_cast<int64>(chunk - t.first_chunk) * kChunk;
             chunk_write(t, begin, static_cast<int>(min(t.count - begin, int64{kChunk})), step_scale(p.step, squares));
         } else if (chunk == t.first_chunk && threadIdx.x == 0) {

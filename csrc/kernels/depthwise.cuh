@@ -76,7 +76,8 @@ LOCALSGD_DEVICE void add_tile(float (&sum)[kR][kS], const DepthwiseParams& p, co
         const float* z_row = z + row * p.tile_columns * kPitch + lane;
         const float* x_row = x + row * p.stride[1] * p.x_columns * kPitch + lane;
         if (p.stride[2] == 1 && p.dilation[2] == 1) {
-            // By columns of x: tap s multiplies column i with z of column i - s, and the last kS of those stay in registers.
+            // By columns of x: tap s multiplies column i with z of column i - s, and the last kS of those stay in registers. At
+            // the ends those are zeros, so that an infinite x makes its row of taps NaN: D is not usable either way.
             float recent[kS];
 #pragma unroll
             for (int s = 0; s < kS; ++s) recent[s] = 0;
@@ -230,7 +231,7 @@ LOCALSGD_DEVICE void depthwise_reduce(const DepthwiseParams& p, float* memory) {
 template <int kR, int kS>
 LOCALSGD_DEVICE void depthwise_write(const DepthwiseParams& p) {
     const double squares = block_sum<kDepthwiseThreads>(p.workspace.squares, static_cast<int>(gridDim.x));
-    if (!usable(squares)) {
+    if (!usable(p.step, squares)) {
         if (blockIdx.x == 0 && threadIdx.x == 0) count_skip(p.step.skipped);
         return;
     }

@@ -61,7 +61,7 @@ bool allowed(Core core, const DirectProblem& p) {
 }
 
 // What cp.async copies is what the matrix units take.
-bool same_type(Core core, const DirectProblem& p) { return p.x.kind == kind_of(core) && p.z.kind == kind_of(core); }
+bool same_type(Core core, const DirectProblem& p) { return p.x.kind == operand_kind(core) && p.z.kind == operand_kind(core); }
 
 DirectParams params_of(const DirectProblem& problem, const DirectConfig& c, const Target& target, void* workspace) {
     const Geometry& g = problem.geometry;

@@ -47,8 +47,8 @@ LOCALSGD_DEVICE float widen(unsigned bits, Element element) {
                                       : half_to_float(bits);
 }
 
-// What is read: what nothing writes while the kernel runs, as x and z, through the read-only cache; or what other blocks wrote
-// before a grid barrier, past the first-level cache.
+// What is read: what nothing writes while the kernel runs, as x and z, through the read-only cache; or fp32 that other blocks
+// wrote before a grid barrier, past the first-level cache.
 enum class Source { constant, written };
 
 template <Source kSource, class T>

@@ -64,7 +64,7 @@ bool allowed(Core core, const GramProblem& p) {
 bool reads(const GramVariant& v, const GramProblem& p, int compute) {
     const auto [geometry, strides] = collapse(p.geometry, p.x.strides);
     const bool copied =
-        v.core != Core::ffma && p.x.kind == kind_of(v.core) && compute >= 80 && in_chunks(p.x, geometry, strides);
+        v.core != Core::ffma && p.x.kind == operand_kind(v.core) && compute >= 80 && in_chunks(p.x, geometry, strides);
     return v.access == (copied ? Access::chunks16 : access_of(p.x, geometry, strides));
 }
 

@@ -67,6 +67,8 @@ LOCALSGD_DEVICE void gram_tiles(const GramParams& p, typename Path::Storage& sha
     }
 }
 
+// --- The product's operands.
+
 // As the forward cast it to z's dtype.
 LOCALSGD_DEVICE float rounded(float value, Element to) {
     return to == Element::f32    ? value
@@ -103,22 +105,20 @@ LOCALSGD_DEVICE void write_matrix(const GramParams& p) {
     const auto row_of = [&](unsigned group, int part, unsigned row) {
         return static_cast<Value*>(p.matrix_data) + ((static_cast<int64>(group) * P::kCount + part) * p.inner + row) * p.pitch;
     };
-    for_owned_quads<GramTile<T>, true>(p.workspace, p.gram, p.pitch, p.pitch,
-                                       [&](float4*, const float4& sum, int64 row, int n, int) {
-                                           auto m = static_cast<unsigned>(row);
-                                           const unsigned group = divide(m, p.by_pitch);
-                                           float rest[4] = {sum.x, sum.y, sum.z, sum.w};
+    const auto write = [&](const float4*, const float4& sum, int64 row, int n, int) {
+        auto m = static_cast<unsigned>(row);
+        const unsigned group = divide(m, p.by_pitch);
+        float rest[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-                                           for (int part = 0; part < P::kCount; ++part) {
-                                               const Four<Value> quad = take4<P>(rest);
-                                               put(row_of(group, part, m) + n, quad);
-                                               if (static_cast<int>(m) / T::kM == n / T::kN)
-                                                   continue; // the tile holds both halves
+        for (int part = 0; part < P::kCount; ++part) {
+            const Four<Value> quad = take4<P>(rest);
+            put(row_of(group, part, m) + n, quad);
+            if (static_cast<int>(m) / T::kM == n / T::kN) continue; // the tile holds both halves
 #pragma unroll
-                                               for (int i = 0; i < 4; ++i)
-                                                   row_of(group, part, static_cast<unsigned>(n + i))[m] = quad.value[i];
-                                           }
-                                       });
+            for (int i = 0; i < 4; ++i) row_of(group, part, static_cast<unsigned>(n + i))[m] = quad.value[i];
+        }
+    };
+    for_owned_quads<GramTile<T>, true>(p.workspace, p.gram, p.pitch, p.pitch, write);
     if (!p.bias) return;
     const unsigned threads = gridDim.x * T::kThreads, columns = static_cast<unsigned>(p.gram.groups * p.pitch);
     for (unsigned i = blockIdx.x * T::kThreads + threadIdx.x; i < columns; i += threads) {
@@ -183,7 +183,8 @@ struct GramPaths<Core::ffma, kSize, kAccess, Core::ffma> {
     using T = Tile<kSize, kSize>;
     using Gram = StagedFfma<T, kAccess, kAccess>;
     using Product = FfmaProduct<kSize, T::kThreads>;
-    static constexpr int kResident = kResidentBlocks<T, kAccess, kAccess>;
+    // As for direct kernels, but that the small tile's diagonal takes some registers more.
+    static constexpr int kResident = kSize == 64 ? 384 / T::kThreads : kResidentBlocks<T, kAccess, kAccess>;
     static constexpr bool kExists = true;
 };
 

@@ -12,11 +12,16 @@ struct ProductPathOf {
     using Type = PipelinedMma<MmaTile<kProductCore, kSize, kSize>>;
     static constexpr bool kExists = Type::kExists;
 };
-// Of sm_75, where fp16 is all that matrix units multiply: kernels with this product are not compiled for others.
+// Of sm_75, where fp16 is all that matrix units multiply: kernels with this product are not compiled for others, but emulated,
+// as which GPU that is turns out at run time.
 template <int kSize, int kThreads>
 struct ProductPathOf<Core::ffma, kSize, kThreads> {
     using Type = FfmaProduct<kSize, kThreads>;
+#if defined(LOCALSGD_EMULATION)
+    static constexpr bool kExists = true;
+#else
     static constexpr bool kExists = LOCALSGD_ARCH < 800;
+#endif
 };
 
 template <Core kCore, int kSize, Access kAccess, Core kProductCore>
@@ -25,7 +30,9 @@ struct GramPaths {
     using Gram = typename MmaPathOf<T, kAccess, kAccess>::Type;
     using ProductPath = ProductPathOf<kProductCore, kSize, T::kThreads>;
     using Product = typename ProductPath::Type;
-    static constexpr int kResident = kMmaResidentBlocks<T, kAccess, kAccess>;
+    // A product on fused multiply-adds takes some registers more in a small block, as in tile_ffma.cuh.
+    static constexpr int kResident =
+        kProductCore == Core::ffma && kSize == 64 ? 384 / T::kThreads : kMmaResidentBlocks<T, kAccess, kAccess>;
     static constexpr bool kExists = Gram::kExists && ProductPath::kExists;
 };
 

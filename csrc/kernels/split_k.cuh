@@ -155,7 +155,7 @@ template <class T>
 LOCALSGD_DEVICE void norm_and_write(const Workspace& w, const TileGrid& grid, int rows, const Patches& x, const Target& target,
                                     const Step& step) {
     const double squares = block_sum<T::kThreads>(w.squares, static_cast<int>(gridDim.x));
-    if (!usable(squares)) {
+    if (!usable(step, squares)) {
         if (blockIdx.x == 0 && threadIdx.x == 0) count_skip(step.skipped);
         return;
     }

@@ -86,7 +86,7 @@ class Stage {
             for (int i = 0; i < kLoads; ++i) {
                 const PatchRow row = patch_row(patches_, position + first_row() + i * kRowsApart, end);
                 bits4_[i] = inside(patches_, row, column)
-                                ? load_bits4<kSource>(patches_.data, row.offset + column.offset, patches_.element)
+                                ? load_bits4<kSource>(patches_.data, row.offset + column.offset, element())
                                 : make_uint4(0, 0, 0, 0);
             }
         } else {
@@ -98,9 +98,9 @@ class Stage {
                 const int64 at = row.offset + column.offset;
                 const bool valid = inside(patches_, row, column);
                 if constexpr (kAccess == Access::positions4)
-                    bits4_[i] = valid ? load_bits4<kSource>(patches_.data, at, patches_.element) : make_uint4(0, 0, 0, 0);
+                    bits4_[i] = valid ? load_bits4<kSource>(patches_.data, at, element()) : make_uint4(0, 0, 0, 0);
                 else
-                    bits_[i] = valid ? load_bits<kSource>(patches_.data, at, patches_.element) : 0u;
+                    bits_[i] = valid ? load_bits<kSource>(patches_.data, at, element()) : 0u;
             }
         }
     }
@@ -110,15 +110,15 @@ class Stage {
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
             if constexpr (kAccess == Access::channels4) {
-                Holds::put(&slice[first_row() + i * kRowsApart][first_column()], Holds::four(bits4_[i], patches_.element));
+                Holds::put(&slice[first_row() + i * kRowsApart][first_column()], Holds::four(bits4_[i], element()));
             } else {
                 const int column = first_column() + i * kColumnsApart, row = first_row();
                 if constexpr (kAccess == Access::positions4) {
-                    const typename Holds::Four v = Holds::four(bits4_[i], patches_.element);
+                    const typename Holds::Four v = Holds::four(bits4_[i], element());
 #pragma unroll
                     for (int j = 0; j < 4; ++j) slice[row + j][column] = Holds::part(v, j);
                 } else {
-                    slice[row][column] = Holds::one(bits_[i], patches_.element);
+                    slice[row][column] = Holds::one(bits_[i], element());
                 }
             }
         }
@@ -146,6 +146,8 @@ class Stage {
         if constexpr (kAccess == Access::channels4) return t % (kColumns / 4) * 4;
         return t / kDown;
     }
+
+    LOCALSGD_DEVICE Element element() const { return kSource == Source::written ? Element::f32 : patches_.element; }
 
     const Patches& patches_;
     const PatchColumn* table_;

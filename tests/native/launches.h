@@ -68,7 +68,7 @@ inline Element element(Kind kind) {
 
 // An fp32 operand as a core rounds it; lower ones are exact in the cores that are chosen for them.
 inline float rounded_by(Core core, float value) {
-    if (core != Core::mma_tf32) return layers::rounded_to(core == Core::ffma ? Kind::f32 : kind_of(core), value);
+    if (core != Core::mma_tf32) return layers::rounded_to(core == Core::ffma ? Kind::f32 : operand_kind(core), value);
     return __uint_as_float((__float_as_uint(value) + 0x1000u) & 0xffffe000u); // ties away from zero
 }
 

@@ -87,7 +87,7 @@ void test_layers() {
     unsigned seed = 0;
     for (const Core core : kMmaCores) {
         if (!exists(core)) continue;
-        const Kind own = kind_of(core);
+        const Kind own = operand_kind(core);
         for (const Case& c : layers::cases())
             for (const Layout layout : {Layout::nchw, Layout::nhwc, Layout::sliced}) {
                 // Every third time a mixture: tf32 holds all others, and 16-bit cores round fp32.
@@ -108,7 +108,7 @@ void test_every_kernel() {
         const Variant& v = variant(kernel);
         if (v.compute > kCompute) continue;
         use(5 + static_cast<unsigned>(kernel), true);
-        const Kind kind = kind_of(v.core);
+        const Kind kind = operand_kind(v.core);
         const Layout layout = v.z == Access::positions4 ? Layout::nchw : Layout::nhwc;
         Memory m(c, kind, kind, layout, Flush::end);
         DirectConfig config;
@@ -138,7 +138,7 @@ void test_missing_instructions() {
         ++missing;
         if (v.tile_m != 64 || v.tile_n != 64) continue;
         use(0, true);
-        Memory m(c, kind_of(v.core), kind_of(v.core), Layout::nhwc, Flush::end);
+        Memory m(c, operand_kind(v.core), operand_kind(v.core), Layout::nhwc, Flush::end);
         DirectConfig config = get_best_config(m.problem, chip_of(3, 0));
         config.kernel = kernel;
         config.threads = v.threads;

@@ -10,7 +10,15 @@ enum cudaError_t {
     cudaErrorInvalidConfiguration = 9,
     cudaErrorCooperativeLaunchTooLarge = 720,
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrCooperativeLaunch };
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrCooperativeLaunch,
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrComputeCapabilityMinor,
+    cudaDevAttrClockRate,
+    cudaDevAttrMemoryClockRate,
+    cudaDevAttrGlobalMemoryBusWidth,
+};
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
@@ -18,8 +26,28 @@ inline cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrCooperativeLaunch ? emulation::options().cooperative
-                                                       : int(emulation::options().multiprocessors);
+    const emulation::Options& o = emulation::options();
+    switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+        *value = static_cast<int>(o.multiprocessors);
+        break;
+    case cudaDevAttrCooperativeLaunch:
+        *value = o.cooperative;
+        break;
+    case cudaDevAttrComputeCapabilityMajor:
+        *value = o.ptx_version / 10;
+        break;
+    case cudaDevAttrComputeCapabilityMinor:
+        *value = o.ptx_version % 10;
+        break;
+    case cudaDevAttrClockRate: // kHz
+    case cudaDevAttrMemoryClockRate:
+        *value = 1'000'000;
+        break;
+    case cudaDevAttrGlobalMemoryBusWidth: // bits
+        *value = 512;
+        break;
+    }
     return cudaSuccess;
 }
 template <class Kernel>

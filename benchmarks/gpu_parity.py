@@ -1,0 +1,113 @@
+"""Every case of tests/cases.py x algorithm x dtypes x layout: at most twice the error of PyTorch's own operation, against fp64.
+
+python benchmarks/gpu_parity.py --device cuda --out parity.json [--resume] [--budget SECONDS] [--cases REGEX]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # in the place of this directory, whose modules are the package's
+    sys.path[:1] = [str(Path(__file__).resolve().parents[1] / where) for where in (".", "tests")]
+
+import torch
+from cases import CASES, LAYOUTS, Case, with_layout
+from oracle import FP64
+
+from benchmarks.baselines import tf32
+from benchmarks.parity import Judge, Parity
+from benchmarks.records import Records
+from localsgd_ext.train import environment
+
+# Of x and z, and whether fp32 may be rounded to tf32; parameters are fp32, or fp64 beside fp64.
+DTYPES = {
+    "fp32": (torch.float32, torch.float32, False),
+    "tf32": (torch.float32, torch.float32, True),
+    "bf16": (torch.bfloat16, torch.bfloat16, False),
+    "fp16": (torch.float16, torch.float16, False),
+    "fp64": (FP64, FP64, False),
+    "fp32-bf16": (torch.float32, torch.bfloat16, False),
+    "fp16-fp32": (torch.float16, torch.float32, False),
+}
+
+
+def todo(pattern: str = "") -> Iterator[tuple[str, Case, str, str]]:
+    for case in CASES:
+        if re.search(pattern, case.name):
+            for dtype in DTYPES:
+                for layout in LAYOUTS:
+                    yield f"{case.name}|{dtype}|{layout}", case, dtype, layout
+
+
+def judge(case: Case, dtype: str, layout: str, device: str) -> dict[str, Parity]:
+    """The correlation by each algorithm, and the update with ``auto``'s."""
+    x_dtype, z_dtype, rounded = DTYPES[dtype]
+    x, weight, bias = case.sample(FP64, device)
+    z = case.forward(x, weight, bias).to(z_dtype)
+    parameters = FP64 if FP64 in (x_dtype, z_dtype) else torch.float32
+    weight, bias = weight.to(parameters), None if bias is None else bias.to(parameters)
+    with tf32(rounded):
+        judge = Judge(case, with_layout(x.to(x_dtype), layout, case), with_layout(z, layout, case), weight, bias)
+        return {algorithm: judge.correlation(algorithm) for algorithm in case.algorithms} | {"update": judge.update("auto")}
+
+
+def row(case: Case, dtype: str, layout: str, device: str) -> dict[str, Any]:
+    try:
+        verdicts = judge(case, dtype, layout, device)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return {"status": "ERROR", "why": str(error).splitlines()[0]}
+    failed = [algorithm for algorithm, parity in verdicts.items() if not parity.ok]
+    return {
+        "status": "FAILED" if failed else "ok",
+        "failed": failed,
+        "parity": {algorithm: parity.as_json() for algorithm, parity in verdicts.items()},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: all agree; 1: some do not; 2: wrong arguments, or no such device; 3: the budget ran out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--budget", type=float, metavar="SECONDS")
+    parser.add_argument("--cases", default="", metavar="REGEX", help="only cases whose name matches")
+    args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
+    start = time.monotonic()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: PyTorch sees no GPU", file=sys.stderr)
+        return 2
+    try:
+        records = Records(args.out, {"environment": environment.describe(args.device)}, resume=args.resume)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    planned = list(todo(args.cases))
+    for count, (key, case, dtype, layout) in enumerate(planned):
+        if key in records.rows:
+            continue
+        if args.budget is not None and time.monotonic() - start > args.budget:
+            records.save()
+            print(f"{count} of {len(planned)} done: go on with --resume", file=sys.stderr)
+            return 3
+        records.rows[key] = row(case, dtype, layout, args.device)
+        if count % 20 == 0:
+            records.save()
+        if records.rows[key]["status"] != "ok":
+            print(key, records.rows[key], file=sys.stderr, flush=True)
+    records.save()
+    bad = [key for key, _, _, _ in planned if records.rows[key]["status"] != "ok"]
+    print(f"{len(planned) - len(bad)} of {len(planned)} agree with fp64")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Results on disk: one JSON file, written whole after every row, so that a killed run can go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from localsgd_ext.train.files import read_json, write_json
+
+# Rows may be mixed in one file only if these agree.
+MUST_AGREE = ("torch", "cpu", "threads", "gpu", "cuda", "cudnn", "git_commit", "compiled_kernels")
+
+
+class Records:
+    """Rows by key, beside what they were measured on. ``path=None`` keeps them in memory."""
+
+    def __init__(self, path: Path | None, header: Mapping[str, Any], *, resume: bool = False) -> None:
+        """Raises ``ValueError`` if ``path`` exists and ``resume`` is off, or holds what was measured on something else."""
+        self.path = path
+        self.content: dict[str, Any] = {**header, "rows": {}}
+        if path is None:
+            return
+        if path.exists():
+            if not resume:
+                raise ValueError(f"{path} exists: --resume goes on with it, another --out leaves it alone")
+            before = read_json(path)
+            old, new = before.get("environment", {}), header.get("environment", {})
+            for key in MUST_AGREE:
+                if old.get(key) != new.get(key):
+                    raise ValueError(f"{path} was measured with {key} {old.get(key)!r}, this is {new.get(key)!r}")
+            self.content["rows"] = before["rows"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        return self.content["rows"]  # type: ignore[no-any-return]
+
+    def add(self, key: str, row: Mapping[str, Any]) -> None:
+        self.rows[key] = dict(row)
+        self.save()
+
+    def save(self) -> None:
+        if self.path is not None:
+            write_json(self.path, self.content)

@@ -1,0 +1,128 @@
+"""How long functions take: all of them in turn, round after round, so that drift hits them alike; the median counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Protocol
+
+import torch
+
+from localsgd_ext import roofline
+
+Function = Callable[[], object]
+WARM_UPS = 3
+MOST_ROUNDS, LEAST_ROUNDS = 100, 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    us: float
+    best_us: float
+    runs: int
+    how: str
+    """``"graph"``: replay of a CUDA graph between two events; ``"events"``: the call itself between them; ``"clock"``: on a CPU."""
+
+
+class Timer(Protocol):
+    device: roofline.Device
+    """With the launch cost measured."""
+
+    def measure(self, functions: Mapping[str, Function], seconds: float) -> dict[str, Timing]: ...
+
+
+def _rounds(one_round: float, seconds: float) -> int:
+    return max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / max(one_round, 1e-9))))
+
+
+def _timing(us: list[float], how: str) -> Timing:
+    return Timing(median(us), min(us), len(us), how)
+
+
+class CpuTimer:
+    """Wall-clock time. The roofline is that of this machine as a GEMM and a copy have it, not of a data sheet."""
+
+    def __init__(self) -> None:
+        a, b = torch.randn(1024, 1024), torch.empty(1024, 1024)
+        long, copy = torch.zeros(16 << 20), torch.zeros(16 << 20)
+        one = torch.zeros(1)
+        functions = {"empty": lambda: one.add_(1), "gemm": lambda: torch.mm(a, a, out=b), "copy": lambda: copy.copy_(long)}
+        # Each alone; a ceiling is what was reached once.
+        us = {name: self.measure({name: function}, 0.2)[name].best_us for name, function in functions.items()}
+        self.device = roofline.Device(
+            "this CPU, by a GEMM and a copy", None, torch.get_num_threads(), 2 * 4 * (16 << 20) / us["copy"] * 1e6, 0,
+            {"fp32": 2 * 1024**3 / us["gemm"] * 1e6}, us["empty"],
+        )  # fmt: skip
+
+    def measure(self, functions: Mapping[str, Function], seconds: float) -> dict[str, Timing]:
+        clock = time.perf_counter
+        for function in functions.values():
+            function()
+        start = clock()
+        for function in functions.values():
+            function()
+        rounds = _rounds(clock() - start, seconds)
+        times: dict[str, list[float]] = {name: [] for name in functions}
+        for _ in range(rounds):
+            for name, function in functions.items():
+                start = clock()
+                function()
+                times[name].append(clock() - start)
+        return {name: _timing([1e6 * value for value in values], "clock") for name, values in times.items()}
+
+
+class CudaTimer:
+    """Device time, from cold caches: between two runs a buffer of at least twice the size of the second-level cache is
+    overwritten, which also takes longer than the host needs to queue the next run."""
+
+    def __init__(self) -> None:
+        properties = torch.cuda.get_device_properties()
+        self._flush = torch.empty(max(2 * properties.L2_cache_size, 256 << 20), dtype=torch.int8, device="cuda")
+        one = torch.zeros(1, device="cuda")
+        self.device = roofline.device(properties)
+        self.device = self.device.measured(self.measure({"empty": lambda: one.add_(1)}, 0.1)["empty"].us)
+
+    def measure(self, functions: Mapping[str, Function], seconds: float) -> dict[str, Timing]:
+        calls, how = {}, {}
+        for name, function in functions.items():
+            calls[name], how[name] = self._captured(function)
+        self._round(calls)
+        start = time.perf_counter()
+        self._round(calls)
+        rounds = _rounds(time.perf_counter() - start, seconds)
+        results = [self._round(calls) for _ in range(rounds)]
+        return {name: _timing([result[name] for result in results], how[name]) for name in functions}
+
+    def _round(self, calls: Mapping[str, Function]) -> dict[str, float]:
+        marks = {}
+        for name, call in calls.items():
+            self._flush.zero_()
+            marks[name] = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            marks[name][0].record()
+            call()
+            marks[name][1].record()
+        torch.cuda.synchronize()
+        return {name: 1e3 * begin.elapsed_time(end) for name, (begin, end) in marks.items()}
+
+    def _captured(self, function: Function) -> tuple[Function, str]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):  # cuDNN's search, compilation
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                function()
+        except RuntimeError:  # what synchronises cannot be captured
+            torch.cuda.synchronize()
+            return function, "events"
+        return graph.replay, "graph"
+
+
+def timer_for(device: str) -> Timer:
+    return CudaTimer() if torch.device(device).type == "cuda" else CpuTimer()

@@ -1,0 +1,35 @@
+#include "library.h"
+
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+namespace localsgd {
+
+// Rounded to the operands' dtype: hence not in fp16, whose range a sum over positions exceeds.
+at::Tensor library_correlation(const Layer& layer) {
+    const Geometry& g = layer.geometry;
+    auto common = c10::promoteTypes(layer.x.scalar_type(), layer.z->scalar_type());
+    if (common == at::kHalf) common = at::kFloat;
+    at::Tensor x = layer.x.to(common);
+    const at::Tensor z = layer.z->to(common);
+    if (g.dims == 0) return at::mm(z.t(), x).to(layer.accumulate);
+    const auto tail = [&](const Triple& t) { return std::vector<int64_t>(t.end() - g.dims, t.end()); };
+    auto padding = tail(g.pad);
+    if (!layer.even_padding) {
+        std::vector<int64_t> flat; // starts at the last dimension
+        for (int i = 2; i > 2 - g.dims; --i) {
+            const int64_t needed = (g.output[i] - 1) * g.stride[i] + (g.kernel[i] - 1) * g.dilation[i] + 1;
+            flat.insert(flat.end(), {g.pad[i], needed - g.input[i] - g.pad[i]});
+        }
+        x = at::constant_pad_nd(x, flat);
+        padding.assign(g.dims, 0);
+    }
+    const at::Tensor like = at::empty(layer.weight.sizes(), x.options());
+    const auto gradients = at::convolution_backward(z, x, like, std::nullopt, tail(g.stride), padding, tail(g.dilation), false,
+                                                    std::vector<int64_t>(g.dims, 0), g.groups, {false, true, false});
+    return std::get<1>(gradients).contiguous().to(layer.accumulate);
+}
+
+} // namespace localsgd

@@ -16,7 +16,7 @@ CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu
 BUILD_INPUTS := setup.py localsgd_ext/_cuda_toolkit.py csrc/sources.txt $(wildcard $(shell find csrc -type f))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test native emulated lint format bench clean
+.PHONY: help venv build demo test native mutants emulated lint format bench clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ native: venv ## Build the kernels without Python or PyTorch and run their C++ te
 	$(BIN)/cmake -S . -B build/native -DLOCALSGD_CUDA=OFF # the extension's build has compiled those; here they are emulated
 	$(BIN)/cmake --build build/native --parallel 2
 	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=error
+
+mutants: venv ## Plant every fault in the device code, one at a time, and see the emulated tests fail (half an hour on 2 idle cores; goes on where it was)
+	$(BIN)/python tests/native/mutations.py --jobs 2
 
 lint: venv ## Check formatting, style and types
 	@failed=0; \

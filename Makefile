@@ -10,7 +10,7 @@ DEMO_FLAGS ?= --data glyphs --methods sgd,freeze,local --seeds 1 --train-size 40
 
 # What runs a second time with the CUDA kernels, on an emulated GPU.
 EMULATED_TESTS := tests/emulated tests/test_ops.py tests/test_ops_update.py tests/test_ops_errors.py tests/test_ops_compile.py \
-  tests/test_learning_proofs.py tests/test_learning_modules.py tests/test_checkpointing.py tests/test_compiled_training.py
+  tests/test_learning_proofs.py tests/test_learning_modules.py tests/test_checkpointing.py tests/test_compiled_training.py tests/gpu/test_gpu_semantics.py
 
 CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py localsgd_ext/_cuda_toolkit.py csrc/sources.txt $(wildcard $(shell find csrc -type f))

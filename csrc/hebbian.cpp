@@ -33,7 +33,7 @@ at::Tensor no_correlation(const Layer& layer) {
 }
 
 // Whether the CUDA kernels are to run.
-bool on_gpu(const at::Tensor& tensor) {
+[[maybe_unused]] bool on_gpu(const at::Tensor& tensor) {
 #if defined(LOCALSGD_WITH_CUDA)
     return tensor.device().type() == cuda::kDeviceType;
 #else

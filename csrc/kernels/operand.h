@@ -67,7 +67,9 @@ inline Element element_of(Kind kind) {
 }
 
 // What a core multiplies.
-inline Kind operand_kind(Core core) { return core == Core::mma_bf16 ? Kind::bf16 : core == Core::mma_f16 ? Kind::f16 : Kind::f32; }
+inline Kind operand_kind(Core core) {
+    return core == Core::mma_bf16 ? Kind::bf16 : core == Core::mma_f16 ? Kind::f16 : Kind::f32;
+}
 
 inline bool multiple_of_4(int64_t n) { return n % 4 == 0; }
 

@@ -12,12 +12,12 @@ struct ProductPathOf {
     using Type = PipelinedMma<MmaTile<kProductCore, kSize, kSize>>;
     static constexpr bool kExists = Type::kExists;
 };
-// Of sm_75, where fp16 is all that matrix units multiply: kernels with this product are not compiled for others, but emulated,
-// as which GPU that is turns out at run time.
+// Of sm_75, where fp16 is all that matrix units multiply: kernels with this product are not compiled for others, unless which GPU
+// is emulated turns out at run time.
 template <int kSize, int kThreads>
 struct ProductPathOf<Core::ffma, kSize, kThreads> {
     using Type = FfmaProduct<kSize, kThreads>;
-#if defined(LOCALSGD_EMULATION)
+#if defined(LOCALSGD_EMULATES_ANY_GPU)
     static constexpr bool kExists = true;
 #else
     static constexpr bool kExists = LOCALSGD_ARCH < 800;

@@ -171,7 +171,7 @@ Layer canonical(const LayerArguments& a) {
     }
     Layer layer;
     layer.weight = a.weight;
-    layer.bias = a.bias;
+    if (a.bias) layer.bias = a.bias->resolve_neg().contiguous(); // [K]
     layer.z_is_output = a.z_is_output;
     const bool wide =
         a.x.scalar_type() == at::kDouble || a.weight.scalar_type() == at::kDouble || (a.z && a.z->scalar_type() == at::kDouble);

@@ -202,8 +202,8 @@ void hebbian_update_(const LayerArguments& arguments, const Lr& lr, bool normali
         if (layer.z) check_gpu_dtype(*layer.z, "z");
         const Algorithm chosen = choose(layer, algorithm, benchmark);
         if (is_empty(layer)) return count_skip(skipped, 0);
-        cuda::update(layer, chosen, {step, normalize, skipped});
-        return bump_written({arguments.weight}, skipped);
+        bump_written({arguments.weight}, skipped); // first: where that is forbidden (inference mode), nothing is written
+        return cuda::update(layer, chosen, {step, normalize, skipped});
     }
 #endif
     write_on_cpu({arguments.weight}, {correlate(layer, algorithm, benchmark)}, std::get<double>(step), normalize, skipped);
@@ -235,8 +235,8 @@ void apply_update_(const std::vector<at::Tensor>& weights, const std::vector<at:
             check_gpu_dtype(weights[i], "weight");
             check_gpu_dtype(correlations[i], "correlation");
         }
-        cuda::apply_update(weights, correlations, {step, normalize, skipped});
-        return bump_written(weights, skipped);
+        bump_written(weights, skipped); // as above
+        return cuda::apply_update(weights, correlations, {step, normalize, skipped});
     }
 #endif
     write_on_cpu(weights, correlations, std::get<double>(step), normalize, skipped);

@@ -8,13 +8,13 @@
 namespace localsgd {
 
 // Rounded to the operands' dtype: hence not in fp16, whose range a sum over positions exceeds.
-at::Tensor library_correlation(const Layer& layer) {
+at::Tensor library_gradient(const Layer& layer) {
     const Geometry& g = layer.geometry;
     auto common = c10::promoteTypes(layer.x.scalar_type(), layer.z->scalar_type());
     if (common == at::kHalf) common = at::kFloat;
     at::Tensor x = layer.x.to(common);
     const at::Tensor z = layer.z->to(common);
-    if (g.dims == 0) return at::mm(z.t(), x).to(layer.accumulate);
+    if (g.dims == 0) return at::mm(z.t(), x);
     const auto tail = [&](const Triple& t) { return std::vector<int64_t>(t.end() - g.dims, t.end()); };
     auto padding = tail(g.pad);
     if (!layer.even_padding) {
@@ -29,7 +29,9 @@ at::Tensor library_correlation(const Layer& layer) {
     const at::Tensor like = at::empty(layer.weight.sizes(), x.options());
     const auto gradients = at::convolution_backward(z, x, like, std::nullopt, tail(g.stride), padding, tail(g.dilation), false,
                                                     std::vector<int64_t>(g.dims, 0), g.groups, {false, true, false});
-    return std::get<1>(gradients).contiguous().to(layer.accumulate);
+    return std::get<1>(gradients);
 }
+
+at::Tensor library_correlation(const Layer& layer) { return library_gradient(layer).contiguous().to(layer.accumulate); }
 
 } // namespace localsgd

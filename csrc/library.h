@@ -5,7 +5,10 @@
 
 namespace localsgd {
 
-// D with the weight's shape, contiguous, in layer.accumulate; layer.z must be there.
+// The weight gradient as the library leaves it, in its dtype and order; layer.z must be there.
+at::Tensor library_gradient(const Layer& layer);
+
+// The same as D: contiguous, in layer.accumulate.
 at::Tensor library_correlation(const Layer& layer);
 
 } // namespace localsgd

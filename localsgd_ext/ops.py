@@ -120,9 +120,9 @@ def correlation(
         algorithm: ``"gram"``: ``W·G + bias ⊗ Σx`` with ``G = XXᵀ``; kernels of size 1 and linear layers only.
             ``"depthwise"``: ``groups == C`` only. ``"direct"``: implicit GEMM in bounded workspace.
             ``"library"``: PyTorch's own weight gradient, which is rounded to bfloat16 where both operands are bfloat16. All
-            give the same bits on every run with the same number of threads, also without
-            ``torch.use_deterministic_algorithms``. ``"auto"``: the cheapest eligible one, by cost model or, with
-            :data:`benchmark`, by timing; never ``"gram"`` for a ``z`` that was not promised to be the output.
+            others give the same bits on every run with the same number of threads, also without
+            ``torch.use_deterministic_algorithms``; ``"library"`` does as far as the library does. ``"auto"``: the cheapest
+            eligible one, by cost model or, with :data:`benchmark`, by timing; never ``"gram"`` for a ``z`` that was not promised to be the output.
 
     Returns:
         ``D`` with ``weight``'s shape, contiguous, ``float32`` or ``float64``.
@@ -347,7 +347,11 @@ def _spread(value: Sequence[int]) -> IntOrTuple:
     return value[0] if len(value) == 1 else tuple(value)
 
 
-@torch.library.custom_op("localsgd_ext::correlation", mutates_args=())
+# Not to be recorded by torch.compile's own CUDA graphs ("reduce-overhead"), whose memory pools may hold no workspace of ours.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("localsgd_ext::correlation", mutates_args=(), tags=_TAGS)
 def _correlation_op(
     x: Tensor,
     z: Tensor | None,
@@ -373,7 +377,7 @@ def _(x: Tensor, z: Tensor | None, weight: Tensor, *_args: Any) -> Tensor:
     return torch.empty(weight.shape, dtype=accumulate_dtype(x, z, weight), device=weight.device)
 
 
-@torch.library.custom_op("localsgd_ext::hebbian_update_", mutates_args=("weight", "skipped"))
+@torch.library.custom_op("localsgd_ext::hebbian_update_", mutates_args=("weight", "skipped"), tags=_TAGS)
 def _hebbian_update_op(
     weight: Tensor,
     x: Tensor,
@@ -403,7 +407,7 @@ def _(*_args: Any) -> None:
     return None
 
 
-@torch.library.custom_op("localsgd_ext::apply_update_", mutates_args=("weights", "skipped"))
+@torch.library.custom_op("localsgd_ext::apply_update_", mutates_args=("weights", "skipped"), tags=_TAGS)
 def _apply_update_op(
     weights: Sequence[Tensor],
     correlations: Sequence[Tensor],

@@ -39,7 +39,7 @@ void launch(const Problem& problem, const Layer& layer, const Target& target, co
     const auto config =
         device.with_prepared(key_of(layer), [&](Prepared& kept) { return config_of(kept, problem, device.chips()); });
     const Stream stream = current_stream(where);
-    device.with_workspace(bytes_of(problem, config), stream, [&](void* workspace) {
+    device.with_workspace(bytes_of(problem, config), stream, [&](const Scratch& workspace) {
         check(step ? correlate_and_update(problem, config, target, *step, workspace, stream.raw)
                    : cuda::correlate(problem, config, target, workspace, stream.raw),
               "launch of a correlation kernel");
@@ -90,6 +90,13 @@ DeviceRule device_rule(const Rule& rule, at::Device device) {
     return r;
 }
 
+// Whether two tensors of one shape hold their elements in the same order; dimensions of size 1 may have any stride.
+bool same_order(const at::Tensor& a, const at::Tensor& b) {
+    for (int64_t i = 0; i < a.dim(); ++i)
+        if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
+    return true;
+}
+
 // The elapsed time of what `run` launches.
 template <class Run>
 double elapsed_us(const Run& run, const Stream& stream) {
@@ -134,6 +141,7 @@ double median_us(const Layer& layer, Algorithm algorithm) {
 template <class Read>
 auto with_plan(const Layer& layer, const Query& query, bool benchmark, const Read& read) {
     const at::Device where = layer.weight.device();
+    const DeviceGuard guard(where); // the events that measure are the current device's
     Device& device = state_of(where);
     const Key key = key_of(layer);
     const bool measure = benchmark && current_stream(where).capture == 0; // a capture runs nothing that could be timed
@@ -146,8 +154,18 @@ auto with_plan(const Layer& layer, const Query& query, bool benchmark, const Rea
     });
     if (known) return *known;
     Plan plan = estimated_plan(layer, query, device.chips());
-    for (Candidate& candidate : plan.candidates)
-        if (candidate.automatic) candidate.measured_us = median_us(layer, candidate.algorithm);
+    for (Candidate& candidate : plan.candidates) {
+        if (!candidate.automatic) continue;
+        try {
+            candidate.measured_us = median_us(layer, candidate.algorithm);
+        } catch (const c10::Error& error) { // out of memory, or no such function in the library: the others may do
+            candidate.automatic = false;
+            candidate.why_not = std::string("failed when timed: ") + error.what_without_backtrace();
+        }
+    }
+    const bool any =
+        std::any_of(plan.candidates.begin(), plan.candidates.end(), [](const Candidate& c) { return c.automatic; });
+    TORCH_CHECK(any, "no algorithm could be timed; localsgd_ext.benchmark = False leaves the choice to estimates");
     pick_by_measurement(plan);
     return device.with_prepared(key, [&](Prepared& kept) {
         if (!kept.measured) kept.measured = plan; // another thread's timing, if it came first
@@ -184,7 +202,7 @@ at::Tensor correlate(const Layer& given, Algorithm algorithm) {
 void update(const Layer& given, Algorithm algorithm, const Rule& rule) {
     const DeviceGuard guard(given.weight.device());
     const Layer layer = with_output(given, algorithm);
-    if (!is_ours(algorithm)) return apply_update({layer.weight}, {library_correlation(layer)}, rule);
+    if (!is_ours(algorithm)) return apply_update({layer.weight}, {library_gradient(layer)}, rule);
     const DeviceRule device = device_rule(rule, layer.weight.device());
     launch(layer, algorithm, target_of(layer.weight), &device.step);
 }
@@ -199,8 +217,8 @@ void apply_update(const std::vector<at::Tensor>& weights, const std::vector<at::
         const at::Tensor& weight = weights[i];
         dense[i] = weight.is_non_overlapping_and_dense() ? weight : weight.contiguous(); // a slice: through a dense copy
         ds[i] = correlations[i];
-        if (ds[i].strides() != dense[i].strides()) { // e.g. a channels_last weight
-            ds[i] = at::empty_like(dense[i], correlations[i].options());
+        if (ds[i].scalar_type() != at::kFloat || !same_order(ds[i], dense[i])) { // e.g. a channels_last weight
+            ds[i] = at::empty_like(dense[i], correlations[i].options().dtype(at::kFloat));
             ds[i].copy_(correlations[i]);
         }
         items.push_back(
@@ -209,7 +227,7 @@ void apply_update(const std::vector<at::Tensor>& weights, const std::vector<at::
     const int count = static_cast<int>(items.size());
     const Stream stream = current_stream(where);
     Device& state = state_of(where);
-    state.with_workspace(apply_workspace_bytes(items.data(), count), stream, [&](void* workspace) {
+    state.with_workspace(apply_workspace_bytes(items.data(), count), stream, [&](const Scratch& workspace) {
         check(cuda::apply_update(items.data(), count, device.step, device.skipped_stride, state.chips().apply, workspace,
                                  stream.raw),
               "launch of the apply kernel");

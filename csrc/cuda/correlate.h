@@ -31,6 +31,7 @@ at::Tensor correlate(const Layer& layer, Algorithm algorithm);
 // weight += lr * D / ||D||, in one launch where the grid fits the chip.
 void update(const Layer& layer, Algorithm algorithm, const Rule& rule);
 
+// Correlations of any floating dtype.
 void apply_update(const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& correlations, const Rule& rule);
 
 } // namespace localsgd::cuda

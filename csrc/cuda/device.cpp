@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include <ATen/ops/zeros.h>
+
 namespace localsgd::cuda {
 namespace {
 
@@ -28,25 +30,38 @@ Device::Device(at::Device device) : device_(device) {
     check(query_chip(chips_.apply), "apply kernel");
     chips_.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
     chips_.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
-    chips_.clocks_per_us = attribute(cudaDevAttrClockRate) / 1e3; // given in kHz
-    // Two transfers a clock, whatever the memory's generation calls its clock.
-    chips_.bytes_per_us = 2.0 * attribute(cudaDevAttrMemoryClockRate) / 1e3 * attribute(cudaDevAttrGlobalMemoryBusWidth) / 8;
+    // In kHz; some drivers no longer tell. Two transfers a clock of memory, whatever its generation calls a clock.
+    const auto told = [](int value, double otherwise) { return value > 0 ? value / 1e3 : otherwise; };
+    chips_.clocks_per_us = told(attribute(cudaDevAttrClockRate), 1500);
+    chips_.bytes_per_us =
+        2 * told(attribute(cudaDevAttrMemoryClockRate), 2000) * std::max(128, attribute(cudaDevAttrGlobalMemoryBusWidth)) / 8;
+    TORCH_CHECK(current_stream(device).capture == 0,
+                "the first update on a device must not be captured in a CUDA graph: make one before, as any graph needs it");
+    barriers_ = at::zeros({kBarriers * kBarrierSpacing}, at::TensorOptions().dtype(at::kInt).device(device));
 }
 
-void* Device::workspace(size_t bytes, const Stream& stream) {
+Scratch Device::scratch(size_t bytes, const Stream& stream) {
     Buffers& buffers = buffers_[stream.raw];
     if (stream.capture && buffers.capture != stream.capture) {
-        buffers.captured.reset(); // an earlier graph's, which keeps that memory for itself
+        buffers.captured = {at::Tensor(), nullptr}; // an earlier graph's, which keeps that memory for itself
         buffers.capture = stream.capture;
     }
-    at::Tensor& memory = stream.capture ? buffers.captured : buffers.eager;
+    auto& [memory, barrier] = stream.capture ? buffers.captured : buffers.eager;
+    if (!barrier)
+        barrier =
+            reinterpret_cast<unsigned*>(barriers_.mutable_data_ptr<int>()) + barriers_used_++ % kBarriers * kBarrierSpacing;
     if (!memory.defined() || memory.nbytes() < bytes) {
-        largest_ = std::max(largest_, (bytes + (1 << 20) - 1) >> 20 << 20);
+        const auto options = at::TensorOptions().dtype(at::kByte).device(device_);
+        const size_t size = (bytes + (1 << 20) - 1) >> 20 << 20;
         memory.reset(); // before the new one is taken: the allocator may then extend it
-        memory = allocate({static_cast<int64_t>(largest_)}, at::TensorOptions().dtype(at::kByte).device(device_));
-        memory.narrow(0, 0, kWorkspaceHeader).zero_();
+        try {
+            memory = allocate({static_cast<int64_t>(std::max(size, largest_))}, options); // so that it need not grow again
+        } catch (const c10::OutOfMemoryError&) {
+            memory = allocate({static_cast<int64_t>(size)}, options);
+        }
+        largest_ = std::max(largest_, size);
     }
-    return memory.mutable_data_ptr();
+    return {barrier, memory.mutable_data_ptr()};
 }
 
 Device& state_of(at::Device device) {

@@ -49,13 +49,13 @@ class Device {
 
     const Chips& chips() const { return chips_; }
 
-    // Calls use(memory) with a workspace for one launch on `stream`, its header as kernels need it. Every stream has its own,
-    // which only grows; during a graph capture it comes from the graph's own memory, so that replays touch nothing that eager
-    // launches use. `use` must only launch.
+    // Calls use(scratch) with a workspace for one launch on `stream`. Every stream has its own, which only grows; during a
+    // graph capture it comes from the graph's own memory, so that replays touch nothing that eager launches use. Nothing is
+    // zeroed: barriers are handed out from an array that was, and each launch leaves its own ready. `use` must only launch.
     template <class Use>
     void with_workspace(size_t bytes, const Stream& stream, const Use& use) {
         const std::lock_guard lock(workspace_mutex_); // or another thread could replace it before the launch
-        use(workspace(bytes, stream));
+        use(scratch(bytes, stream));
     }
 
     // Finds or makes what is kept under `key`. `use` must not come back here.
@@ -67,13 +67,19 @@ class Device {
     }
 
   private:
+    struct Buffer {
+        at::Tensor memory;
+        unsigned* barrier = nullptr;
+    };
     struct Buffers {
-        at::Tensor eager, captured;
+        Buffer eager, captured;
         uint64_t capture = 0;
     };
+    // A barrier for each stream and each graph captured on it; the 4096th graph shares the first one's, which is long gone.
+    static constexpr int64_t kBarriers = 4096, kBarrierSpacing = 8; // 32 bytes apart
     static constexpr size_t kMostPrepared = 4096;
 
-    void* workspace(size_t bytes, const Stream& stream);
+    Scratch scratch(size_t bytes, const Stream& stream);
 
     at::Device device_;
     Chips chips_;
@@ -81,6 +87,8 @@ class Device {
     std::unordered_map<Key, Prepared, KeyHash> prepared_;
     std::unordered_map<cudaStream_t, Buffers> buffers_;
     size_t largest_ = 0; // of all workspaces
+    at::Tensor barriers_;
+    int64_t barriers_used_ = 0;
 };
 
 // The state of a device, made at its first use. Throws what `unavailable` says.

@@ -1,6 +1,7 @@
 #include "problems.h"
 
 #include <ATen/Context.h>
+#include <torch/version.h>
 
 namespace localsgd::cuda {
 namespace {
@@ -38,7 +39,17 @@ Kind output_kind(const Layer& layer) {
 
 bool tf32_allowed(const Layer& layer) {
     const auto& context = at::globalContext();
-    return layer.geometry.dims == 0 ? context.allowTF32CuBLAS() : context.allowTF32CuDNN();
+    const bool linear = layer.geometry.dims == 0;
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 14
+    const auto op = linear ? at::Float32Op::MATMUL : at::Float32Op::CONV;
+    return context.float32Precision(at::Float32Backend::CUDA, op) == at::Float32Precision::TF32;
+#else
+    try {
+        return linear ? context.allowTF32CuBLAS() : context.allowTF32CuDNN();
+    } catch (const c10::Error&) { // set through the newer interface, which these refuse: rather exact than wrong
+        return false;
+    }
+#endif
 }
 
 DirectProblem direct_problem(const Layer& layer) {

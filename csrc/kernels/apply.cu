@@ -35,7 +35,7 @@ size_t apply_workspace_bytes(const ApplyItem* items, int count) {
 }
 
 cudaError_t apply_update(const ApplyItem* items, int count, const Step& step, int skipped_stride, const ApplyChip& chip,
-                         void* workspace, cudaStream_t stream) {
+                         const Scratch& workspace, cudaStream_t stream) {
     for (int first = 0; first < count; first += kApplyTensors) {
         ApplyParams p{};
         p.count = std::min(count - first, kApplyTensors);

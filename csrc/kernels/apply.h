@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "platform.cuh"
+#include "workspace.h"
 
 namespace localsgd::cuda {
 
@@ -26,6 +27,6 @@ size_t apply_workspace_bytes(const ApplyItem* items, int count);
 // W_i += lr * D_i / ||D_i|| with a norm for each tensor. One launch for every kApplyTensors tensors (two without cooperative
 // launches). `skipped_stride` 1: step.skipped is an array of a counter each.
 cudaError_t apply_update(const ApplyItem* items, int count, const Step& step, int skipped_stride, const ApplyChip& chip,
-                         void* workspace, cudaStream_t stream);
+                         const Scratch& workspace, cudaStream_t stream);
 
 } // namespace localsgd::cuda

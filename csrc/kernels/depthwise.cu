@@ -111,7 +111,8 @@ size_t shared_bytes(const DepthwiseConfig& c, const Geometry& g) {
     return sizeof(float) * static_cast<size_t>(std::max<int64_t>(tile * kPitch, kDepthwiseWarps * c.chunk_columns * kSlice));
 }
 
-DepthwiseParams params_of(const DepthwiseProblem& problem, const DepthwiseConfig& c, const Target& target, void* workspace) {
+DepthwiseParams params_of(const DepthwiseProblem& problem, const DepthwiseConfig& c, const Target& target,
+                          const Scratch& workspace) {
     const Geometry& g = problem.geometry;
     DepthwiseParams p{};
     p.x = operand_of(problem.x, g.input, c.x_gather);
@@ -237,15 +238,15 @@ size_t workspace_bytes(const DepthwiseConfig& c) {
                         size_t(c.slices) * c.tap_chunks * c.chunk_rows * c.chunk_columns * c.splits * kSlice);
 }
 
-cudaError_t correlate(const DepthwiseProblem& problem, const DepthwiseConfig& config, const Target& target, void* workspace,
-                      cudaStream_t stream) {
+cudaError_t correlate(const DepthwiseProblem& problem, const DepthwiseConfig& config, const Target& target,
+                      const Scratch& workspace, cudaStream_t stream) {
     DepthwiseParams p = params_of(problem, config, target, workspace);
     p.to_target = true;
     return run(p, config, kReduce, stream);
 }
 
 cudaError_t correlate_and_update(const DepthwiseProblem& problem, const DepthwiseConfig& config, const Target& target,
-                                 const Step& step, void* workspace, cudaStream_t stream) {
+                                 const Step& step, const Scratch& workspace, cudaStream_t stream) {
     DepthwiseParams p = params_of(problem, config, target, workspace);
     p.step = step;
     return run(p, config, kWrite, stream);

@@ -52,11 +52,11 @@ DepthwiseConfig get_best_config(const DepthwiseProblem& problem, const Depthwise
 size_t workspace_bytes(const DepthwiseConfig& config);
 
 // D to `target` (fp32).
-cudaError_t correlate(const DepthwiseProblem& problem, const DepthwiseConfig& config, const Target& target, void* workspace,
-                      cudaStream_t stream);
+cudaError_t correlate(const DepthwiseProblem& problem, const DepthwiseConfig& config, const Target& target,
+                      const Scratch& workspace, cudaStream_t stream);
 
 // W += lr * D / ||D||, `target` being W; nothing is written and `step.skipped` goes up where ||D|| is 0 or not finite.
 cudaError_t correlate_and_update(const DepthwiseProblem& problem, const DepthwiseConfig& config, const Target& target,
-                                 const Step& step, void* workspace, cudaStream_t stream);
+                                 const Step& step, const Scratch& workspace, cudaStream_t stream);
 
 } // namespace localsgd::cuda

@@ -63,7 +63,7 @@ bool allowed(Core core, const DirectProblem& p) {
 // What cp.async copies is what the matrix units take.
 bool same_type(Core core, const DirectProblem& p) { return p.x.kind == operand_kind(core) && p.z.kind == operand_kind(core); }
 
-DirectParams params_of(const DirectProblem& problem, const DirectConfig& c, const Target& target, void* workspace) {
+DirectParams params_of(const DirectProblem& problem, const DirectConfig& c, const Target& target, const Scratch& workspace) {
     const Geometry& g = problem.geometry;
     DirectParams p{};
     p.x = patches_of(problem.x, g);
@@ -158,7 +158,7 @@ size_t workspace_bytes(const DirectConfig& c) {
     return layout_bytes(static_cast<size_t>(c.blocks), static_cast<size_t>(c.tiles) * c.splits * c.tile_m * c.tile_n);
 }
 
-cudaError_t correlate(const DirectProblem& problem, const DirectConfig& config, const Target& target, void* workspace,
+cudaError_t correlate(const DirectProblem& problem, const DirectConfig& config, const Target& target, const Scratch& workspace,
                       cudaStream_t stream) {
     DirectParams p = params_of(problem, config, target, workspace);
     p.to_target = true;
@@ -166,7 +166,7 @@ cudaError_t correlate(const DirectProblem& problem, const DirectConfig& config, 
 }
 
 cudaError_t correlate_and_update(const DirectProblem& problem, const DirectConfig& config, const Target& target,
-                                 const Step& step, void* workspace, cudaStream_t stream) {
+                                 const Step& step, const Scratch& workspace, cudaStream_t stream) {
     DirectParams p = params_of(problem, config, target, workspace);
     p.step = step;
     return run(p, config, kWrite, stream);

@@ -57,11 +57,11 @@ DirectConfig get_best_config(const DirectProblem& problem, const Chip& chip);
 size_t workspace_bytes(const DirectConfig& config);
 
 // D to `target` (fp32).
-cudaError_t correlate(const DirectProblem& problem, const DirectConfig& config, const Target& target, void* workspace,
+cudaError_t correlate(const DirectProblem& problem, const DirectConfig& config, const Target& target, const Scratch& workspace,
                       cudaStream_t stream);
 
 // W += lr * D / ||D||, `target` being W; nothing is written and `step.skipped` goes up where ||D|| is 0 or not finite.
 cudaError_t correlate_and_update(const DirectProblem& problem, const DirectConfig& config, const Target& target,
-                                 const Step& step, void* workspace, cudaStream_t stream);
+                                 const Step& step, const Scratch& workspace, cudaStream_t stream);
 
 } // namespace localsgd::cuda

@@ -144,7 +144,7 @@ Patches parts_patches(const void* data, int parts, const PartCounts& counts, int
     return p;
 }
 
-GramParams params_of(const GramProblem& problem, const GramConfig& c, const Target& target, void* workspace) {
+GramParams params_of(const GramProblem& problem, const GramConfig& c, const Target& target, const Scratch& workspace) {
     const Geometry& g = problem.geometry;
     const PartCounts parts = parts_of(problem, c.core, c.product);
     GramParams p{};
@@ -286,7 +286,7 @@ size_t workspace_bytes(const GramProblem& problem, const GramConfig& config) {
     return layout_bytes(static_cast<size_t>(config.blocks), layout_of(problem, config).floats());
 }
 
-cudaError_t correlate(const GramProblem& problem, const GramConfig& config, const Target& target, void* workspace,
+cudaError_t correlate(const GramProblem& problem, const GramConfig& config, const Target& target, const Scratch& workspace,
                       cudaStream_t stream) {
     GramParams p = params_of(problem, config, target, workspace);
     p.to_target = true;
@@ -294,7 +294,7 @@ cudaError_t correlate(const GramProblem& problem, const GramConfig& config, cons
 }
 
 cudaError_t correlate_and_update(const GramProblem& problem, const GramConfig& config, const Target& target, const Step& step,
-                                 void* workspace, cudaStream_t stream) {
+                                 const Scratch& workspace, cudaStream_t stream) {
     GramParams p = params_of(problem, config, target, workspace);
     p.step = step;
     return run(p, config, kGramWrite, stream);

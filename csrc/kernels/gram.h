@@ -69,12 +69,12 @@ GramConfig get_best_config(const GramProblem& problem, const GramChip& chip);
 size_t workspace_bytes(const GramProblem& problem, const GramConfig& config);
 
 // D to `target` (fp32).
-cudaError_t correlate(const GramProblem& problem, const GramConfig& config, const Target& target, void* workspace,
+cudaError_t correlate(const GramProblem& problem, const GramConfig& config, const Target& target, const Scratch& workspace,
                       cudaStream_t stream);
 
 // W += lr * D / ||D||, `target` being problem.weight; nothing is written and `step.skipped` goes up where ||D|| is 0 or not
 // finite.
 cudaError_t correlate_and_update(const GramProblem& problem, const GramConfig& config, const Target& target, const Step& step,
-                                 void* workspace, cudaStream_t stream);
+                                 const Scratch& workspace, cudaStream_t stream);
 
 } // namespace localsgd::cuda

@@ -47,13 +47,21 @@ struct Grid {
 
 template <class Params, class Phase>
 cudaError_t launch_phases(void (*kernel)(Params), const Grid& grid, Params p, Phase first, Phase last, cudaStream_t stream) {
+    const auto run = [&](Phase from, Phase to, bool cooperative) {
+        p.first = from;
+        p.last = to;
+        return launch(kernel, dim3(static_cast<unsigned>(grid.blocks)), dim3(static_cast<unsigned>(grid.threads)),
+                      grid.shared_bytes, cooperative, stream, p);
+    };
+    if (grid.cooperative) {
+        const cudaError_t error = run(first, last, true);
+        // Less may fit than the runtime said, beside other processes or under a debugger: the other way gives the same bits.
+        if (error != cudaErrorCooperativeLaunchTooLarge) return error;
+        cudaGetLastError();
+    }
     for (int phase = first; phase <= last; ++phase) {
-        p.first = static_cast<Phase>(phase);
-        p.last = grid.cooperative ? last : p.first;
-        const cudaError_t error =
-            launch(kernel, dim3(static_cast<unsigned>(grid.blocks)), dim3(static_cast<unsigned>(grid.threads)),
-                   grid.shared_bytes, grid.cooperative, stream, p);
-        if (error != cudaSuccess || grid.cooperative) return error;
+        const cudaError_t error = run(static_cast<Phase>(phase), static_cast<Phase>(phase), false);
+        if (error != cudaSuccess) return error;
     }
     return cudaSuccess;
 }

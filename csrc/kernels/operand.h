@@ -103,7 +103,7 @@ inline Patches patches_of(const Operand& o, const Geometry& geometry) {
     p.element = element_of(o.kind);
     p.positions = static_cast<int>(g.positions());
     p.columns = static_cast<int>(g.patch());
-    p.batch_stride = s.batch;
+    p.batch_stride = g.batch == 1 ? 0 : s.batch; // what is never stepped along may have any stride, aligned or not
     p.group_stride = static_cast<int>(g.in_per_group() * s.channel);
     p.channel_stride = static_cast<int>(s.channel);
     p.image = fast_div(std::max<int64_t>(1, g.image_positions()));
@@ -115,7 +115,7 @@ inline Patches patches_of(const Operand& o, const Geometry& geometry) {
     p.tap_plane = fast_div(std::max<int64_t>(1, g.kernel[1] * g.kernel[2]));
     p.tap_row = fast_div(std::max<int64_t>(1, g.kernel[2]));
     for (int d = 0; d < 3; ++d) {
-        p.space_stride[d] = static_cast<int>(s.space[d]);
+        p.space_stride[d] = g.input[d] == 1 ? 0 : static_cast<int>(s.space[d]);
         p.stride[d] = static_cast<int>(g.stride[d]);
         p.pad[d] = static_cast<int>(g.pad[d]);
         p.dilation[d] = static_cast<int>(g.dilation[d]);

@@ -18,6 +18,14 @@ EXPORTED void localsgd_emulate(unsigned seed, unsigned multiprocessors, unsigned
     localsgd::cuda::forget_devices();
 }
 
+// Whether a multiprocessor holds one block, though the runtime told otherwise.
+EXPORTED void localsgd_shrink(int yes) {
+    static unsigned told = 0;
+    auto& blocks = emulation::options().blocks_per_multiprocessor;
+    if (yes) told = blocks;
+    blocks = yes ? 1 : told;
+}
+
 namespace {
 using Memory = emulation::Guarded<unsigned char>;
 std::mutex mutex;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -217,3 +218,49 @@ def test_explain_shows_the_share_of_the_roofline(monkeypatch: pytest.MonkeyPatch
     if table.layers[0].pick == "library":
         expected += apply.roofline_us(roofline.DEVICES["H200"])
     assert table.layers[0].roofline_us == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_strided_bias_is_read_by_its_strides() -> None:
+    case, x, z, weight, _ = layer("gram")
+    wide = torch.randn(2 * 24)
+    results = [
+        ops.correlation(x, z, weight, bias=bias, algorithm="gram", **case.arguments) for bias in (wide[::2], wide[::2].clone())
+    ]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_torchs_newer_way_to_allow_tf32(precision: str) -> None:
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
+    try:
+        conv.fp32_precision = matmul.fp32_precision = precision
+        core = "mma_tf32" if precision == "tf32" else "ffma"
+        case, x, z, weight, bias = layer("direct")
+        assert configuration(x, z, weight, bias, "direct", **case.arguments).startswith(core)
+        x, weight = torch.randn(64, 32), torch.randn(48, 32)
+        assert configuration(x, x @ weight.T, weight, None, "direct").startswith(core)
+    finally:
+        conv.fp32_precision, matmul.fp32_precision = before
+
+
+def test_a_weight_that_may_not_be_written_is_not() -> None:
+    case, x, z, weight, bias = layer("direct")
+    with torch.inference_mode():
+        frozen = weight.clone()
+    for algorithm in ("direct", "library"):
+        with pytest.raises(RuntimeError, match="inference tensor"):
+            ops.hebbian_update_(frozen, x, z, 0.5, bias=bias, algorithm=algorithm, **case.arguments)
+    assert torch.equal(frozen, weight)
+
+
+def test_a_grid_that_does_not_fit_after_all_runs_phase_by_phase() -> None:
+    case, x, z, weight, bias = layer("direct")
+    blocks = int(re.search(r"(\d+) blocks of", configuration(x, z, weight, bias, "direct", **case.arguments)).group(1))  # type: ignore[union-attr]
+    assert blocks > 3  # more than one for each multiprocessor
+    first = updated("direct")
+    gpu.library().localsgd_shrink(1)  # beside another process, say
+    try:
+        assert torch.equal(updated("direct"), first)
+    finally:
+        gpu.library().localsgd_shrink(0)

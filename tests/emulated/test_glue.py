@@ -256,8 +256,9 @@ def test_a_weight_that_may_not_be_written_is_not() -> None:
 
 def test_a_grid_that_does_not_fit_after_all_runs_phase_by_phase() -> None:
     case, x, z, weight, bias = layer("direct")
-    blocks = int(re.search(r"(\d+) blocks of", configuration(x, z, weight, bias, "direct", **case.arguments)).group(1))  # type: ignore[union-attr]
-    assert blocks > 3  # more than one for each multiprocessor
+    found = re.search(r"(\d+) blocks of", configuration(x, z, weight, bias, "direct", **case.arguments))
+    assert found
+    assert int(found[1]) > 3  # more than one for each multiprocessor
     first = updated("direct")
     gpu.library().localsgd_shrink(1)  # beside another process, say
     try:

@@ -122,7 +122,8 @@ def correlation(
             ``"library"``: PyTorch's own weight gradient, which is rounded to bfloat16 where both operands are bfloat16. All
             others give the same bits on every run with the same number of threads, also without
             ``torch.use_deterministic_algorithms``; ``"library"`` does as far as the library does. ``"auto"``: the cheapest
-            eligible one, by cost model or, with :data:`benchmark`, by timing; never ``"gram"`` for a ``z`` that was not promised to be the output.
+            eligible one, by cost model or, with :data:`benchmark`, by timing; never ``"gram"`` for a ``z`` that was not
+            promised to be the output.
 
     Returns:
         ``D`` with ``weight``'s shape, contiguous, ``float32`` or ``float64``.

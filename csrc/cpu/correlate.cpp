@@ -92,13 +92,15 @@ void depthwise_into(const DepthwiseArgs& args, Acc* d) {
         at::parallel_for(0, g.in_channels, 1, [&](int64_t begin, int64_t end) { depthwise_planes<Acc>(args, begin, end, d); });
         return;
     }
-    const int64_t blocks = pixel_blocks(g), size = g.taps() * g.in_channels;
-    const at::Tensor partials = at::empty({blocks, size}, at::TensorOptions().dtype(at::kDouble));
+    const PixelTasks tasks = pixel_tasks(g);
+    const at::Tensor partials = at::empty({tasks.parts, g.taps() * g.in_channels}, at::TensorOptions().dtype(at::kDouble));
     auto* const sums = partials.mutable_data_ptr<double>();
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t block = begin; block < end; ++block) depthwise_pixels<Acc>(args, block, sums + block * size);
+    at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) depthwise_pixels<Acc>(args, task, sums);
     });
-    reduce_pixels(g, sums, d);
+    const int64_t each = tasks.parts * g.taps(); // elements a channel
+    at::parallel_for(0, g.in_channels, std::max<int64_t>(1, 8192 / each),
+                     [&](int64_t begin, int64_t end) { reduce_pixels(g, sums, begin, end, d); });
 }
 
 at::Tensor depthwise(const Layer& layer) {

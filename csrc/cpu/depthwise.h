@@ -1,8 +1,9 @@
 // Depthwise correlation: groups == in_channels, any number of outputs per channel. Memory-bound: x and z are read once.
 //
-// Two loops, by what is contiguous: `planes` vectorises over an output row (NCHW and any other strides), `pixels` over the
-// channels (channels_last). Both gather a padded tile of the accumulation type first, so that the inner loops have no
-// boundaries and no conversions; their sums have a fixed order that does not depend on the number of threads.
+// Two loops, by what is contiguous: `planes` vectorises over an output row (NCHW and any other strides) and gathers padded
+// planes of the accumulation type first, so that its inner loop has no boundaries and no conversions; `pixels` vectorises over
+// the channels (channels_last) and reads the tensors where they lie, unless they must be converted. The sums have a fixed order
+// that does not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -26,13 +27,18 @@ struct DepthwiseArgs {
 template <typename Acc>
 void depthwise_planes(const DepthwiseArgs& args, int64_t channel_begin, int64_t channel_end, Acc* d);
 
-// One output per channel, unit channel strides. The output rows (n, p0, p1) are cut into `pixel_blocks` parts; a part's sum
-// [taps, C] goes to `partial`, and `reduce_pixels` adds the parts in order into D[C, taps].
-int64_t pixel_blocks(const Geometry& geometry);
+// One output per channel, unit channel strides. The output rows (n, p0, p1) are cut into parts, the channels into blocks: a
+// task is a part and a block. A part's sum [taps, C] lies at part * taps * C in `partials`, of which a task writes its block's
+// columns; `reduce_pixels` adds the parts in order into D[C, taps].
+struct PixelTasks {
+    int64_t parts, blocks, block_channels;
+    int64_t count() const { return parts * blocks; }
+};
+PixelTasks pixel_tasks(const Geometry& geometry);
 bool pixels_eligible(const DepthwiseArgs& args);
 template <typename Acc>
-void depthwise_pixels(const DepthwiseArgs& args, int64_t block, double* partial);
+void depthwise_pixels(const DepthwiseArgs& args, int64_t task, double* partials);
 template <typename Acc>
-void reduce_pixels(const Geometry& geometry, const double* partials, Acc* d);
+void reduce_pixels(const Geometry& geometry, const double* partials, int64_t channel_begin, int64_t channel_end, Acc* d);
 
 } // namespace localsgd

@@ -83,11 +83,12 @@ void check_depthwise(const Geometry& g, double tolerance) {
         close(d, "planes");
         if (!pixels_eligible(args)) continue;
         CHECK(last || g.in_channels == 1);
-        std::vector<double> partials(pixel_blocks(g) * d.size(), NAN);
-        for (int64_t block = pixel_blocks(g) - 1; block >= 0; --block)
-            depthwise_pixels<Acc>(args, block, partials.data() + block * d.size());
+        const PixelTasks tasks = pixel_tasks(g);
+        std::vector<double> partials(tasks.parts * d.size(), NAN);
+        for (int64_t task = tasks.count() - 1; task >= 0; --task) depthwise_pixels<Acc>(args, task, partials.data());
         std::vector<Acc> e(expected.size(), Acc(NAN));
-        reduce_pixels(g, partials.data(), e.data());
+        reduce_pixels(g, partials.data(), g.in_channels / 2, g.in_channels, e.data());
+        reduce_pixels(g, partials.data(), 0, g.in_channels / 2, e.data());
         close(e, "pixels");
     }
 }

@@ -1,0 +1,203 @@
+#include <algorithm>
+#include <vector>
+
+#include "copy.h"
+#include "depthwise.h"
+#include "vectors.h"
+
+namespace localsgd {
+namespace {
+
+constexpr int64_t kBlockChannels = 128; // some cache lines of a pixel, and sums that stay in the first-level cache
+constexpr int64_t kBandRows = 16;       // output rows summed in the accumulation type, before they join a sum in double
+
+// A block of channels in some rows of z and of x: element (row, pixel, channel) at row * row_stride + pixel * pixel_stride +
+// channel.
+template <typename Acc>
+struct Rows {
+    const Acc* data; // of the first row
+    int64_t row_stride, pixel_stride;
+};
+
+template <typename Acc>
+struct Band {
+    Rows<Acc> x, z;
+    int64_t first_input;  // the input row at which x begins
+    int64_t first, count; // output rows
+    int64_t channels;     // to sum; a vector at the end may begin before the first, where there are others
+    bool padded;          // or ends after the last: up to kBlockChannels there is memory
+};
+
+// The sums of R x S taps over an output row, for the vector of channels at `c`.
+template <typename Acc, int kBytes, int R, int S>
+LOCALSGD_INLINE void row_sums(typename Vector<Acc, kBytes>::Type (&sum)[R][S], const Geometry& g, const Acc* x, int64_t tap_row,
+                              int64_t x_pixel, const Acc* z, int64_t z_pixel, int64_t s0) {
+    using V = typename Vector<Acc, kBytes>::Type;
+    const int64_t step = g.stride[2], dilation = g.dilation[2], shift = s0 * dilation - g.pad[2];
+    const Range leftmost = valid_outputs(g.output[2], g.input[2], step, shift),
+                rightmost = valid_outputs(g.output[2], g.input[2], step, shift + (S - 1) * dilation);
+    const int64_t begin = std::min(leftmost.begin, g.output[2]), end = std::max(begin, std::min(leftmost.end, rightmost.end));
+    const auto edge = [&](int64_t q) __attribute__((always_inline)) {
+        const V zv = *reinterpret_cast<const V*>(z + q * z_pixel);
+        for (int s = 0; s < S; ++s) {
+            const int64_t column = q * step + shift + s * dilation;
+            if (column < 0 || column >= g.input[2]) continue;
+            for (int r = 0; r < R; ++r) sum[r][s] += zv * *reinterpret_cast<const V*>(x + r * tap_row + column * x_pixel);
+        }
+    };
+    for (int64_t q = 0; q < begin; ++q) edge(q);
+    const Acc* corner = x + (begin * step + shift) * x_pixel;
+    for (int64_t q = begin; q < end; ++q, corner += step * x_pixel) {
+        const V zv = *reinterpret_cast<const V*>(z + q * z_pixel);
+        for (int r = 0; r < R; ++r)
+            for (int s = 0; s < S; ++s)
+                sum[r][s] += zv * *reinterpret_cast<const V*>(corner + r * tap_row + s * dilation * x_pixel);
+    }
+    for (int64_t q = end; q < g.output[2]; ++q) edge(q);
+}
+
+// `sums` [kernel_h * kernel_w][kBlockChannels] += those taps over an output row.
+template <typename Acc, int kBytes, int R, int S>
+LOCALSGD_INLINE void add_taps(const Geometry& g, const Band<Acc>& b, const Acc* x, const Acc* z, int64_t r0, int64_t s0,
+                              Acc* sums) {
+    using V = typename Vector<Acc, kBytes>::Type;
+    constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
+    for (int64_t c = 0; c < b.channels; c += kLanes) {
+        const int64_t rest = b.channels - c;
+        const int64_t at = rest < kLanes && !b.padded ? b.channels - kLanes : c;
+        V sum[R][S] = {};
+        row_sums<Acc, kBytes, R, S>(sum, g, x + at, g.dilation[1] * b.x.row_stride, b.x.pixel_stride, z + at, b.z.pixel_stride,
+                                    s0);
+        for (int r = 0; r < R; ++r)
+            for (int s = 0; s < S; ++s) {
+                Acc* to = sums + ((r0 + r) * g.kernel[2] + s0 + s) * kBlockChannels;
+                if (rest >= kLanes)
+                    *reinterpret_cast<V*>(to + c) += sum[r][s];
+                else
+                    for (int64_t l = c - at; l < c - at + rest; ++l) to[at + l] += sum[r][s][l];
+            }
+    }
+}
+
+template <typename Acc, int kBytes>
+LOCALSGD_INLINE void band_sums(const Geometry& g, const Band<Acc>& b, Acc* sums) {
+    for (int64_t row = 0; row < b.count; ++row) {
+        const Acc* z = b.z.data + row * b.z.row_stride;
+        const int64_t top = (b.first + row) * g.stride[1] - g.pad[1];
+        const auto x_row = [&](int64_t r) { return b.x.data + (top + r * g.dilation[1] - b.first_input) * b.x.row_stride; };
+        if (g.kernel[1] == 3 && g.kernel[2] == 3 && top >= 0 && top + 2 * g.dilation[1] < g.input[1]) {
+            add_taps<Acc, kBytes, 3, 3>(g, b, x_row(0), z, 0, 0, sums);
+            continue;
+        }
+        for (int64_t r = 0; r < g.kernel[1]; ++r) {
+            const int64_t h = top + r * g.dilation[1];
+            if (h < 0 || h >= g.input[1]) continue;
+            int64_t s = 0;
+            for (; s + 7 <= g.kernel[2]; s += 7) add_taps<Acc, kBytes, 1, 7>(g, b, x_row(r), z, r, s, sums);
+            for (; s + 5 <= g.kernel[2]; s += 5) add_taps<Acc, kBytes, 1, 5>(g, b, x_row(r), z, r, s, sums);
+            for (; s + 3 <= g.kernel[2]; s += 3) add_taps<Acc, kBytes, 1, 3>(g, b, x_row(r), z, r, s, sums);
+            for (; s < g.kernel[2]; ++s) add_taps<Acc, kBytes, 1, 1>(g, b, x_row(r), z, r, s, sums);
+        }
+    }
+}
+
+LOCALSGD_MULTIVERSION
+void sweep_wide(const Geometry& g, const Band<float>& b, float* sums) { band_sums<float, kWideBytes>(g, b, sums); }
+LOCALSGD_MULTIVERSION
+void sweep_wide(const Geometry& g, const Band<double>& b, double* sums) { band_sums<double, kWideBytes>(g, b, sums); }
+LOCALSGD_MULTIVERSION
+void sweep_narrow(const Geometry& g, const Band<float>& b, float* sums) { band_sums<float, kNarrowBytes>(g, b, sums); }
+LOCALSGD_MULTIVERSION
+void sweep_narrow(const Geometry& g, const Band<double>& b, double* sums) { band_sums<double, kNarrowBytes>(g, b, sums); }
+
+template <typename Acc>
+constexpr Kind kKind = sizeof(Acc) == 8 ? Kind::f64 : Kind::f32;
+
+// Rows [first, first + count) of one plane, a block of channels: where they lie, or converted into `buffer`
+// [count][width][kBlockChannels].
+template <typename Acc>
+Rows<Acc> rows_of(const void* data, Kind kind, const Strides& strides, int64_t plane, int64_t first, int64_t count,
+                  int64_t width, int64_t channel, int64_t channels, bool convert, std::vector<Acc>& buffer) {
+    const int64_t start = plane + first * strides.space[1] + channel;
+    if (!convert) return {static_cast<const Acc*>(data) + start, strides.space[1], strides.space[2]};
+    buffer.resize(std::max(buffer.size(), static_cast<size_t>(count * width * kBlockChannels)));
+    for (int64_t row = 0; row < count; ++row)
+        for (int64_t pixel = 0; pixel < width; ++pixel)
+            copy_run(buffer.data() + (row * width + pixel) * kBlockChannels,
+                     offset(data, kind, start + row * strides.space[1] + pixel * strides.space[2]), kind, channels, 1);
+    return {buffer.data(), width * kBlockChannels, kBlockChannels};
+}
+
+} // namespace
+
+PixelTasks pixel_tasks(const Geometry& g) {
+    constexpr int64_t kLeastProducts = 1 << 19; // of a task: some 50 us
+    const int64_t rows = g.batch * g.output[0] * g.output[1];
+    const int64_t blocks = ceil_div(g.in_channels, kBlockChannels);
+    // Even blocks, of whole vectors.
+    const int64_t channels = ceil_div(ceil_div(g.in_channels, blocks), kMostLanes<float>) * kMostLanes<float>;
+    const int64_t products = g.positions() * g.taps() * std::min(channels, g.in_channels);
+    return {std::clamp<int64_t>(products / kLeastProducts, 1, std::min<int64_t>(rows, 64)), ceil_div(g.in_channels, channels),
+            channels};
+}
+
+bool pixels_eligible(const DepthwiseArgs& a) {
+    return a.geometry.out_per_group() == 1 && a.x_strides.channel == 1 && a.z_strides.channel == 1;
+}
+
+template <typename Acc>
+void depthwise_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
+    const Geometry& g = a.geometry;
+    const PixelTasks tasks = pixel_tasks(g);
+    const int64_t part = task / tasks.blocks, c0 = task % tasks.blocks * tasks.block_channels;
+    const int64_t channels = std::min(tasks.block_channels, g.in_channels - c0);
+    const int64_t rows = g.batch * g.output[0] * g.output[1];
+    const int64_t begin = rows * part / tasks.parts, end = rows * (part + 1) / tasks.parts;
+    const int64_t plane_taps = g.kernel[1] * g.kernel[2];
+    // A tensor of fewer channels than a vector has lanes cannot be read where it lies.
+    const bool convert = a.x_kind != kKind<Acc> || a.z_kind != kKind<Acc> || g.in_channels < kMostLanes<Acc>;
+    std::vector<Acc> x_buffer, z_buffer, sums(plane_taps * kBlockChannels);
+    double* const partial = partials + part * g.taps() * g.in_channels + c0;
+    for (int64_t tap = 0; tap < g.taps(); ++tap) std::fill_n(partial + tap * g.in_channels, channels, 0.0);
+
+    for (int64_t first = begin; first < end;) {
+        const int64_t n = first / (g.output[0] * g.output[1]), p0 = first / g.output[1] % g.output[0], p1 = first % g.output[1];
+        const int64_t count = std::min({kBandRows, end - first, g.output[1] - p1}); // a band stays within one plane
+        const int64_t top = std::clamp<int64_t>(p1 * g.stride[1] - g.pad[1], 0, g.input[1]);
+        const int64_t bottom = std::clamp<int64_t>(
+            (p1 + count - 1) * g.stride[1] - g.pad[1] + (g.kernel[1] - 1) * g.dilation[1] + 1, top, g.input[1]);
+        const Rows<Acc> z = rows_of<Acc>(a.z, a.z_kind, a.z_strides, n * a.z_strides.batch + p0 * a.z_strides.space[0], p1,
+                                         count, g.output[2], c0, channels, convert, z_buffer);
+        for (int64_t r = 0; r < g.kernel[0]; ++r) {
+            const int64_t depth = p0 * g.stride[0] + r * g.dilation[0] - g.pad[0];
+            if (depth < 0 || depth >= g.input[0] || bottom == top) continue;
+            const Rows<Acc> x = rows_of<Acc>(a.x, a.x_kind, a.x_strides, n * a.x_strides.batch + depth * a.x_strides.space[0],
+                                             top, bottom - top, g.input[2], c0, channels, convert, x_buffer);
+            std::fill(sums.begin(), sums.end(), Acc(0));
+            const Band<Acc> band{x, z, top, p1, count, channels, convert};
+            has_wide_registers() ? sweep_wide(g, band, sums.data()) : sweep_narrow(g, band, sums.data());
+            for (int64_t tap = 0; tap < plane_taps; ++tap)
+                for (int64_t c = 0; c < channels; ++c)
+                    partial[(r * plane_taps + tap) * g.in_channels + c] += static_cast<double>(sums[tap * kBlockChannels + c]);
+        }
+        first += count;
+    }
+}
+
+template <typename Acc>
+void reduce_pixels(const Geometry& g, const double* partials, int64_t channel_begin, int64_t channel_end, Acc* d) {
+    const int64_t size = g.taps() * g.in_channels, parts = pixel_tasks(g).parts;
+    for (int64_t c = channel_begin; c < channel_end; ++c)
+        for (int64_t tap = 0; tap < g.taps(); ++tap) {
+            double sum = 0;
+            for (int64_t part = 0; part < parts; ++part) sum += partials[part * size + tap * g.in_channels + c];
+            d[c * g.taps() + tap] = static_cast<Acc>(sum);
+        }
+}
+
+template void depthwise_pixels<float>(const DepthwiseArgs&, int64_t, double*);
+template void depthwise_pixels<double>(const DepthwiseArgs&, int64_t, double*);
+template void reduce_pixels<float>(const Geometry&, const double*, int64_t, int64_t, float*);
+template void reduce_pixels<double>(const Geometry&, const double*, int64_t, int64_t, double*);
+
+} // namespace localsgd

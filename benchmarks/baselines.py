@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -25,17 +24,6 @@ BASELINES = {
     "compiled": "(c) the same under torch.compile",
     "unfold": "(d) unfold and GEMM, norm and add_",
 }
-
-
-@contextmanager
-def tf32(on: bool) -> Iterator[None]:
-    """cuDNN's flag and matmul's."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = on
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @dataclass

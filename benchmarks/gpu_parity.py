@@ -21,9 +21,9 @@ import torch
 from cases import CASES, LAYOUTS, Case, with_layout
 from oracle import FP64
 
-from benchmarks.baselines import tf32
 from benchmarks.parity import Judge, Parity
 from benchmarks.records import Records
+from localsgd_ext._precision import tf32
 from localsgd_ext.train import environment
 
 # Of x and z, and whether fp32 may be rounded to tf32; parameters are fp32, or fp64 beside fp64.

@@ -25,7 +25,7 @@ if __name__ == "__main__":  # in the place of this directory, whose modules are 
 import torch
 from cases import Case
 
-from benchmarks.baselines import DTYPES, LAYOUTS, functions, operands, reduced, tf32
+from benchmarks.baselines import DTYPES, LAYOUTS, functions, operands, reduced
 from benchmarks.networks import DEFAULT_NETWORKS, NETWORKS, kind, layers
 from benchmarks.parity import Judge
 from benchmarks.predict import costs, predicted_row, rooflines
@@ -33,6 +33,7 @@ from benchmarks.records import Records
 from benchmarks.tables import report
 from benchmarks.timing import Timer, timer_for
 from localsgd_ext import roofline
+from localsgd_ext._precision import tf32
 from localsgd_ext.train import environment
 from localsgd_ext.train.files import read_json
 

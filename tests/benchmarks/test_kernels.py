@@ -14,7 +14,7 @@ from oracle import relative_error
 from benchmarks import kernels, tables, targets
 from benchmarks.baselines import functions, operands, reduced
 from benchmarks.networks import layers
-from benchmarks.parity import Judge
+from benchmarks.parity import FLOORS, Judge
 from benchmarks.timing import Timing
 from localsgd_ext import ops
 
@@ -242,6 +242,23 @@ def test_the_judge_notices_small_errors() -> None:
         assert judge.judge(d / d.double().norm(), algorithm, direction=True).ok
         assert not judge.judge(d * 1.00001, algorithm).ok
         assert not judge.judge(d * float("nan"), algorithm).ok
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has no fp32_precision")
+def test_the_judge_reads_the_flag_of_the_library_that_multiplies() -> None:
+    """Set by the newer API, after which the older one cannot be read."""
+    allowed = {}
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        for name in ("linear", "conv3x3"):
+            case = next(case for case in CASES if case.name == name)
+            x, weight, bias = case.sample()
+            judge = Judge(case, x, case.forward(x, weight, bias), weight, bias)
+            allowed[name] = judge.judge(torch.zeros(case.weight), "direct").allowed
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    assert allowed["linear"] >= FLOORS["tf32"] > allowed["conv3x3"]
 
 
 def test_an_overflow_of_theirs_excuses_nothing() -> None:

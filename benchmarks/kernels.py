@@ -51,7 +51,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", default=None, help=f"of {', '.join(DTYPES)}; fp32,tf32,bf16, on a CPU fp32")
     parser.add_argument("--layouts", default="nhwc,nchw", help="of nhwc, nchw")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
-    parser.add_argument("--resume", action="store_true", help="go on with --out")
+    parser.add_argument("--resume", action="store_true", help="go on with --out; what failed is tried again")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no further layer after that")
     parser.add_argument("--seconds", type=float, default=0.5, help="of timing a layer, at least 5 rounds")
     parser.add_argument("--threads", type=int, help="of a CPU, instead of as many as PyTorch takes")
@@ -148,11 +148,12 @@ def measure(args: argparse.Namespace) -> int:
     records = Records(args.out, header(args, timer.device, networks), resume=args.resume)
     records.save()
     print(f"{len(todo)} layers x dtypes x layouts, {torch.get_num_threads()} threads", file=sys.stderr)
-    for key, (case, dtype, layout) in todo.items():
-        if key in records.rows:
-            continue
+    left = {key: given for key, given in todo.items() if not records.done(key)}
+    while left:
         if args.budget is not None and time.monotonic() - start > args.budget:
             break
+        key = next(iter(left))
+        case, dtype, layout = left.pop(key)
         try:
             row = measured_row(case, dtype, layout, timer, args)
         except (RuntimeError, ValueError) as error:  # one layer that does not fit into memory is no reason to lose the others
@@ -160,9 +161,8 @@ def measure(args: argparse.Namespace) -> int:
         records.add(key, {**described(case, dtype, layout), **row})
         print(one_line(records.rows[key]), file=sys.stderr, flush=True)
     print(report(records.content), end="")
-    done = sum(key in records.rows for key in todo)
-    if done < len(todo):
-        print(f"{done} of {len(todo)} done: go on with --resume", file=sys.stderr)
+    if left:
+        print(f"{len(todo) - len(left)} of {len(todo)} done: go on with --resume", file=sys.stderr)
         return 3
     return int(any(records.rows[key]["status"] != "ok" for key in todo))
 

@@ -151,6 +151,22 @@ def test_parity_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.Capt
     assert rows["depthwise3x3|bf16|contiguous"]["parity"].keys() == {"depthwise", "direct", "library", "update"}
 
 
+def test_parity_that_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, asked = tmp_path / "rows.json", list[str]()
+    argv = ["--device", "cpu", "--out", str(file), "--cases", "^linear$"]
+
+    def row(_case: object, dtype: str, layout: str, _device: str) -> dict[str, str]:
+        asked.append(f"{dtype}|{layout}")
+        states = {"bf16|sliced": "FAILED", "fp16|sliced": "ERROR"}
+        return {"status": states.get(asked[-1], "ok") if len(asked) <= 21 else "ok"}
+
+    monkeypatch.setattr(gpu_parity, "row", row)
+    assert gpu_parity.main(argv) == 1
+    assert len(asked) == 21
+    assert gpu_parity.main([*argv, "--resume"]) == 0
+    assert asked[21:] == ["bf16|sliced", "fp16|sliced"]
+
+
 def test_a_disagreement_fails_the_parity_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = gpu_parity.Judge.judge
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import CASES, Case
 from oracle import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import kernels, tables, targets
 from benchmarks.baselines import functions, operands, reduced
@@ -117,6 +118,13 @@ def test_an_error_of_one_layer_does_not_lose_the_others(tmp_path: Path, monkeypa
     rows = json.loads(file.read_text())["rows"].values()
     assert sorted(row["status"] for row in rows) == ["ERROR", "ok", "ok", "ok"]
     assert [row["why"] for row in rows if row["status"] == "ERROR"] == ["too large"]
+    asked: list[str] = []
+    monkeypatch.setattr(kernels, "operands", lambda case, *args: (asked.append(case.name), operands(case, *args))[1])
+    assert run("--out", str(file), "--resume", "--budget", "0") == 3  # what failed is still to be done
+    assert run("--out", str(file), "--resume") == 0
+    assert len(set(asked)) == 1
+    assert asked[0].startswith("linear 512->10")
+    assert {row["status"] for row in json.loads(file.read_text())["rows"].values()} == {"ok"}
 
 
 @pytest.mark.parametrize(
@@ -224,12 +232,28 @@ def test_the_baselines_compute_the_same_update(name: str) -> None:
         if what == "wgrad":
             o.write(o.wgrad())
         else:
-            o.x, o.z = o.x.double(), o.z.double()
+            o.x, o.z, o.like = o.x.double(), o.z.double(), o.like.double()
             o.bias = None if o.bias is None else o.bias.double()
             functions(o, compiled=False, unfold=True)[what]()
         steps[what] = o.weight - before
     assert steps.keys() >= {"auto", "direct", "library", "wgrad", "user"}
     assert all(relative_error(step, steps["user"]) < 1e-5 for step in steps.values())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["conv3x3", "linear"])
+def test_the_timed_weight_gradient_is_one_operation_of_the_library(name: str, dtype: str) -> None:
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not func.is_view:
+                called.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    case = next(case for case in CASES if case.name == name)
+    o, called = operands(case, dtype, "nhwc", "cpu"), list[str]()
+    with Seen():
+        o.wgrad()
+    assert called == ["mm" if case.dims == 0 else "convolution_backward"]
 
 
 def test_the_judge_notices_small_errors() -> None:

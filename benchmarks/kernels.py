@@ -89,14 +89,17 @@ def work(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, tupl
     return networks, keyed
 
 
-def described(case: Case, dtype: str, layout: str) -> dict[str, Any]:
+def described(case: Case, dtype: str, layout: str, device: roofline.Device) -> dict[str, Any]:
+    """``flops`` of a cost are all that ``device`` makes."""
     return {
         "name": case.name,
         "kind": kind(case),
         "dtype": dtype,
         "layout": layout,
         "case": asdict(case),
-        "cost": {algorithm: asdict(c) for algorithm, c in costs(case, dtype, layout).items()},
+        "cost": {
+            algorithm: asdict(c) | {"flops": c.executed_flops(device)} for algorithm, c in costs(case, dtype, layout).items()
+        },
     }
 
 
@@ -158,7 +161,7 @@ def measure(args: argparse.Namespace) -> int:
             row = measured_row(case, dtype, layout, timer, args)
         except (RuntimeError, ValueError) as error:  # one layer that does not fit into memory is no reason to lose the others
             row = {"status": "ERROR", "why": str(error).splitlines()[0], "pick": "-", "roofline_us": {}}
-        records.add(key, {**described(case, dtype, layout), **row})
+        records.add(key, {**described(case, dtype, layout, timer.device), **row})
         print(one_line(records.rows[key]), file=sys.stderr, flush=True)
     print(report(records.content), end="")
     if left:
@@ -172,7 +175,7 @@ def predict(args: argparse.Namespace) -> int:
     networks, todo = work(args)
     records = Records(args.out, header(args, device, networks), resume=args.resume)
     for key, (case, dtype, layout) in todo.items():
-        records.rows[key] = {**described(case, dtype, layout), **predicted_row(case, dtype, layout, device)}
+        records.rows[key] = {**described(case, dtype, layout, device), **predicted_row(case, dtype, layout, device)}
     records.save()
     print(report(records.content), end="")
     return 0

@@ -168,10 +168,12 @@ def test_every_table_of_a_prediction_says_so(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().out == printed
 
 
-def test_the_committed_prediction_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    committed = (RESULTS / "prediction_h200_bf16_nhwc.md").read_text()
-    assert kernels.main(["--predict", "H200", "--dtypes", "bf16", "--layouts", "nhwc"]) == 0
-    assert capsys.readouterr().out == committed
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("prediction_*.md")), ids=lambda file: file.stem)
+def test_a_committed_prediction_is_what_its_command_prints(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    device, dtype, layout = file.stem.removeprefix("prediction_").split("_")
+    assert kernels.main(["--predict", device.upper(), "--dtypes", dtype, "--layouts", layout]) == 0
+    assert capsys.readouterr().out == file.read_text()
+    assert file.read_text().startswith("**PREDICTION.**")
 
 
 # ---- arithmetic ---------------------------------------------------------------------------------------------------------

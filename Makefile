@@ -55,7 +55,7 @@ native: venv ## Build the kernels without Python or PyTorch and run their C++ te
 	$(BIN)/cmake --build build/native --parallel 2
 	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=error
 
-mutants: venv ## Plant every fault in the device code, one at a time, and see the emulated tests fail (half an hour on 2 idle cores; goes on where it was)
+mutants: venv ## Plant faults in the device code, one at a time, and see the emulated tests fail (half an hour on 2 idle cores; goes on where it was)
 	$(BIN)/python tests/native/mutations.py --jobs 2
 
 lint: venv ## Check formatting, style and types

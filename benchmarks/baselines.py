@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -27,17 +26,6 @@ BASELINES = {
 }
 
 
-@contextmanager
-def tf32(on: bool) -> Iterator[None]:
-    """cuDNN's flag and matmul's."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = on
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
 @dataclass
 class Operands:
     """``x`` and ``z`` as autocast would have them, parameters in fp32."""
@@ -47,6 +35,8 @@ class Operands:
     z: Tensor
     weight: Tensor
     bias: Tensor | None
+    like: Tensor
+    """The weight in ``x``'s dtype, which the library's weight gradient wants: the forward made it, so it is no part of the time."""
 
     @property
     def pads(self) -> list[int]:
@@ -66,9 +56,8 @@ class Operands:
         case = self.case
         if case.dims == 0:
             return self.z.flatten(0, -2).t() @ self.x.flatten(0, -2)
-        like = self.weight.to(self.x.dtype)
         return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
-            self.z, self.x, like, None, self._ints(case.stride), self.pads, self._ints(case.dilation), False, [0] * case.dims,
+            self.z, self.x, self.like, None, self._ints(case.stride), self.pads, self._ints(case.dilation), False, [0] * case.dims,
             case.groups, [False, True, False]
         )[1]  # fmt: skip
 
@@ -103,9 +92,10 @@ def operands(case: Case, dtype: str, layout: str, device: str) -> Operands:
     weight = normal(case.weight) * fan_in**-0.5
     bias = normal(case.weight[:1]) if case.bias else None
     with torch.no_grad():
-        z = case.forward(x, weight.to(kind), None if bias is None else bias.to(kind))
+        like = weight.to(kind, copy=True)
+        z = case.forward(x, like, None if bias is None else bias.to(kind))
     assert tuple(z.shape) == output_shape(case)
-    return Operands(case, x, with_layout(z, LAYOUTS[layout], case), weight, bias)
+    return Operands(case, x, with_layout(z, LAYOUTS[layout], case), weight, bias, like)
 
 
 def reduced(case: Case, most_flops: float) -> Case:

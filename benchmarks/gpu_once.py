@@ -1,4 +1,5 @@
-"""Every algorithm once on a few small layers, for compute-sanitizer, which is slow. Checks nothing itself but that it runs.
+"""Every algorithm once in every dtype on a few small layers, for compute-sanitizer, which is slow. Checks nothing itself but that
+it runs. Exit status 0: it did; 7: it did not, for whatever reason.
 
 compute-sanitizer --tool memcheck python benchmarks/gpu_once.py
 """
@@ -7,23 +8,33 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # in the place of this directory, whose modules are the package's
     sys.path[:1] = [str(Path(__file__).resolve().parents[1] / where) for where in (".", "tests")]
 
-import torch
-from cases import LAYOUTS, with_layout
-
-from benchmarks.gpu_graph import chosen
-from localsgd_ext import apply_update_, correlation, hebbian_update_
+FAILED = 7  # not Python's own 1 and 2, nor what the sanitizer is told to return
+DTYPES = ("fp32", "tf32", "bf16", "fp16")  # fp32: on fused multiply-adds
 
 
-def run(device: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> int:
+def run(device: str, dtypes: Sequence[str] = DTYPES) -> int:
     """The number of calls made."""
+    # Here, so that one that fails has the exit status of all that fails.
+    import torch
+    from cases import LAYOUTS, with_layout
+
+    from benchmarks import baselines
+    from benchmarks.gpu_graph import chosen
+    from localsgd_ext import apply_update_, correlation, hebbian_update_
+    from localsgd_ext._precision import tf32
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("PyTorch sees no GPU")
     calls = 0
     for case in chosen():
-        for dtype in dtypes:
+        for name in dtypes:
+            dtype = baselines.DTYPES[name]
             for layout in LAYOUTS:
                 x, weight, bias = case.sample(torch.float32, device)
                 z = with_layout(case.forward(x, weight, bias).to(dtype), layout, case)
@@ -32,9 +43,10 @@ def run(device: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfl
                     if algorithm == "library":  # not ours to check
                         continue
                     given = {"bias": bias, "z_is_output": True, "algorithm": algorithm, **case.arguments}
-                    hebbian_update_(weight, x, z, 0.01, **given)
-                    d = correlation(x, z, weight, **given)
-                    apply_update_([weight, weight.clone()], [d, d], -0.01)
+                    with tf32(name == "tf32"):
+                        hebbian_update_(weight, x, z, 0.01, **given)
+                        d = correlation(x, z, weight, **given)
+                        apply_update_([weight, weight.clone()], [d, d], -0.01)
                     calls += 3
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -42,11 +54,8 @@ def run(device: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfl
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        print("PyTorch sees no GPU", file=sys.stderr)
-        sys.exit(2)
     try:
         print(f"{run('cuda')} calls")
-    except Exception:
+    except BaseException:
         traceback.print_exc()
-        sys.exit(7)  # not 1, which may be the sanitizer's own
+        sys.exit(FAILED)

@@ -21,9 +21,9 @@ import torch
 from cases import CASES, LAYOUTS, Case, with_layout
 from oracle import FP64
 
-from benchmarks.baselines import tf32
 from benchmarks.parity import Judge, Parity
 from benchmarks.records import Records
+from localsgd_ext._precision import tf32
 from localsgd_ext.train import environment
 
 # Of x and z, and whether fp32 may be rounded to tf32; parameters are fp32, or fp64 beside fp64.
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="go on with --out; what failed is tried again")
     parser.add_argument("--budget", type=float, metavar="SECONDS")
     parser.add_argument("--cases", default="", metavar="REGEX", help="only cases whose name matches")
     args = parser.parse_args(argv)
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     planned = list(todo(args.cases))
     for count, (key, case, dtype, layout) in enumerate(planned):
-        if key in records.rows:
+        if records.done(key):
             continue
         if args.budget is not None and time.monotonic() - start > args.budget:
             records.save()

@@ -73,8 +73,9 @@ def run(stage: str, args: argparse.Namespace) -> dict[str, Any]:
     with (args.out / f"{stage}.log").open("ab" if args.resume else "wb") as log:
         for command in plan:
             left = args.budget - (time.monotonic() - start)
+            begin = log.tell()
             rc, seconds = call(command, log, left)
-            status = command.status(rc)
+            status = command.status(rc, output_since(begin, args.out / f"{stage}.log"))
             result["commands"].append(
                 {"name": command.name, "argv": command.argv, "environment": command.environment, "rc": rc, "status": status,
                  "seconds": round(seconds, 3)}
@@ -112,6 +113,12 @@ def call(command: stages.Command, log: Any, seconds: float) -> tuple[int | None,
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def output_since(begin: int, log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(begin)
+        return file.read().decode(errors="replace")
 
 
 def last_lines(log: Path, count: int = 20) -> list[str]:

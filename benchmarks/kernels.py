@@ -25,7 +25,7 @@ if __name__ == "__main__":  # in the place of this directory, whose modules are 
 import torch
 from cases import Case
 
-from benchmarks.baselines import DTYPES, LAYOUTS, functions, operands, reduced, tf32
+from benchmarks.baselines import DTYPES, LAYOUTS, functions, operands, reduced
 from benchmarks.networks import DEFAULT_NETWORKS, NETWORKS, kind, layers
 from benchmarks.parity import Judge
 from benchmarks.predict import costs, predicted_row, rooflines
@@ -33,6 +33,7 @@ from benchmarks.records import Records
 from benchmarks.tables import report
 from benchmarks.timing import Timer, timer_for
 from localsgd_ext import roofline
+from localsgd_ext._precision import tf32
 from localsgd_ext.train import environment
 from localsgd_ext.train.files import read_json
 
@@ -50,7 +51,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", default=None, help=f"of {', '.join(DTYPES)}; fp32,tf32,bf16, on a CPU fp32")
     parser.add_argument("--layouts", default="nhwc,nchw", help="of nhwc, nchw")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
-    parser.add_argument("--resume", action="store_true", help="go on with --out")
+    parser.add_argument("--resume", action="store_true", help="go on with --out; what failed is tried again")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no further layer after that")
     parser.add_argument("--seconds", type=float, default=0.5, help="of timing a layer, at least 5 rounds")
     parser.add_argument("--threads", type=int, help="of a CPU, instead of as many as PyTorch takes")
@@ -88,14 +89,17 @@ def work(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, tupl
     return networks, keyed
 
 
-def described(case: Case, dtype: str, layout: str) -> dict[str, Any]:
+def described(case: Case, dtype: str, layout: str, device: roofline.Device) -> dict[str, Any]:
+    """``flops`` of a cost are all that ``device`` makes."""
     return {
         "name": case.name,
         "kind": kind(case),
         "dtype": dtype,
         "layout": layout,
         "case": asdict(case),
-        "cost": {algorithm: asdict(c) for algorithm, c in costs(case, dtype, layout).items()},
+        "cost": {
+            algorithm: asdict(c) | {"flops": c.executed_flops(device)} for algorithm, c in costs(case, dtype, layout).items()
+        },
     }
 
 
@@ -147,21 +151,21 @@ def measure(args: argparse.Namespace) -> int:
     records = Records(args.out, header(args, timer.device, networks), resume=args.resume)
     records.save()
     print(f"{len(todo)} layers x dtypes x layouts, {torch.get_num_threads()} threads", file=sys.stderr)
-    for key, (case, dtype, layout) in todo.items():
-        if key in records.rows:
-            continue
+    left = {key: given for key, given in todo.items() if not records.done(key)}
+    while left:
         if args.budget is not None and time.monotonic() - start > args.budget:
             break
+        key = next(iter(left))
+        case, dtype, layout = left.pop(key)
         try:
             row = measured_row(case, dtype, layout, timer, args)
         except (RuntimeError, ValueError) as error:  # one layer that does not fit into memory is no reason to lose the others
             row = {"status": "ERROR", "why": str(error).splitlines()[0], "pick": "-", "roofline_us": {}}
-        records.add(key, {**described(case, dtype, layout), **row})
+        records.add(key, {**described(case, dtype, layout, timer.device), **row})
         print(one_line(records.rows[key]), file=sys.stderr, flush=True)
     print(report(records.content), end="")
-    done = sum(key in records.rows for key in todo)
-    if done < len(todo):
-        print(f"{done} of {len(todo)} done: go on with --resume", file=sys.stderr)
+    if left:
+        print(f"{len(todo) - len(left)} of {len(todo)} done: go on with --resume", file=sys.stderr)
         return 3
     return int(any(records.rows[key]["status"] != "ok" for key in todo))
 
@@ -171,7 +175,7 @@ def predict(args: argparse.Namespace) -> int:
     networks, todo = work(args)
     records = Records(args.out, header(args, device, networks), resume=args.resume)
     for key, (case, dtype, layout) in todo.items():
-        records.rows[key] = {**described(case, dtype, layout), **predicted_row(case, dtype, layout, device)}
+        records.rows[key] = {**described(case, dtype, layout, device), **predicted_row(case, dtype, layout, device)}
     records.save()
     print(report(records.content), end="")
     return 0

@@ -11,6 +11,7 @@ from oracle import FP64, exact, relative_error
 from torch import Tensor
 
 from localsgd_ext import hebbian_update_, ops
+from localsgd_ext._precision import tf32_allowed
 
 # What two errors must exceed before one can be called worse than the other: 4 ulp of the accumulator, 16 in fp64 (the
 # oracle's own rounding is part of the difference); one ulp of tf32, which cuDNN is free not to round to.
@@ -82,7 +83,7 @@ class Judge:
         """``direction``: only that of ``d`` is known, as of an update, to which ``z`` was promised to be the layer's output."""
         truth, theirs = self._truth(algorithm == "gram", promised=direction)
         error = relative_error(d, truth / truth.norm() if direction else truth)
-        tf32 = torch.backends.cudnn.allow_tf32 and {self.x.dtype, self.z.dtype} == {torch.float32}
+        tf32 = tf32_allowed(linear=self.case.dims == 0) and {self.x.dtype, self.z.dtype} == {torch.float32}
         floor = FLOORS["fp64" if d.dtype == FP64 and not direction else "tf32" if tf32 else "fp32"]
         return Parity(error, theirs, max(2 * theirs, floor))
 

@@ -36,6 +36,10 @@ class Records:
     def rows(self) -> dict[str, dict[str, Any]]:
         return self.content["rows"]  # type: ignore[no-any-return]
 
+    def done(self, key: str) -> bool:
+        """Whether there is a good row; what failed is tried again."""
+        return key in self.rows and self.rows[key]["status"] == "ok"
+
     def add(self, key: str, row: Mapping[str, Any]) -> None:
         self.rows[key] = dict(row)
         self.save()

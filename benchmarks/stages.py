@@ -36,11 +36,19 @@ class Command:
     environment: dict[str, str] = field(default_factory=dict)
     meanings: dict[int, str] = field(default_factory=dict)
     """Of exit statuses besides 0."""
+    refusals: str = ""
+    """A regular expression: the words by which a tool that ends with another status says that it does not work here."""
+    proof: str = ""
+    """What it prints if it came to its end: exit status 0 is not enough."""
 
-    def status(self, rc: int | None) -> str:
+    def status(self, rc: int | None, output: str = "") -> str:
         if rc is None:
             return "stopped"
-        return "passed" if rc == 0 else self.meanings.get(rc, "failed")
+        if rc == 0:
+            return "passed" if re.search(self.proof, output, re.MULTILINE) else "failed"
+        if self.refusals and re.search(self.refusals, output, re.MULTILINE | re.IGNORECASE):
+            return "unavailable"
+        return self.meanings.get(rc, "failed")
 
 
 def no_gpu() -> str | None:
@@ -91,10 +99,18 @@ def sanitizer(args: argparse.Namespace) -> list[Command]:
     if tool is None:
         raise Unavailable("compute-sanitizer is neither on PATH nor in CUDA_HOME or /usr/local/cuda")
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # an allocation each, so that overruns show
-    # 9: it found something; 7: the script failed. 2: PyTorch sees no GPU under it; others are its own: it may not watch this one.
-    meanings = {1: "unavailable", 2: "unavailable", 255: "unavailable"}
+    # Exit statuses say nothing: the tool hands on the script's own, and Python has 1 and 2 for what went wrong before its first
+    # line. Only the tool's own words, behind its mark, that it cannot work here are no failure.
+    refusals = r"^=+ .*(device (is )?not supported|unable to find injection library|insufficient (permissions|privileges))"
+    argv = script("gpu_once.py", args)
     return [
-        Command(kind, [tool, "--tool", kind, "--error-exitcode", "9", *script("gpu_once.py", args)], environment, meanings)
+        Command(
+            kind,
+            [tool, "--tool", kind, "--error-exitcode", "9", *argv],
+            environment,
+            refusals=refusals,
+            proof=r"^[1-9]\d* calls$",
+        )
         for kind in SANITIZERS
     ]
 

@@ -30,6 +30,7 @@ with warnings.catch_warnings():
     from localsgd_ext import ops, reference
 
 from localsgd_ext import _cuda_toolkit
+from localsgd_ext._precision import tf32
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -245,15 +246,11 @@ def tolerance(algorithm: str, dtype_name: str) -> float:
 
 def report_self_test(report: Report) -> None:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
+    with tf32(False):
         for device in devices:
             what = "compiled kernels" if ops.is_compiled(device) else "PyTorch reference"
             report.section(f"Self-test on {device} ({what}): worst relative error against the fp64 reference")
             _self_test_device(report, device)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
 
 
 def _self_test_device(report: Report, device: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from localsgd_ext import ops, roofline
+from localsgd_ext._precision import tf32_allowed
 from localsgd_ext.layers import LAYER_TYPES, is_plain
 
 _HEADINGS = ("layer", "geometry", "x", "z", "layout")
@@ -180,7 +181,7 @@ def _roofline_us(algorithm: str, x: Tensor, z: Tensor, weight: Tensor, groups: i
     batched = weight.dim() in (2, x.dim())
     x_shape, z_shape = (tuple(t.shape) if batched else (1, *t.shape) for t in (x, z))
     geometry = roofline.Geometry(x_shape, z_shape, tuple(weight.shape), groups)
-    tf32 = torch.backends.cuda.matmul.allow_tf32 if weight.dim() == 2 else torch.backends.cudnn.allow_tf32
+    tf32 = tf32_allowed(linear=weight.dim() == 2)
     dtypes = {"x": x.dtype, "z": z.dtype, "weight": weight.dtype, "tf32": tf32, "layout": layout}
     us = roofline.cost(algorithm, geometry, **dtypes).roofline_us(device)  # type: ignore[arg-type]
     if algorithm == "library":  # norm and write are a launch of their own

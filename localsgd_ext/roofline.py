@@ -2,7 +2,7 @@
 
 A roofline: memory and arithmetic overlap perfectly, whatever takes longer decides, and a launch is paid on top::
 
-    roofline_us = max(bytes / memory bandwidth, flops / peak of the unit that multiplies) + launch
+    roofline_us = max(bytes / memory bandwidth, sum of flops / peak of the unit that multiplies them) + launch
 
 It is what a measured time is to be compared with ("70 % of the roofline"), and a prediction where there is no device to
 measure on; it is no promise. Counted is what this package's kernels do, not what a textbook GEMM would. Pure arithmetic:
@@ -23,14 +23,12 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["DEVICES", "Cost", "Device", "Geometry", "cost", "device", "estimate"]
+__all__ = ["DEVICES", "Cost", "Device", "Geometry", "Product", "cost", "device", "estimate"]
 
 COSTED = ("gram", "direct", "depthwise", "library", "apply")
 UNITS = ("fp32", "tf32", "bf16", "fp16")
 LAYOUTS = ("channels_last", "contiguous")
 _ASSUMED_LAUNCH_US = 3.0
-# An fp32 product on matrix units: each factor as the sum of two lower-precision numbers, without the product of the small parts.
-_PRODUCT_TERMS = 3
 
 
 @dataclass(frozen=True)
@@ -227,18 +225,43 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Product:
+    """The product ``W·G`` of the Gram form, in fp32's precision: on matrix units, ``W`` and ``G`` are sums of numbers that these
+    multiply (bf16 or tf32), and ``pairs`` of those parts are multiplied; where a device has no such unit, fp32 numbers once."""
+
+    flops: int
+    """Of one pair."""
+    unit: str
+    pairs: int
+
+    def pairs_on(self, device: Device) -> int:
+        return self.pairs if self.unit in device.flops_per_s else 1
+
+    def seconds(self, device: Device) -> float:
+        return self.flops * self.pairs_on(device) / device.peak(self.unit)
+
+
+@dataclass(frozen=True)
 class Cost:
     """What has to be done at least. ``workspace_bytes`` are extra: partial sums of a split GEMM, mostly in the second-level cache,
     and no part of the roofline."""
 
     bytes: int
     flops: int
+    """Without the product's."""
     unit: str
     workspace_bytes: int = 0
+    product: Product | None = None
+    """Of the Gram form, after its Gram matrix."""
+
+    def executed_flops(self, device: Device) -> int:
+        """With the product's, in as many pairs of parts as ``device`` needs."""
+        return self.flops + (self.product.flops * self.product.pairs_on(device) if self.product else 0)
 
     def roofline_us(self, device: Device, launch_us: float | None = None) -> float:
         """Microseconds on ``device``; ``launch_us`` in the place of its launch cost."""
-        seconds = max(self.bytes / device.bytes_per_s, self.flops / device.peak(self.unit))
+        arithmetic = self.flops / device.peak(self.unit) + (self.product.seconds(device) if self.product else 0)
+        seconds = max(self.bytes / device.bytes_per_s, arithmetic)
         return 1e6 * seconds + (device.launch_us if launch_us is None else launch_us)
 
 
@@ -253,15 +276,19 @@ def cost(
     layout: str = "channels_last",
     splits: int = 1,
 ) -> Cost:
-    """Return what an update by ``algorithm`` costs.
+    """Return what an update by ``algorithm`` costs, of a layer whose own output ``z`` is.
 
-    ``"gram"``: ``x`` once; the lower triangle of ``XXᵀ``; ``W·G`` in fp32 precision, three products of parts on matrix units.
+    ``"gram"``: ``x`` once; the lower triangle of ``XXᵀ``; ``W·G`` in fp32 precision, as a :class:`Product`.
     ``"direct"``: ``x`` and ``z`` once, ``2·M·N·K`` flops. ``"depthwise"``: the same on fused multiply-adds, whatever the dtypes.
-    All three read and write ``W``. ``"library"``: the weight gradient alone, as direct, but it writes ``D`` and no ``W``.
-    ``"apply"``: the normalised write alone: ``D`` twice, ``W`` in and out.
+    All three read and write ``W``. ``"library"``: the weight gradient alone, as direct, but it writes ``D`` and no ``W``; it
+    is the library's own, in its operands' dtype (this package asks for one in fp32 where they are fp16 or differ: the copies that
+    takes are not counted). ``"apply"``: the normalised write alone: ``D`` twice, ``W`` in and out.
+
+    An fp32 ``x`` beside a ``z`` of 16 bits is taken to be autocast's, which rounded ``x`` and ``W`` for the forward: it is
+    multiplied by the unit of ``z``'s dtype. Operands of 16 bits are never rounded, so beside an fp32 ``z`` they are widened.
 
     Args:
-        x, z, weight: dtypes; ``z`` that of ``x`` by default.
+        x, z, weight: dtypes as stored; ``z`` that of ``x`` by default.
         tf32: whether fp32 operands may be rounded to it.
         layout: ``"channels_last"`` or ``"contiguous"``, of ``x``.
         splits: blocks that share a tile's sum; affects ``workspace_bytes`` only: each writes its part, all are read once, and the
@@ -285,26 +312,43 @@ def cost(
     read_z = math.prod(geometry.z) * z.itemsize
     unit = _unit(x, z, tf32)
     if algorithm == "gram":
-        unit = _unit(x, x, tf32)
+        unit = _gram_unit(x, z, tf32)
         channels = geometry.weight[1]
         triangle = geometry.groups * geometry.positions * channels * (channels + 1)
-        product = 2 * elements * channels * (1 if unit == "fp32" else _PRODUCT_TERMS)
+        product = Product(2 * elements * channels, *_product(unit, weight if weight.itemsize <= z.itemsize else z))
         partial = geometry.groups * channels * (channels + 1) // 2
-        return Cost(read_x + write, triangle + product, unit, _workspace(partial, splits) + _workspace(elements, 1))
+        return Cost(read_x + write, triangle, unit, _workspace(partial, splits) + _workspace(elements, 1), product)
     if algorithm == "library":
         return Cost(read_x + read_z + elements * _result_bytes(x, z), geometry.wgrad_flops, unit)
     unit = "fp32" if algorithm == "depthwise" else unit
     return Cost(read_x + read_z + write, geometry.wgrad_flops, unit, _workspace(elements, splits))
 
 
+_LOWER = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
 def _unit(x: torch.dtype, z: torch.dtype, tf32: bool) -> str:
-    """What multiplies: the matrix unit of the operands' type; under autocast an fp32 operand is rounded to the other's."""
-    lower = {dtype for dtype in (x, z) if dtype in (torch.bfloat16, torch.float16)}
-    if len(lower) == 2:
-        return "tf32"  # holds both exactly
-    if lower:
-        return "bf16" if torch.bfloat16 in lower else "fp16"
+    """What multiplies ``x`` with ``z`` and rounds neither more than the forward did."""
+    if x in _LOWER and z in _LOWER:
+        return _LOWER[x] if x == z else "tf32"  # holds both exactly
+    if z in _LOWER:
+        return _LOWER[z]  # autocast rounded x to it
     return "tf32" if tf32 else "fp32"
+
+
+def _gram_unit(x: torch.dtype, z: torch.dtype, tf32: bool) -> str:
+    """The same for ``x`` with itself."""
+    return _LOWER[x] if x in _LOWER else _unit(x, z, tf32)
+
+
+def _product(unit: str, weight: torch.dtype) -> tuple[str, int]:
+    """The unit of ``W·G`` and its pairs of parts, for a Gram matrix made by ``unit`` and ``W``'s dtype in the forward: as
+    ``parts_of`` in csrc/kernels/gram.cu."""
+    if unit == "bf16":
+        return "bf16", 3 if weight == torch.bfloat16 else 7
+    if unit == "fp16":  # a sum soon exceeds its range
+        return "tf32", 2 if weight in _LOWER else 3
+    return (unit, 2) if unit == "tf32" else (unit, 1)
 
 
 def _result_bytes(x: torch.dtype, z: torch.dtype) -> int:

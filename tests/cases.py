@@ -99,6 +99,15 @@ class Case:
         )
 
 
+def strided(bias: Tensor | None) -> Tensor | None:
+    """The same values as every other element of a longer tensor, whose rest is NaN."""
+    if bias is None:
+        return None
+    wide = torch.full((2 * bias.numel(),), float("nan"), dtype=bias.dtype, device=bias.device)
+    wide[::2] = bias
+    return wide[::2]
+
+
 def with_layout(tensor: Tensor, layout: str, case: Case) -> Tensor:
     """The same values in another arrangement; ``sliced``: every other element of a larger tensor, in the last dimension."""
     if layout == "sliced":

@@ -30,6 +30,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: builds something; deselect with -m 'not slow'")
     # The package warns by UserWarning: one that a test does not expect (pytest.warns) is a failure.
     config.addinivalue_line("filterwarnings", "error::UserWarning")
+    # Pytest's own are UserWarnings too: where a plugin is absent, its option in pyproject.toml is unknown and no error.
+    config.addinivalue_line("filterwarnings", "default::pytest.PytestConfigWarning")
+    # Of PyTorch 2.9 to 2.11, about the flags by which the tests turn TF32 off.
+    config.addinivalue_line("filterwarnings", "ignore:Please use the new API settings to control TF32:UserWarning")
     # Source trees without a compiled module are supported; tests/test_doctor.py checks what is said there.
     config.addinivalue_line("filterwarnings", "default:localsgd_ext runs on its plain PyTorch reference:RuntimeWarning")
 

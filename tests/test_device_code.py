@@ -6,7 +6,10 @@ sm_61 and sm_70, which nvcc 13 no longer knows, are compiled by NVRTC 12.9; the 
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -23,7 +26,76 @@ def _nvrtc() -> None:
     try:
         kernels.nvrtc()
     except kernels.MissingToolError as error:
-        pytest.skip(str(error))
+        cannot_test(str(error))
+
+
+def cannot_test(why: str) -> None:
+    """Skips, but where everything has to be tested."""
+    if os.environ.get("CI"):
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+# ---- what is tested is what is shipped ---------------------------------------------------------------------------------
+
+
+def test_the_shipped_module_is_what_is_read() -> None:
+    module, targets = kernels.shipped_module()
+    if module is None:
+        pytest.skip("built without CUDA: NVRTC compiles all architectures for these tests")
+    named = {int(target) for target in re.findall(r"sm_(\d+)", targets)}
+    assert named <= kernels.shipped().keys()
+    for architecture in named & set(kernels.SHIPPED):
+        assert kernels.compiled(architecture) is kernels.shipped()[architecture]
+    if not named >= set(kernels.SHIPPED):
+        cannot_test(f"built for {targets} alone: NVRTC compiles the others of sm_75, sm_80 and sm_90 for these tests")
+
+
+def test_the_shipped_module_has_ptx_for_what_comes_later() -> None:
+    """The default list of architectures ends in +PTX."""
+    module, targets = kernels.shipped_module()
+    if module is None:
+        pytest.skip("built without CUDA")
+    named = [int(target) for target in re.findall(r"compute_(\d+)", targets)]
+    if not named:
+        cannot_test(f"built for {targets}, without PTX")
+    assert kernels.shipped_ptx() == {target: {source.stem for source in kernels.sources()} for target in named}
+    assert max(named) == max(int(target) for target in re.findall(r"sm_(\d+)", targets)), "PTX of the latest"
+
+
+def package(directory: Path, modules: int, targets: str) -> Path:
+    (directory / "_build_info.json").write_text(json.dumps({"cuda_arch_list": targets}))
+    for number in range(modules):
+        (directory / f"_C.cpython-31{number}-x86_64-linux-gnu.so").write_bytes(b"no code")
+    return directory
+
+
+def test_a_build_with_cuda_is_not_left_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.shipped_module(package(tmp_path, 2, "")) == (None, "")
+    with pytest.raises(AssertionError, match=r"must hold one module, got _C\.cpython-310.*, _C\.cpython-311"):
+        kernels.shipped_module(package(tmp_path, 2, "sm_80"))
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    with pytest.raises(AssertionError, match="must hold one module, got none"):
+        kernels.shipped_module(package(tmp_path, 0, "sm_80"))
+    one = kernels.shipped_module(package(tmp_path, 1, "compute_80 sm_80"))
+    monkeypatch.setattr(kernels, "shipped_module", lambda: one)
+    if kernels.triton_tool("cuobjdump"):
+        with pytest.raises(AssertionError, match=r"has no code for \{80\}"):
+            kernels.shipped.__wrapped__()
+    monkeypatch.setattr(kernels, "triton_tool", lambda _name: None)
+    for read in (kernels.shipped.__wrapped__, kernels.shipped_ptx):
+        with pytest.raises(AssertionError, match="needs cuobjdump, which triton brings"):
+            read()
+
+
+def test_where_everything_has_to_be_tested_a_missing_tool_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "1")
+    with pytest.raises(pytest.fail.Exception, match="needs NVRTC"):
+        cannot_test("needs NVRTC 12")
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="needs NVRTC"):
+        cannot_test("needs NVRTC 12")
 
 
 # ---- every kernel is there and multiplies ------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, EMPTY_CASES, LAYOUTS, Case, with_layout
+from cases import CASES, EMPTY_CASES, LAYOUTS, Case, strided, with_layout
 from oracle import FP64, bound, exact, relative_error
 from torch import Tensor
 
@@ -67,6 +67,21 @@ def test_without_z_means_the_layers_own_output(case: Case, layout: str) -> None:
         d = ops.correlation(x, None, weight, bias=bias, algorithm=algorithm, **case.arguments)
         z = case.forward(x.double(), weight.double(), None if bias is None else bias.double())
         assert relative_error(d, exact(case, x, z, weight, bias)) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.bias], ids=str)
+def test_a_bias_may_be_strided(case: Case, dtype: torch.dtype) -> None:
+    x, z, weight, bias = operands(case, dtype, dtype)
+    assert bias is not None
+    for algorithm in ("auto", *case.algorithms):
+        given = {"algorithm": algorithm, "z_is_output": True, **case.arguments}
+        expected = ops.correlation(x, z, weight, bias=bias, **given)
+        assert torch.equal(ops.correlation(x, z, weight, bias=strided(bias), **given), expected)
+        steps = weight.clone(), weight.clone()
+        for step, b in zip(steps, (bias, strided(bias)), strict=True):
+            ops.hebbian_update_(step, x, z, 0.1, bias=b, **given)
+        assert torch.equal(*steps)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

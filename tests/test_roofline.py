@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import doctest
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from localsgd_ext import roofline
-from localsgd_ext.roofline import DEVICES, Cost, Device, Geometry, cost, device, estimate
+from localsgd_ext.roofline import DEVICES, Cost, Device, Geometry, Product, cost, device, estimate
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 EXPAND = Geometry(x=(2, 4, 5, 5), z=(2, 8, 5, 5), weight=(8, 4, 1, 1))  # 50 positions, 200 of x, 400 of z, 32 weights
 DENSE = Geometry(x=(2, 3, 6, 6), z=(2, 5, 6, 6), weight=(5, 3, 3, 3))  # 72 positions, 216 of x, 360 of z, 135 weights
@@ -21,13 +22,51 @@ LINEAR = Geometry(x=(7, 3, 4), z=(7, 3, 10), weight=(10, 4))  # 21 rows
 
 def test_gram_reads_x_once_and_does_half_the_flops() -> None:
     # The triangle is 50 * 4 * 5 = 1000 flops, W·G 2 * 32 * 4 = 256. G's partial has 10 elements, D's 32.
-    assert cost("gram", EXPAND) == Cost(200 * 4 + 2 * 32 * 4, 1000 + 256, "fp32", 4 * (10 + 32) * 4)
-    # On matrix units W·G is three products.
-    assert cost("gram", EXPAND, x=BF16) == Cost(200 * 2 + 256, 1000 + 3 * 256, "bf16", 672)
-    assert cost("gram", EXPAND, tf32=True).unit == "tf32"
-    assert cost("gram", LINEAR).flops == 21 * 4 * 5 + 2 * 40 * 4
+    assert cost("gram", EXPAND) == Cost(200 * 4 + 2 * 32 * 4, 1000, "fp32", 4 * (10 + 32) * 4, Product(256, "fp32", 1))
+    # On matrix units W·G is a product of parts: three where autocast made W bf16.
+    assert cost("gram", EXPAND, x=BF16) == Cost(200 * 2 + 256, 1000, "bf16", 672, Product(256, "bf16", 3))
+    assert cost("gram", LINEAR).flops == 21 * 4 * 5
+    assert cost("gram", LINEAR).executed_flops(DEVICES["H200"]) == 21 * 4 * 5 + 2 * 40 * 4
     grouped = Geometry(x=(1, 8, 3, 3), z=(1, 4, 3, 3), weight=(4, 4, 1, 1), groups=2)
-    assert cost("gram", grouped).flops == 2 * (9 * 4 * 5) + 2 * 2 * 2 * 4 * 4  # two groups of 2x4 weights, each times 4x4
+    assert cost("gram", grouped).flops == 2 * (9 * 4 * 5)
+    assert cost("gram", grouped).product == Product(2 * 2 * 2 * 4 * 4, "fp32", 1)  # two groups of 2x4 weights, each times 4x4
+
+
+@pytest.mark.parametrize(
+    ("x", "z", "weight", "tf32", "unit", "product", "pairs"),
+    [
+        (BF16, BF16, FP32, False, "bf16", "bf16", 3),  # autocast
+        (FP32, BF16, FP32, False, "bf16", "bf16", 3),  # its first layer, whose x it rounded
+        (FP32, BF16, FP32, True, "bf16", "bf16", 3),
+        (BF16, FP32, FP32, False, "bf16", "bf16", 7),  # W as it is
+        (BF16, FP32, BF16, False, "bf16", "bf16", 3),
+        (BF16, FP16, FP32, False, "bf16", "bf16", 7),
+        (FP16, FP16, FP32, False, "fp16", "tf32", 2),
+        (FP32, FP16, FP32, False, "fp16", "tf32", 2),
+        (FP16, FP32, FP32, False, "fp16", "tf32", 3),
+        (FP16, FP32, BF16, True, "fp16", "tf32", 2),
+        (FP32, FP32, FP32, True, "tf32", "tf32", 2),
+        (FP32, FP32, FP32, False, "fp32", "fp32", 1),
+    ],
+)
+def test_the_gram_forms_product_keeps_fp32s_precision(
+    x: torch.dtype, z: torch.dtype, weight: torch.dtype, tf32: bool, unit: str, product: str, pairs: int
+) -> None:
+    """In the order of parts.cuh; tests/emulated/test_roofline.py asks the kernels themselves."""
+    counted = cost("gram", EXPAND, x=x, z=z, weight=weight, tf32=tf32)
+    assert (counted.unit, counted.product) == (unit, Product(256, product, pairs))
+
+
+def test_the_product_takes_its_own_time() -> None:
+    toy = Device(
+        "toy", (8, 0), 1, bytes_per_s=1e12, l2_bytes=0, flops_per_s={"fp32": 1e6, "fp16": 8e6, "tf32": 2e6}, launch_us=0
+    )
+    counted = cost("gram", EXPAND, x=FP16)
+    assert counted.roofline_us(toy) == pytest.approx(1000 / 8 + 2 * 256 / 2)
+    assert counted.executed_flops(toy) == 1000 + 2 * 256
+    older = replace(toy, flops_per_s={"fp32": 1e6, "fp16": 8e6})  # sm_75: fp32 numbers, once
+    assert counted.roofline_us(older) == pytest.approx(1000 / 8 + 256)
+    assert counted.executed_flops(older) == 1000 + 256
 
 
 def test_direct_reads_x_and_z_once() -> None:
@@ -72,6 +111,8 @@ def test_positions_that_a_stride_leaves_out_are_not_read() -> None:
         (FP32, FP32, True, "tf32"),
         (BF16, BF16, False, "bf16"),
         (FP32, BF16, False, "bf16"),
+        (BF16, FP32, False, "fp32"),  # z would be rounded
+        (BF16, FP32, True, "tf32"),
         (torch.float16, torch.float16, True, "fp16"),
         (torch.float16, BF16, False, "tf32"),
     ],

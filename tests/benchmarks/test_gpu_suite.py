@@ -16,6 +16,7 @@ from cases import CASES, LAYOUTS
 
 from benchmarks import ROOT, gpu_graph, gpu_once, gpu_parity, gpu_suite, stages
 from benchmarks.stages import Command
+from localsgd_ext._precision import tf32_allowed
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -59,7 +60,7 @@ def test_command_lines_are_well_formed(stage: str, tmp_path: Path, monkeypatch: 
         python = command.argv.index(sys.executable)
         script = command.argv[python + 1]
         assert script == "-m" or Path(ROOT, script).is_file()
-        assert command.status(0) == "passed"
+        assert command.status(0, "1 calls" if stage == "sanitizer" else "") == "passed"
         assert command.status(None) == "stopped"
         assert command.status(77) == "failed"
     if stage == "kernels":
@@ -93,8 +94,41 @@ def test_sanitizer_stage_says_if_the_tool_is_absent(
 def test_sanitizer_findings_are_failures_and_refusals_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "find_sanitizer", lambda: "/usr/bin/compute-sanitizer")
     command = stages.STAGES["sanitizer"](namespace(tmp_path))[0]
-    assert command.status(9) == command.status(7) == command.status(-9) == "failed"
-    assert command.status(255) == "unavailable"
+    for rc in (1, 2, 7, 9, 255, -9):
+        assert command.status(rc) == "failed"
+        assert command.status(rc, "ImportError: device not supported") == "failed"  # not the tool's own line
+        assert command.status(rc, "$ it\n========= COMPUTE-SANITIZER\n========= Error: Device not supported\n") == "unavailable"
+    assert command.status(0, "========= COMPUTE-SANITIZER\n96 calls\n========= ERROR SUMMARY: 0 errors\n") == "passed"
+    assert command.status(0, "========= ERROR SUMMARY: 0 errors\n") == "failed"  # nothing ran
+    assert command.status(0, "0 calls\n") == "failed"
+
+
+@pytest.mark.parametrize(
+    ("what", "status"),
+    [
+        ("exec python", "failed"),  # the script's import fails
+        ("echo '========= Unable to find injection library libsanitizer-collection.so'; exit 1", "unavailable"),
+        ("echo 48 calls; exit 9", "failed"),
+        ("echo 48 calls", "passed"),
+    ],
+)
+def test_the_sanitizer_stage_as_a_process(what: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool, broken = tmp_path / "compute-sanitizer", tmp_path / "broken"
+    shift = 'while [ $# -gt 0 ] && [ ! -x "$1" ]; do shift; done; '  # to the interpreter
+    tool.write_text("#!/bin/sh\n" + shift + what.replace("exec python", 'exec "$@"') + "\n")
+    tool.chmod(0o755)
+    broken.mkdir()
+    (broken / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')\n")
+    monkeypatch.setenv("PYTHONPATH", str(broken))
+    monkeypatch.setattr(stages, "find_sanitizer", lambda: str(tool))
+    monkeypatch.setattr(stages, "no_gpu", lambda: None)
+    out = tmp_path / "out"
+    assert gpu_suite.main(["--out", str(out), "--stages", "sanitizer"]) == (status == "failed")
+    result = json.loads((out / "sanitizer.json").read_text())
+    assert [command["status"] for command in result["commands"]] == [status] * 4
+    if what == "exec python":
+        assert {command["rc"] for command in result["commands"]} == {gpu_once.FAILED}
+        assert "cannot open shared object file" in (out / "sanitizer.log").read_text()
 
 
 def quick(name: str, code: str, **meanings: str) -> Command:
@@ -151,6 +185,22 @@ def test_parity_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.Capt
     assert rows["depthwise3x3|bf16|contiguous"]["parity"].keys() == {"depthwise", "direct", "library", "update"}
 
 
+def test_parity_that_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, asked = tmp_path / "rows.json", list[str]()
+    argv = ["--device", "cpu", "--out", str(file), "--cases", "^linear$"]
+
+    def row(_case: object, dtype: str, layout: str, _device: str) -> dict[str, str]:
+        asked.append(f"{dtype}|{layout}")
+        states = {"bf16|sliced": "FAILED", "fp16|sliced": "ERROR"}
+        return {"status": states.get(asked[-1], "ok") if len(asked) <= 21 else "ok"}
+
+    monkeypatch.setattr(gpu_parity, "row", row)
+    assert gpu_parity.main(argv) == 1
+    assert len(asked) == 21
+    assert gpu_parity.main([*argv, "--resume"]) == 0
+    assert asked[21:] == ["bf16|sliced", "fp16|sliced"]
+
+
 def test_a_disagreement_fails_the_parity_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = gpu_parity.Judge.judge
 
@@ -180,7 +230,20 @@ def test_parity_covers_every_case() -> None:
 def test_the_sanitizers_script_runs_every_algorithm_of_ours() -> None:
     algorithms = {algorithm for case in gpu_graph.chosen() for algorithm in case.algorithms}
     assert algorithms == {"gram", "direct", "depthwise", "library"}
-    assert gpu_once.run("cpu", (torch.float32,)) > 0
+    assert gpu_once.run("cpu", ("fp32",)) > 0
+
+
+def test_the_sanitizers_script_runs_every_dtype_with_tf32_set_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+
+    def update(_weight: torch.Tensor, x: torch.Tensor, *_: object, **__: object) -> None:
+        seen.add((x.dtype, tf32_allowed(linear=True), tf32_allowed(linear=False)))
+
+    monkeypatch.setattr("localsgd_ext.hebbian_update_", update)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    gpu_once.run("cpu")
+    allowed = {(torch.float32, True, True)}
+    assert seen == allowed | {(dtype, False, False) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def test_the_graph_scripts_step_on_a_cpu() -> None:

@@ -10,11 +10,12 @@ import pytest
 import torch
 from cases import CASES, Case
 from oracle import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import kernels, tables, targets
 from benchmarks.baselines import functions, operands, reduced
 from benchmarks.networks import layers
-from benchmarks.parity import Judge
+from benchmarks.parity import FLOORS, Judge
 from benchmarks.timing import Timing
 from localsgd_ext import ops
 
@@ -117,6 +118,13 @@ def test_an_error_of_one_layer_does_not_lose_the_others(tmp_path: Path, monkeypa
     rows = json.loads(file.read_text())["rows"].values()
     assert sorted(row["status"] for row in rows) == ["ERROR", "ok", "ok", "ok"]
     assert [row["why"] for row in rows if row["status"] == "ERROR"] == ["too large"]
+    asked: list[str] = []
+    monkeypatch.setattr(kernels, "operands", lambda case, *args: (asked.append(case.name), operands(case, *args))[1])
+    assert run("--out", str(file), "--resume", "--budget", "0") == 3  # what failed is still to be done
+    assert run("--out", str(file), "--resume") == 0
+    assert len(set(asked)) == 1
+    assert asked[0].startswith("linear 512->10")
+    assert {row["status"] for row in json.loads(file.read_text())["rows"].values()} == {"ok"}
 
 
 @pytest.mark.parametrize(
@@ -160,10 +168,12 @@ def test_every_table_of_a_prediction_says_so(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().out == printed
 
 
-def test_the_committed_prediction_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    committed = (RESULTS / "prediction_h200_bf16_nhwc.md").read_text()
-    assert kernels.main(["--predict", "H200", "--dtypes", "bf16", "--layouts", "nhwc"]) == 0
-    assert capsys.readouterr().out == committed
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("prediction_*.md")), ids=lambda file: file.stem)
+def test_a_committed_prediction_is_what_its_command_prints(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    device, dtype, layout = file.stem.removeprefix("prediction_").split("_")
+    assert kernels.main(["--predict", device.upper(), "--dtypes", dtype, "--layouts", layout]) == 0
+    assert capsys.readouterr().out == file.read_text()
+    assert file.read_text().startswith("**PREDICTION.**")
 
 
 # ---- arithmetic ---------------------------------------------------------------------------------------------------------
@@ -224,12 +234,28 @@ def test_the_baselines_compute_the_same_update(name: str) -> None:
         if what == "wgrad":
             o.write(o.wgrad())
         else:
-            o.x, o.z = o.x.double(), o.z.double()
+            o.x, o.z, o.like = o.x.double(), o.z.double(), o.like.double()
             o.bias = None if o.bias is None else o.bias.double()
             functions(o, compiled=False, unfold=True)[what]()
         steps[what] = o.weight - before
     assert steps.keys() >= {"auto", "direct", "library", "wgrad", "user"}
     assert all(relative_error(step, steps["user"]) < 1e-5 for step in steps.values())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["conv3x3", "linear"])
+def test_the_timed_weight_gradient_is_one_operation_of_the_library(name: str, dtype: str) -> None:
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not func.is_view:
+                called.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    case = next(case for case in CASES if case.name == name)
+    o, called = operands(case, dtype, "nhwc", "cpu"), list[str]()
+    with Seen():
+        o.wgrad()
+    assert called == ["mm" if case.dims == 0 else "convolution_backward"]
 
 
 def test_the_judge_notices_small_errors() -> None:
@@ -242,6 +268,23 @@ def test_the_judge_notices_small_errors() -> None:
         assert judge.judge(d / d.double().norm(), algorithm, direction=True).ok
         assert not judge.judge(d * 1.00001, algorithm).ok
         assert not judge.judge(d * float("nan"), algorithm).ok
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has no fp32_precision")
+def test_the_judge_reads_the_flag_of_the_library_that_multiplies() -> None:
+    """Set by the newer API, after which the older one cannot be read."""
+    allowed = {}
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        for name in ("linear", "conv3x3"):
+            case = next(case for case in CASES if case.name == name)
+            x, weight, bias = case.sample()
+            judge = Judge(case, x, case.forward(x, weight, bias), weight, bias)
+            allowed[name] = judge.judge(torch.zeros(case.weight), "direct").allowed
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    assert allowed["linear"] >= FLOORS["tf32"] > allowed["conv3x3"]
 
 
 def test_an_overflow_of_theirs_excuses_nothing() -> None:

@@ -23,7 +23,8 @@ class FakeGpu:
             current_stream=lambda: SimpleNamespace(wait_stream=lambda _: None), stream=self.stream, graph=self.capture,
             synchronize=lambda: None, get_device_properties=lambda: SimpleNamespace(name="NVIDIA H200", L2_cache_size=50 << 20),
         )  # fmt: skip
-        self.int8 = torch.int8
+        self.float32 = torch.float32
+        self.buffers: list[SimpleNamespace] = []
 
     def kernel(self, name: str, cost: float) -> None:
         if self.captured is not None:
@@ -33,8 +34,16 @@ class FakeGpu:
             self.now += cost
 
     def empty(self, size: int, **_: object) -> SimpleNamespace:
-        assert size >= 100 << 20
-        return SimpleNamespace(zero_=lambda: self.kernel("flush", 1.0))
+        assert 4 * size >= 100 << 20  # twice the cache, in fp32
+        buffer = SimpleNamespace(zero_=lambda: self.kernel("write all", 1.0))
+        self.buffers.append(buffer)
+        return buffer
+
+    def sum(self, buffer: SimpleNamespace, *, dim: int, out: object) -> None:
+        assert buffer is self.buffers[1]  # not the one that is overwritten
+        assert dim == 0
+        assert out is not None
+        self.kernel("read all", 1.0)
 
     def zeros(self, *_: object, **__: object) -> SimpleNamespace:
         return SimpleNamespace(add_=lambda _: self.kernel("add", 0.002))
@@ -82,7 +91,7 @@ def test_gpu_runs_start_from_flushed_caches_and_are_replayed(gpu: FakeGpu) -> No
     }  # fmt: skip
     assert gpu.ran[: 2 * timing.WARM_UPS] == ["a"] * timing.WARM_UPS + ["b"] * timing.WARM_UPS
     rounds = gpu.ran[2 * timing.WARM_UPS :]
-    assert rounds == ["flush", "a", "flush", "b"] * (len(rounds) // 4)
+    assert rounds == ["write all", "read all", "a", "write all", "read all", "b"] * (len(rounds) // 6)
     assert timings["a"].runs == 5
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -224,7 +225,7 @@ def _run_nvrtc(library: ctypes.CDLL, source: Path, flags: list[str], names: list
 
 @cache
 def compiled(architecture: int) -> dict[str, Kernel]:
-    """Every kernel on an architecture: from the extension's module where that has it, else compiled with NVRTC."""
+    """Every kernel on an architecture: from the extension's module if that was built for it, else compiled with NVRTC."""
     kernels = shipped().get(architecture) if architecture in SHIPPED else None
     if kernels is None:
         kernels = {}
@@ -254,17 +255,48 @@ def resources(architecture: int) -> dict[str, Resources]:
 @cache
 def shipped() -> dict[int, dict[str, Kernel]]:
     """``{architecture: {symbol: kernel}}`` of what the extension's module contains; empty if it was built without CUDA."""
-    cuobjdump = triton_tool("cuobjdump")
-    modules = [*(ROOT / "localsgd_ext").glob("_C*.so")]
-    if cuobjdump is None or len(modules) != 1:
+    module, targets = shipped_module()
+    if module is None:
         return {}
     found: dict[int, dict[str, Kernel]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        subprocess.run([cuobjdump, "-xelf", "all", modules[0]], cwd=directory, capture_output=True, check=False)
+        subprocess.run([cuobjdump(), "-xelf", "all", module], cwd=directory, capture_output=True, check=False)
         for path in Path(directory).glob("*.cubin"):
             if match := re.search(r"\.sm_(\d+)\.cubin$", path.name):
                 found.setdefault(int(match[1]), {}).update(read_kernels(path.read_bytes(), int(match[1])))
+    lacking = {int(target) for target in re.findall(r"sm_(\d+)", targets)} - found.keys()
+    assert not lacking, f"{module} has no code for {lacking}, but its build info names {targets}"
     return found
+
+
+def shipped_ptx() -> dict[int, set[str]]:
+    """``{architecture: sources}`` of the PTX in the extension's module, which the driver compiles for what comes later."""
+    module, _ = shipped_module()
+    if module is None:
+        return {}
+    listed = subprocess.run([cuobjdump(), "-lptx", module], capture_output=True, text=True, check=True).stdout
+    found: dict[int, set[str]] = {}
+    for source, architecture in re.findall(r": ([\w.]+)\.sm_(\d+)\.ptx", listed):
+        found.setdefault(int(architecture), set()).add(source)
+    return found
+
+
+def shipped_module(package: Path = ROOT / "localsgd_ext") -> tuple[Path | None, str]:
+    """The extension's module and the targets for which it says that it was built; None if it says that it was built without CUDA."""
+    info = package / "_build_info.json"
+    targets = json.loads(info.read_text())["cuda_arch_list"] if info.exists() else ""
+    if not targets:
+        return None, ""
+    modules = sorted(package.glob("_C*.so"))
+    names = ", ".join(module.name for module in modules) or "none"
+    assert len(modules) == 1, f"{package} must hold one module, got {names}: `make clean build`"
+    return modules[0], targets
+
+
+def cuobjdump() -> Path:
+    tool = triton_tool("cuobjdump")
+    assert tool is not None, "the module was built with CUDA: to read it needs cuobjdump, which triton brings"
+    return tool
 
 
 def triton_tool(name: str) -> Path | None:

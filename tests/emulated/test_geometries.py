@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import LAYOUTS, Case, with_layout
+from cases import LAYOUTS, Case, strided, with_layout
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -95,22 +95,25 @@ def oracle(case: Case, x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None
 def test_agrees_with_fp64_and_stays_within_its_memory(kind: str, pair: tuple[str, str], layout: str) -> None:
     @seed(zlib.crc32(f"{kind} {pair} {layout}".encode()))
     @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(case=layers(kind), device=gpus(), tf32=st.booleans(), is_output=st.booleans())
-    def holds(case: Case, device: dict[str, int], tf32: bool, is_output: bool) -> None:
-        check(case, device, pair, layout, tf32, is_output)
+    @given(case=layers(kind), device=gpus(), tf32=st.booleans(), is_output=st.booleans(), strided_bias=st.booleans())
+    def holds(case: Case, device: dict[str, int], tf32: bool, is_output: bool, strided_bias: bool) -> None:
+        check(case, device, pair, layout, tf32, is_output, strided_bias)
 
     holds()
     global finished
     finished += 1
 
 
-def check(case: Case, device: dict[str, int], pair: tuple[str, str], layout: str, tf32: bool, is_output: bool) -> None:
+def check(
+    case: Case, device: dict[str, int], pair: tuple[str, str], layout: str, tf32: bool, is_output: bool, strided_bias: bool
+) -> None:
     gpu.emulate(**device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     x, weight, bias = case.sample(FP64)
     z = case.forward(x, weight, bias)
     x, weight, bias = x.to(DTYPES[pair[0]]), weight.float(), None if bias is None else bias.float()
     z = z.to(DTYPES[pair[1]])
+    bias = strided(bias) if strided_bias else bias
     with gpu.Guarded() as memory:
         x, z = (memory.copy(with_layout(t, layout, case)) for t in (x, z))
         weight, bias = memory.copy(weight), None if bias is None else memory.copy(bias)
@@ -125,6 +128,7 @@ def check(case: Case, device: dict[str, int], pair: tuple[str, str], layout: str
             core = candidate.configuration.split(",")[0].rsplit(" ", 1)[0]
             coverage[f"{algorithm} {layout} {pair[0]} {pair[1]}"] += 1
             coverage[f"core {core}"] += 1
+            coverage["strided bias"] += strided_bias and bias is not None
             truth = oracle(case, x, z, weight, bias, algorithm)
             # Matrix units round fp32 operands where they may: to tf32, or as autocast rounded x.
             rounding = 2**-8 if "mma_bf16" in core and "f32" in pair else 2**-10 if "mma" in core and "f32" in pair else 0
@@ -150,5 +154,6 @@ def test_the_random_layers_covered_what_there_is() -> None:
         for layout in LAYOUTS:
             for x, z in PAIRS:
                 assert coverage[f"{algorithm} {layout} {x} {z}"] >= EXAMPLES, (algorithm, layout, x, z)
+    assert coverage["strided bias"] >= 10 * EXAMPLES
     for core in ("ffma", "mma_bf16", "mma_f16", "mma_tf32"):
         assert coverage[f"core {core}"] >= EXAMPLES, core

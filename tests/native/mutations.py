@@ -1,11 +1,12 @@
 """Plants faults in the device code and runs the emulated tests: ``python tests/native/mutations.py``.
 
-Every barrier and every wait is taken out, and every comparison that is not a loop's own is made to say nothing, one at a time. A
-test must fail for each, or the fault is listed in ``equivalent_mutants.toml`` with the reason why it is none; otherwise the exit
-status is 1. All faults are compiled into one set of test programs and chosen when those start, so that a fault costs a test run
-and not a compilation. Results are kept in ``build/mutants/results.json``: an interrupted run goes on where it was.
+Every barrier and every wait is taken out, and every ``<``, ``<=``, ``>``, ``>=`` that is not a loop's own is made to say nothing,
+one at a time. A test must fail for each, or the fault is listed in ``equivalent_mutants.toml`` with the reason why it is none;
+otherwise the exit status is 1. All faults are compiled into one set of test programs and chosen when those start, so that a fault
+costs a test run and not a compilation. Results are kept in ``build/mutants/results.json``: an interrupted run goes on where it was.
 
-Memory fences are left alone: a CPU's memory is coherent, no test on it could miss one.
+Left alone are the bounds of ``for`` and ``while`` loops, clamps by ``min()`` and ``max()``, and ``==``; and memory fences: a CPU's
+memory is coherent, no test on it could miss one.
 """
 
 from __future__ import annotations

@@ -41,16 +41,24 @@ int64_t longest_tile(int64_t rows) { return rows < kNarrow ? 128 : int64_t{1} <<
 at::Tensor direct(const Layer& layer) {
     const Geometry& g = layer.geometry;
     Tiles x(layer.x, g, layer.accumulate), z(*layer.z, output_geometry(g), layer.accumulate);
-    const at::Tensor d = at::zeros({g.groups, g.out_per_group(), g.patch()}, accumulator(layer)); // [G, K/G, patch]
-    for_each_tile(g.positions(), g.image_positions(), longest_tile(g.out_per_group()), {&x, &z},
-                  [&](int64_t first, int64_t count) { add_product(d, z.at(first, count), x.at(first, count)); });
-    if (!x.channels_last()) return d.view(layer.weight.sizes());
+    const int64_t positions = g.positions(), longest = longest_tile(g.out_per_group());
+    at::Tensor d; // [G, K/G, patch]
+    if (x.viewable() == positions && z.viewable() == positions && positions <= longest) {
+        d = g.groups == 1 ? at::mm(z.at(0, positions).select(0, 0).t(), x.at(0, positions).select(0, 0))
+                          : at::bmm(z.at(0, positions).transpose(1, 2), x.at(0, positions));
+    } else {
+        d = at::zeros({g.groups, g.out_per_group(), g.patch()}, accumulator(layer));
+        for_each_tile(positions, g.image_positions(), longest, {&x, &z},
+                      [&](int64_t first, int64_t count) { add_product(d, z.at(first, count), x.at(first, count)); });
+    }
+    if (!x.channels_last() || g.taps() == 1) return d.view(layer.weight.sizes());
     return d.view({g.out_channels, g.taps(), g.in_per_group()}).transpose(1, 2).contiguous().view(layer.weight.sizes());
 }
 
-// G += X^T X [C, C]: only blocks on and below the diagonal, which saves 3/8 of the flops with four of them.
+// G += X^T X [C, C]: only blocks on and below the diagonal, which saves 3/8 of the flops with four of them. Narrower ones than
+// 32 columns cost a GEMM more than they save.
 void add_gram(const at::Tensor& gram, const at::Tensor& x) {
-    const int64_t channels = gram.size(1), blocks = channels >= 256 ? 4 : 1;
+    const int64_t channels = gram.size(1), blocks = std::clamp<int64_t>(channels / 32, 1, 4);
     for (int64_t i = 0; i < blocks; ++i) {
         const int64_t begin = channels * i / blocks, end = channels * (i + 1) / blocks;
         add_product(gram.narrow(1, begin, end - begin).narrow(2, 0, end), x.narrow(2, begin, end - begin), x.narrow(2, 0, end));

@@ -28,56 +28,79 @@ struct Band {
     bool padded;          // or ends after the last: up to kBlockChannels there is memory
 };
 
-// The sums of R x S taps over an output row, for the vector of channels at `c`.
-template <typename Acc, int kBytes, int R, int S>
-LOCALSGD_INLINE void row_sums(typename Vector<Acc, kBytes>::Type (&sum)[R][S], const Geometry& g, const Acc* x, int64_t tap_row,
-                              int64_t x_pixel, const Acc* z, int64_t z_pixel, int64_t s0) {
+// The sums of R x S taps over an output row, for kVectors neighbouring vectors of channels.
+template <typename Acc, int kBytes, int kVectors, int R, int S>
+LOCALSGD_INLINE void row_sums(typename Vector<Acc, kBytes>::Type (&sum)[R][S][kVectors], const Geometry& g, const Acc* x,
+                              int64_t tap_row, int64_t x_pixel, const Acc* z, int64_t z_pixel, int64_t s0) {
     using V = typename Vector<Acc, kBytes>::Type;
+    constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
     const int64_t step = g.stride[2], dilation = g.dilation[2], shift = s0 * dilation - g.pad[2];
     const Range leftmost = valid_outputs(g.output[2], g.input[2], step, shift),
                 rightmost = valid_outputs(g.output[2], g.input[2], step, shift + (S - 1) * dilation);
     const int64_t begin = std::min(leftmost.begin, g.output[2]), end = std::max(begin, std::min(leftmost.end, rightmost.end));
+    const auto load = [](const Acc* p) { return *reinterpret_cast<const V*>(p); };
     const auto edge = [&](int64_t q) __attribute__((always_inline)) {
-        const V zv = *reinterpret_cast<const V*>(z + q * z_pixel);
         for (int s = 0; s < S; ++s) {
             const int64_t column = q * step + shift + s * dilation;
             if (column < 0 || column >= g.input[2]) continue;
-            for (int r = 0; r < R; ++r) sum[r][s] += zv * *reinterpret_cast<const V*>(x + r * tap_row + column * x_pixel);
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < kVectors; ++v)
+                    sum[r][s][v] += load(z + q * z_pixel + v * kLanes) * load(x + r * tap_row + column * x_pixel + v * kLanes);
         }
     };
     for (int64_t q = 0; q < begin; ++q) edge(q);
     const Acc* corner = x + (begin * step + shift) * x_pixel;
-    for (int64_t q = begin; q < end; ++q, corner += step * x_pixel) {
-        const V zv = *reinterpret_cast<const V*>(z + q * z_pixel);
-        for (int r = 0; r < R; ++r)
-            for (int s = 0; s < S; ++s)
-                sum[r][s] += zv * *reinterpret_cast<const V*>(corner + r * tap_row + s * dilation * x_pixel);
-    }
+    for (int64_t q = begin; q < end; ++q, corner += step * x_pixel)
+        for (int v = 0; v < kVectors; ++v) {
+            const V zv = load(z + q * z_pixel + v * kLanes);
+            for (int r = 0; r < R; ++r)
+                for (int s = 0; s < S; ++s)
+                    sum[r][s][v] += zv * load(corner + r * tap_row + s * dilation * x_pixel + v * kLanes);
+        }
     for (int64_t q = end; q < g.output[2]; ++q) edge(q);
 }
 
-// `sums` [kernel_h * kernel_w][kBlockChannels] += those taps over an output row.
-template <typename Acc, int kBytes, int R, int S>
+// `sums` [kernel_h * kernel_w][kBlockChannels] += those taps over an output row, for the channels from `c` to `end`.
+template <typename Acc, int kBytes, int kVectors, int R, int S>
+LOCALSGD_INLINE int64_t add_vectors(const Geometry& g, const Band<Acc>& b, const Acc* x, const Acc* z, int64_t r0, int64_t s0,
+                                    Acc* sums, int64_t c, int64_t end) {
+    using V = typename Vector<Acc, kBytes>::Type;
+    constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
+    for (; c + kVectors * kLanes <= end; c += kVectors * kLanes) {
+        V sum[R][S][kVectors] = {};
+        row_sums<Acc, kBytes, kVectors, R, S>(sum, g, x + c, g.dilation[1] * b.x.row_stride, b.x.pixel_stride, z + c,
+                                              b.z.pixel_stride, s0);
+        for (int r = 0; r < R; ++r)
+            for (int s = 0; s < S; ++s)
+                for (int v = 0; v < kVectors; ++v)
+                    *reinterpret_cast<V*>(sums + ((r0 + r) * g.kernel[2] + s0 + s) * kBlockChannels + c + v * kLanes) +=
+                        sum[r][s][v];
+    }
+    return c;
+}
+
+template <typename Acc, int kBytes, int kVectors, int R, int S>
 LOCALSGD_INLINE void add_taps(const Geometry& g, const Band<Acc>& b, const Acc* x, const Acc* z, int64_t r0, int64_t s0,
                               Acc* sums) {
     using V = typename Vector<Acc, kBytes>::Type;
     constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
-    for (int64_t c = 0; c < b.channels; c += kLanes) {
-        const int64_t rest = b.channels - c;
-        const int64_t at = rest < kLanes && !b.padded ? b.channels - kLanes : c;
-        V sum[R][S] = {};
-        row_sums<Acc, kBytes, R, S>(sum, g, x + at, g.dilation[1] * b.x.row_stride, b.x.pixel_stride, z + at, b.z.pixel_stride,
-                                    s0);
-        for (int r = 0; r < R; ++r)
-            for (int s = 0; s < S; ++s) {
-                Acc* to = sums + ((r0 + r) * g.kernel[2] + s0 + s) * kBlockChannels;
-                if (rest >= kLanes)
-                    *reinterpret_cast<V*>(to + c) += sum[r][s];
-                else
-                    for (int64_t l = c - at; l < c - at + rest; ++l) to[at + l] += sum[r][s][l];
-            }
-    }
+    const int64_t whole = b.padded ? ceil_div(b.channels, kLanes) * kLanes : b.channels;
+    int64_t c = add_vectors<Acc, kBytes, kVectors, R, S>(g, b, x, z, r0, s0, sums, 0, whole);
+    if (kVectors > 1) c = add_vectors<Acc, kBytes, 1, R, S>(g, b, x, z, r0, s0, sums, c, whole);
+    if (c == whole) return;
+    // The last vector begins earlier, over channels that are summed already.
+    const int64_t at = whole - kLanes;
+    V sum[R][S][1] = {};
+    row_sums<Acc, kBytes, 1, R, S>(sum, g, x + at, g.dilation[1] * b.x.row_stride, b.x.pixel_stride, z + at, b.z.pixel_stride,
+                                   s0);
+    for (int r = 0; r < R; ++r)
+        for (int s = 0; s < S; ++s)
+            for (int64_t l = c - at; l < kLanes; ++l)
+                sums[((r0 + r) * g.kernel[2] + s0 + s) * kBlockChannels + at + l] += sum[r][s][0][l];
 }
+
+template <int kBytes>
+constexpr int kRegisters = kBytes == kWideBytes ? 32 : 16;
 
 template <typename Acc, int kBytes>
 LOCALSGD_INLINE void band_sums(const Geometry& g, const Band<Acc>& b, Acc* sums) {
@@ -85,18 +108,19 @@ LOCALSGD_INLINE void band_sums(const Geometry& g, const Band<Acc>& b, Acc* sums)
         const Acc* z = b.z.data + row * b.z.row_stride;
         const int64_t top = (b.first + row) * g.stride[1] - g.pad[1];
         const auto x_row = [&](int64_t r) { return b.x.data + (top + r * g.dilation[1] - b.first_input) * b.x.row_stride; };
-        if (g.kernel[1] == 3 && g.kernel[2] == 3 && top >= 0 && top + 2 * g.dilation[1] < g.input[1]) {
-            add_taps<Acc, kBytes, 3, 3>(g, b, x_row(0), z, 0, 0, sums);
+        if (kRegisters<kBytes> >= 18 && g.kernel[1] == 3 && g.kernel[2] == 3 && top >= 0 &&
+            top + 2 * g.dilation[1] < g.input[1]) {
+            add_taps<Acc, kBytes, 1, 3, 3>(g, b, x_row(0), z, 0, 0, sums);
             continue;
         }
         for (int64_t r = 0; r < g.kernel[1]; ++r) {
             const int64_t h = top + r * g.dilation[1];
             if (h < 0 || h >= g.input[1]) continue;
             int64_t s = 0;
-            for (; s + 7 <= g.kernel[2]; s += 7) add_taps<Acc, kBytes, 1, 7>(g, b, x_row(r), z, r, s, sums);
-            for (; s + 5 <= g.kernel[2]; s += 5) add_taps<Acc, kBytes, 1, 5>(g, b, x_row(r), z, r, s, sums);
-            for (; s + 3 <= g.kernel[2]; s += 3) add_taps<Acc, kBytes, 1, 3>(g, b, x_row(r), z, r, s, sums);
-            for (; s < g.kernel[2]; ++s) add_taps<Acc, kBytes, 1, 1>(g, b, x_row(r), z, r, s, sums);
+            for (; s + 7 <= g.kernel[2]; s += 7) add_taps<Acc, kBytes, 1, 1, 7>(g, b, x_row(r), z, r, s, sums);
+            for (; s + 5 <= g.kernel[2]; s += 5) add_taps<Acc, kBytes, 2, 1, 5>(g, b, x_row(r), z, r, s, sums);
+            for (; s + 3 <= g.kernel[2]; s += 3) add_taps<Acc, kBytes, 4, 1, 3>(g, b, x_row(r), z, r, s, sums);
+            for (; s < g.kernel[2]; ++s) add_taps<Acc, kBytes, 4, 1, 1>(g, b, x_row(r), z, r, s, sums);
         }
     }
 }

@@ -1,6 +1,7 @@
 #include "depthwise.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "copy.h"
@@ -21,7 +22,8 @@ struct Sweep {
     int64_t rows, width; // of the output
     int64_t z_pitch, x_pitch;
     int64_t row_step, tap_rows;
-    const int64_t* column; // [S]
+    const int64_t* column;            // [S]
+    int64_t planes, x_plane, z_plane; // as many planes like this one, so far apart
 };
 
 // The last, partial vector of a row: lanes beyond the row must add nothing even if x holds Inf there.
@@ -39,9 +41,10 @@ LOCALSGD_INLINE void plane_block(const Sweep& w, const Acc* x, const Acc* z, int
     const int64_t whole = w.width - w.width % kLanes;
     typename Vector<Acc, kBytes>::Mask mask;
     set_tail_mask<Acc, kBytes>(mask, w.width - whole);
-    for (int64_t p = 0; p < w.rows; ++p) {
-        const Acc* z_row = z + p * w.z_pitch;
-        const Acc* x_row = x + (p * w.row_step + r0 * w.tap_rows) * w.x_pitch;
+    for (int64_t row = 0, plane = 0, p = 0; row < w.planes * w.rows; ++row, ++p) {
+        if (p == w.rows) p = 0, ++plane;
+        const Acc* z_row = z + plane * w.z_plane + p * w.z_pitch;
+        const Acc* x_row = x + plane * w.x_plane + (p * w.row_step + r0 * w.tap_rows) * w.x_pitch;
         for (int64_t q = 0; q < whole; q += kLanes) {
             const V zv = *reinterpret_cast<const V*>(z_row + q);
             for (int r = 0; r < R; ++r)
@@ -120,6 +123,17 @@ struct PhasedRow {
     int64_t pitch() const { return stride * phase_length; }
 };
 
+// As copy_run; rows are short, so that calling it for each would take longer than copying.
+template <typename Acc>
+void copy_row(Acc* to, const void* data, Kind kind, int64_t element, int64_t count, int64_t stride) {
+    if (kind != (sizeof(Acc) == 8 ? Kind::f64 : Kind::f32) || stride != 1)
+        return copy_run(to, offset(data, kind, element), kind, count, stride);
+    const Acc* from = static_cast<const Acc*>(data) + element;
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) std::memcpy(to + i, from + i, 8 * sizeof(Acc));
+    for (; i < count; ++i) to[i] = from[i];
+}
+
 // x plane (n, channel, depth) into `to` [padded height, pitch], which is zero wherever padding stays.
 template <typename Acc>
 void pack_plane(const DepthwiseArgs& a, const PhasedRow& row, int64_t n, int64_t channel, int64_t depth, int64_t height,
@@ -135,8 +149,8 @@ void pack_plane(const DepthwiseArgs& a, const PhasedRow& row, int64_t n, int64_t
             const Range in = valid_outputs(length, g.input[2], row.stride, phase - g.pad[2]);
             if (in.end <= in.begin) continue;
             const int64_t element = start + (in.begin * row.stride + phase - g.pad[2]) * a.x_strides.space[2];
-            copy_run(to + i * row.pitch() + phase * row.phase_length + in.begin, offset(a.x, a.x_kind, element), a.x_kind,
-                     in.end - in.begin, a.x_strides.space[2] * row.stride);
+            copy_row(to + i * row.pitch() + phase * row.phase_length + in.begin, a.x, a.x_kind, element, in.end - in.begin,
+                     a.x_strides.space[2] * row.stride);
         }
     }
 }
@@ -147,7 +161,7 @@ void pack_output(const DepthwiseArgs& a, int64_t n, int64_t k, int64_t depth, in
     for (int64_t p = 0; p < g.output[1]; ++p) {
         const int64_t element =
             n * a.z_strides.batch + k * a.z_strides.channel + depth * a.z_strides.space[0] + p * a.z_strides.space[1];
-        copy_run(to + p * pitch, offset(a.z, a.z_kind, element), a.z_kind, g.output[2], a.z_strides.space[2]);
+        copy_row(to + p * pitch, a.z, a.z_kind, element, g.output[2], a.z_strides.space[2]);
     }
 }
 
@@ -162,31 +176,40 @@ bool output_depth(const Geometry& g, int64_t depth, int64_t r, int64_t& p) {
 
 template <typename Acc>
 void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t channel_end, Acc* d) {
+    constexpr int64_t kTogether = 1024; // elements of z: what is summed in lanes, before they are added up in double
     const Geometry& g = a.geometry;
     const PhasedRow row = PhasedRow::of(g, Acc());
     const int64_t height = (g.output[1] - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1;
-    const int64_t z_pitch = round_up<Acc>(g.output[2]);
-    const int64_t multiplier = g.out_per_group();
-    std::vector<Acc> x_plane(height * row.pitch()), z_plane(g.output[1] * z_pitch);
+    const int64_t z_pitch = round_up<Acc>(g.output[2]), multiplier = g.out_per_group();
+    const int64_t x_size = height * row.pitch(), z_size = g.output[1] * z_pitch;
+    // Small planes of several images at once.
+    const int64_t together =
+        g.kernel[0] == 1 && g.input[0] == 1 && g.output[0] == 1 ? std::clamp<int64_t>(kTogether / z_size, 1, g.batch) : 1;
+    std::vector<Acc> x_planes(together * x_size), z_planes(together * z_size);
     std::vector<double> sums(multiplier * g.taps());
-    const Sweep sweep{g.output[1], g.output[2], z_pitch, row.pitch(), g.stride[1], g.dilation[1], row.column.data()};
+    Sweep sweep{g.output[1],   g.output[2],       z_pitch, row.pitch(), g.stride[1],
+                g.dilation[1], row.column.data(), 1,       x_size,      z_size};
     for (int64_t channel = channel_begin; channel < channel_end; ++channel) {
         std::fill(sums.begin(), sums.end(), 0.0);
-        for (int64_t n = 0; n < g.batch; ++n)
+        for (int64_t n = 0; n < g.batch; n += sweep.planes) {
+            sweep.planes = std::min(together, g.batch - n);
             for (int64_t depth = 0; depth < g.input[0]; ++depth) {
                 bool packed = false;
                 for (int64_t r = 0; r < g.kernel[0]; ++r) {
                     int64_t p0;
                     if (!output_depth(g, depth, r, p0)) continue;
-                    if (!packed) pack_plane(a, row, n, channel, depth, height, x_plane.data());
+                    for (int64_t i = 0; i < sweep.planes && !packed; ++i)
+                        pack_plane(a, row, n + i, channel, depth, height, x_planes.data() + i * x_size);
                     packed = true;
                     for (int64_t j = 0; j < multiplier; ++j) {
-                        pack_output(a, n, channel * multiplier + j, p0, z_pitch, z_plane.data());
-                        sweep_plane(sweep, x_plane.data(), z_plane.data(), g.kernel[1], g.kernel[2],
+                        for (int64_t i = 0; i < sweep.planes; ++i)
+                            pack_output(a, n + i, channel * multiplier + j, p0, z_pitch, z_planes.data() + i * z_size);
+                        sweep_plane(sweep, x_planes.data(), z_planes.data(), g.kernel[1], g.kernel[2],
                                     sums.data() + (j * g.kernel[0] + r) * g.kernel[1] * g.kernel[2]);
                     }
                 }
             }
+        }
         for (size_t i = 0; i < sums.size(); ++i) d[channel * multiplier * g.taps() + i] = static_cast<Acc>(sums[i]);
     }
 }

@@ -50,7 +50,13 @@ void picks() {
     CHECK(make_plan(query(256, 512, 56, 1, 1, 2)).pick == Algorithm::kGram);
     CHECK(make_plan(query(256, 64, 56, 1)).pick != Algorithm::kGram);
     CHECK(make_plan(query(144, 144, 56, 3, 144)).pick == Algorithm::kDepthwise);
-    CHECK(make_plan(query(384, 384, 14, 3, 384)).pick == Algorithm::kDepthwise);
+    Query small = query(384, 384, 14, 3, 384); // NCHW: planes are made row by row, and these rows are short
+    CHECK(make_plan(small).pick == Algorithm::kLibrary);
+    small.channels_last = true;
+    CHECK(make_plan(small).pick == Algorithm::kDepthwise);
+    Query dense = query(512, 512, 7, 3), stem = query(3, 64, 224, 7, 1, 2);
+    CHECK(make_plan(dense).pick == Algorithm::kDirect);
+    CHECK(make_plan(stem).pick == Algorithm::kLibrary);
     Query without = query(96, 64, 14, 1); // contracting, but any other algorithm would have to compute z first
     without.z_present = false;
     CHECK(make_plan(without).pick == Algorithm::kGram);

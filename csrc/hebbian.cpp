@@ -74,7 +74,7 @@ Algorithm pick(const Layer& layer, bool benchmark) {
 #if defined(LOCALSGD_WITH_CUDA)
     if (on_gpu(layer.weight)) return cuda::pick(layer, query_of(layer), benchmark);
 #endif
-    return plan_of(layer, benchmark).pick;
+    return benchmark ? plan_of(layer, benchmark).pick : cheapest(query_of(layer));
 }
 
 std::string why_not(const Layer& layer, Algorithm algorithm) {

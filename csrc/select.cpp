@@ -2,11 +2,21 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <limits>
 
 #include "cpu/cost.h"
 
 namespace localsgd {
 namespace {
+
+bool fits(const Geometry& g, Algorithm algorithm) {
+    return algorithm == Algorithm::kGram ? g.pointwise() : algorithm == Algorithm::kDepthwise ? g.depthwise() : true;
+}
+
+// Whether it may be picked: the Gram form reads no z, so it needs the promise that z says nothing else than x does.
+bool allowed(const Query& q, Algorithm algorithm) {
+    return fits(q.geometry, algorithm) && (algorithm != Algorithm::kGram || !q.z_present || q.z_is_output);
+}
 
 std::string list(const Triple& t, int dims) {
     std::string text;
@@ -66,21 +76,15 @@ const Candidate& Plan::candidate(Algorithm algorithm) const {
 }
 
 Candidate candidate_of(const Query& q, Algorithm algorithm) {
-    const Geometry& g = q.geometry;
     Candidate c;
     c.algorithm = algorithm;
-    c.eligible = c.automatic = true;
-    if (algorithm == Algorithm::kGram) {
-        c.eligible = g.pointwise();
-        c.automatic = c.eligible && (!q.z_present || q.z_is_output);
-        if (!c.eligible)
-            c.why_not = "needs a kernel of size 1 or a linear layer";
-        else if (!c.automatic)
-            c.why_not = "ignores z, which was not promised to be the layer's output (z_is_output=True)";
-    } else if (algorithm == Algorithm::kDepthwise) {
-        c.eligible = c.automatic = g.depthwise();
-        if (!c.eligible) c.why_not = "needs groups == in_channels > 1";
-    }
+    c.eligible = fits(q.geometry, algorithm);
+    c.automatic = allowed(q, algorithm);
+    if (!c.eligible)
+        c.why_not =
+            algorithm == Algorithm::kGram ? "needs a kernel of size 1 or a linear layer" : "needs groups == in_channels > 1";
+    else if (!c.automatic)
+        c.why_not = "ignores z, which was not promised to be the layer's output (z_is_output=True)";
     return c;
 }
 
@@ -93,6 +97,17 @@ Plan make_plan(const Query& query) {
     }
     pick_by_estimate(plan);
     return plan;
+}
+
+Algorithm cheapest(const Query& query) {
+    Algorithm best = Algorithm::kDirect;
+    double least = std::numeric_limits<double>::infinity();
+    for (const Algorithm algorithm : kAlgorithms) {
+        if (!allowed(query, algorithm)) continue;
+        const double us = cpu::estimate_us(query, algorithm);
+        if (us < least) least = us, best = algorithm;
+    }
+    return best;
 }
 
 void pick_by_estimate(Plan& plan) { pick_cheapest<&Candidate::estimated_us>(plan, "estimated"); }

@@ -56,6 +56,9 @@ Candidate candidate_of(const Query& query, Algorithm algorithm);
 // Eligibility, cost estimates for a CPU and the pick by estimate.
 Plan make_plan(const Query& query);
 
+// That plan's pick alone, without words: what each update asks for.
+Algorithm cheapest(const Query& query);
+
 void pick_by_estimate(Plan& plan);
 void pick_by_measurement(Plan& plan);
 

@@ -77,9 +77,13 @@ double direct_us(const Query& q) {
     const double gather = (reads_in_place(q) ? 0 : gather_us(q)) + convert_us(q, z_elements(q), q.z_kind);
     const double workspace = double(g.positions()) * (double(g.patch()) * g.groups + g.out_channels) * element_bytes(q);
     const double tiles = reads_in_place(q) ? 1 : std::max(1.0, workspace / 8e6);
+    // NCHW: a GEMM an image, small images first copied into one matrix.
+    const bool images = reads_in_place(q) && !q.channels_last && g.dims > 0 && g.batch > 1, small = g.image_positions() < 256;
+    const double copies = images && small ? 2 * operand_bytes(q) / (20e3 * q.threads) : 0;
     const double transpose = q.channels_last && !g.pointwise() ? d_bytes(q) / kConvertBytesPerUs : 0;
     return gemm_us(q, wgrad_flops(g) * narrow(double(g.out_per_group())) * narrow_patch(double(g.patch()))) +
-           memory_us(q, operand_bytes(q), kStreamBytesPerUs) + gather + transpose + tiles * kCallUs * double(g.groups);
+           memory_us(q, operand_bytes(q), kStreamBytesPerUs) + gather + copies + transpose +
+           (images && !small ? double(g.batch) : tiles) * kCallUs * double(g.groups);
 }
 
 double depthwise_us(const Query& q) {

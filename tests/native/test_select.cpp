@@ -29,6 +29,7 @@ void rules() {
                             const Plan plan = make_plan(q);
                             const Candidate& pick = plan.candidate(plan.pick);
                             CHECK(plan.candidates.size() == 4);
+                            CHECK(cheapest(q) == plan.pick);
                             CHECK(pick.eligible && pick.automatic && !plan.reason.empty());
                             CHECK(plan.candidate(Algorithm::kGram).eligible == (kernel == 1));
                             CHECK(plan.candidate(Algorithm::kGram).automatic == (kernel == 1 && promised(q)));

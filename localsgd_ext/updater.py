@@ -254,34 +254,30 @@ class HebbianUpdater:
                 hook.deferred = True
             hook.last_forward = self._forward_id
             hook.fired = True
+        weight = _parameter(hook.module, "weight")
+        in_graph = self.sample < 1 and torch.compiler.is_compiling()  # the graph serves every turn
+        if self.sample < 1 and not in_graph:
+            _refuse_capture(x)
+            x, z = sampled(weight, x, z, self.sample, int(self._turn))
+        deferred = hook.deferred or z.requires_grad
+        if not (deferred or in_graph or self.momentum or self.activation is not None):
+            # The usual case, and paid for by every layer in every step: nothing here that can be left out.
+            lr = self._lr_on(weight.device)
+            skipped = hook.counter(weight.device)
+            ops.hebbian_update_(weight, x, z, lr, normalize=self.normalize, skipped=skipped, **hook.arguments())
+            return
         with torch.no_grad():
-            weight, deferred = hook.module.weight, hook.deferred or z.requires_grad
-            in_graph = self.sample < 1 and torch.compiler.is_compiling()  # the graph serves every turn
-            if self.sample < 1 and not in_graph:
-                _refuse_capture(x)
-                x, z = sampled(weight, x, z, self.sample, int(self._turn))
             if self.activation is not None:
                 z = self.activation(z.detach())
-            if deferred or self.momentum or in_graph:
-                if in_graph:
-                    correlation = sampled_correlation(weight, x, z, self.sample, self._turn, **hook.arguments())
-                else:
-                    correlation = ops.correlation(x, z, weight, **hook.arguments())
-                if deferred:
-                    known = self._pending.get(hook.name)
-                    self._pending[hook.name] = correlation if known is None else known.add_(correlation)
-                else:
-                    self._write(hook, correlation)
+            if in_graph:
+                correlation = sampled_correlation(weight, x, z, self.sample, self._turn, **hook.arguments())
             else:
-                ops.hebbian_update_(
-                    weight,
-                    x,
-                    z,
-                    self._lr_on(weight.device),
-                    normalize=self.normalize,
-                    skipped=hook.counter(),
-                    **hook.arguments(),
-                )
+                correlation = ops.correlation(x, z, weight, **hook.arguments())
+            if deferred:
+                known = self._pending.get(hook.name)
+                self._pending[hook.name] = correlation if known is None else known.add_(correlation)
+            else:
+                self._write(hook, correlation)
 
     def _write(self, hook: _LayerHook, correlation: Tensor) -> None:
         weight = hook.module.weight
@@ -313,6 +309,7 @@ class _LayerHook(Hook):
         self.updater = updater
         self.name = name
         self.module: Any = module
+        self.is_linear = isinstance(module, nn.Linear)
         self.enabled = False
         self.deferred = False
         self.fired = False
@@ -326,25 +323,35 @@ class _LayerHook(Hook):
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments that describe the layer's geometry to the operations."""
         m = self.module
+        bias, algorithm = _parameter(m, "bias"), self.updater.algorithm
         # A user's activation makes z something other than the layer's output: the Gram form would ignore it.
-        common = {"bias": m.bias, "z_is_output": self.updater.activation is None, "algorithm": self.updater.algorithm}
-        if isinstance(m, nn.Linear):
-            return common
-        return common | {
+        z_is_output = self.updater.activation is None
+        if self.is_linear:
+            return {"bias": bias, "z_is_output": z_is_output, "algorithm": algorithm}
+        return {
+            "bias": bias,
             "stride": m.stride,
             "padding": m.padding,
             "dilation": m.dilation,
             "groups": m.groups,
             "padding_mode": m.padding_mode,
+            "z_is_output": z_is_output,
+            "algorithm": algorithm,
         }
 
-    def counter(self) -> Tensor:
-        device = self.module.weight.device
+    def counter(self, device: torch.device | None = None) -> Tensor:
+        device = self.module.weight.device if device is None else device
         if self.skipped is None:
             self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         elif self.skipped.device != device:  # the model was moved
             self.skipped = self.skipped.to(device)
         return self.skipped
+
+
+def _parameter(module: Any, name: str) -> Any:
+    """``getattr`` without the detour that ``nn.Module`` makes, which takes longer than everything else in a hook."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
 
 
 def _refuse_capture(x: Tensor) -> None:

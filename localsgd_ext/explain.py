@@ -112,7 +112,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
 
     Args:
         model: any module; its ``Conv1d/2d/3d`` and ``Linear`` layers with unmodified ``forward`` are listed, once per call.
-        *args, **kwargs: what ``model`` is called with, of the batch size that is to be trained with.
+        *args, **kwargs: what ``model`` is called with, of the batch size that is to be trained with (with
+            ``sample=f``: of ``f`` times as many images).
 
     Returns:
         An :class:`Explanation`: a sequence of rows; ``print`` shows an aligned table.

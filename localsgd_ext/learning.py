@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from .freezing import BN_STATS, PrefixFreeze, as_optimizers
 from .hooks import CallHook, Hook
 from .layers import ExecutionPlan, Patterns, Tracer, recurring_block_size, report_left_out, select_names, trace_layers
+from .sampling import check_sample
 from .selection import DynamicModeSelection, ModeSelection, StaticModeSelection
 from .supervision import WeakSupervision
 from .updater import Activation, HebbianUpdater, refuse_wrappers
@@ -68,7 +69,7 @@ class LocalizedLearning:
         lr: local learning rate, a float or a callable of the epoch.
         lr_decay, lr_decay_every: a float ``lr`` is divided by ``lr_decay`` every so many epochs from the start of training.
         supervision: ``"absolute"`` or ``"toggle"`` (Algorithm 2), a :class:`WeakSupervision`, or ``None`` for none.
-        normalize, activation, momentum, algorithm: see :class:`HebbianUpdater`.
+        normalize, activation, momentum, sample, algorithm: see :class:`HebbianUpdater`.
         bn_stats: ``"update"`` or ``"freeze"``, see :class:`PrefixFreeze`.
         include, skip: names or regular expressions (matched in full) of the modules that may, may not, be layers.
         on_boundary_move: called as ``on_boundary_move(old, new)`` after the boundary has moved.
@@ -95,6 +96,7 @@ class LocalizedLearning:
         normalize: bool = True,
         activation: Activation | None = None,
         momentum: float = 0.0,
+        sample: float = 1.0,
         bn_stats: str = "update",
         include: Patterns = None,
         skip: Patterns = None,
@@ -124,6 +126,7 @@ class LocalizedLearning:
             raise ValueError(f"lr_decay must be at least 1, got {lr_decay}")
         if lr_decay_every < 1:
             raise ValueError(f"lr_decay_every must be at least 1, got {lr_decay_every}")
+        sample = check_sample(sample)
         lr = PRESETS[preset or "default"]["lr"] if lr is None else lr
         if not callable(lr) and not (lr >= 0 and math.isfinite(lr)):
             raise ValueError(f"lr must be finite and at least 0, got {lr}")
@@ -155,6 +158,7 @@ class LocalizedLearning:
                 normalize=normalize,
                 activation=activation,
                 momentum=momentum,
+                sample=sample,
                 algorithm=algorithm,
             )
         self._handles = [

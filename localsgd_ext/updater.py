@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from . import ops
 from .hooks import CallHook, Hook, in_backward, under_checkpoint
 from .layers import LAYER_TYPES, Patterns, is_plain, select_names
+from .sampling import check_sample, sampled, sampled_correlation
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -39,10 +40,15 @@ class HebbianUpdater:
         normalize: ``False`` leaves out the division by ``||D||_2`` (ablation of equation 4).
         activation: ``D = correlation(x, activation(z))``, the post-activation rule of equation 1 (ablation).
         momentum: ``V = momentum * V + D / ||D||_2``, ``W += lr * V`` (ablation of section 2.3).
+        sample: the fraction of each mini-batch that ``D`` is made of, in (0, 1]: ``max(1, round(sample * N))`` of ``N`` images,
+            at least one, as a slice of ``x`` and ``z`` along their first dimension, which is not copied. The slice is the same
+            for all layers and rotates with the training forwards of ``model`` in which layers are enabled
+            (:mod:`localsgd_ext.sampling`). ``||D||_2`` is that of the sampled ``D``, so the step's length stays ``|lr|``.
+            Unbatched input is used whole. ``torch.compile`` makes one graph for all slices; CUDA graphs are refused.
         algorithm: see :func:`localsgd_ext.ops.hebbian_update_`.
     Raises:
         ValueError: an argument out of its range, a pattern that matches no layer, or a model under another updater.
-        TypeError: a wrapped or sharded model (``DataParallel``, ``DistributedDataParallel``, FSDP).
+        TypeError: ``sample`` is not a number; a wrapped or sharded model (``DataParallel``, ``DistributedDataParallel``, FSDP).
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class HebbianUpdater:
         normalize: bool = True,
         activation: Activation | None = None,
         momentum: float = 0.0,
+        sample: float = 1.0,
         algorithm: str = "auto",
     ) -> None:
         if not 0 <= momentum < 1:
@@ -75,10 +82,14 @@ class HebbianUpdater:
         self.normalize = normalize
         self.activation = activation
         self.momentum = momentum
+        self.sample = check_sample(sample)
         self.algorithm = algorithm
         self.forwards = 0
         """Training forwards of ``model`` since the last :meth:`reset_counters`."""
         self._forward_id = 0
+        self._any_enabled = False
+        # Index of the present training forward with layers enabled. A tensor: torch.compile neither guards on it nor bakes it in.
+        self._turn = torch.full((), -1, dtype=torch.int64, device="cpu")
         self._lr_tensors: dict[torch.device, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
         self._velocity: dict[str, Tensor] = {}
@@ -111,6 +122,7 @@ class HebbianUpdater:
         if unknown:
             raise ValueError(f"names must be layers of this updater, got {', '.join(map(repr, unknown))}")
         self.flush()
+        self._any_enabled = bool(names)
         for name, hook in self._hooks.items():
             hook.enabled = name in names
             hook.deferred = hook.deferred or name in deferred
@@ -196,6 +208,7 @@ class HebbianUpdater:
             "fired": [name for name, hook in self._hooks.items() if hook.fired],
             "forwards": self.forwards,
             "deferred": [name for name, hook in self._hooks.items() if hook.deferred],
+            "turn": int(self._turn),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -203,6 +216,7 @@ class HebbianUpdater:
         self.discard()
         self.set_lr(state["lr"])
         self.forwards = state["forwards"]
+        self._turn.fill_(state.get("turn", -1))  # states from before there was `sample` have none
         velocity = {}
         for name, saved in state["momentum"].items():
             weight = self._hooks[name].module.weight
@@ -219,6 +233,8 @@ class HebbianUpdater:
     def _begin_forward(self, module: nn.Module) -> None:
         if self._pending:
             self.flush()
+        if self.sample < 1 and self._any_enabled and module.training and torch.is_grad_enabled():
+            self._turn.add_(1)
         if torch.compiler.is_compiling():  # counters would be guarded on, and recompiled for
             return
         self._forward_id += 1
@@ -238,27 +254,30 @@ class HebbianUpdater:
                 hook.deferred = True
             hook.last_forward = self._forward_id
             hook.fired = True
+        weight = _parameter(hook.module, "weight")
+        in_graph = self.sample < 1 and torch.compiler.is_compiling()  # the graph serves every turn
+        if self.sample < 1 and not in_graph:
+            _refuse_capture(x)
+            x, z = sampled(weight, x, z, self.sample, int(self._turn))
+        deferred = hook.deferred or z.requires_grad
+        if not (deferred or in_graph or self.momentum or self.activation is not None):
+            # The usual case, and paid for by every layer in every step: nothing here that can be left out.
+            lr = self._lr_on(weight.device)
+            skipped = hook.counter(weight.device)
+            ops.hebbian_update_(weight, x, z, lr, normalize=self.normalize, skipped=skipped, **hook.arguments())
+            return
         with torch.no_grad():
-            weight, deferred = hook.module.weight, hook.deferred or z.requires_grad
             if self.activation is not None:
                 z = self.activation(z.detach())
-            if deferred or self.momentum:
-                correlation = ops.correlation(x, z, weight, **hook.arguments())
-                if deferred:
-                    known = self._pending.get(hook.name)
-                    self._pending[hook.name] = correlation if known is None else known.add_(correlation)
-                else:
-                    self._write(hook, correlation)
+            if in_graph:
+                correlation = sampled_correlation(weight, x, z, self.sample, self._turn, **hook.arguments())
             else:
-                ops.hebbian_update_(
-                    weight,
-                    x,
-                    z,
-                    self._lr_on(weight.device),
-                    normalize=self.normalize,
-                    skipped=hook.counter(),
-                    **hook.arguments(),
-                )
+                correlation = ops.correlation(x, z, weight, **hook.arguments())
+            if deferred:
+                known = self._pending.get(hook.name)
+                self._pending[hook.name] = correlation if known is None else known.add_(correlation)
+            else:
+                self._write(hook, correlation)
 
     def _write(self, hook: _LayerHook, correlation: Tensor) -> None:
         weight = hook.module.weight
@@ -290,6 +309,7 @@ class _LayerHook(Hook):
         self.updater = updater
         self.name = name
         self.module: Any = module
+        self.is_linear = isinstance(module, nn.Linear)
         self.enabled = False
         self.deferred = False
         self.fired = False
@@ -303,25 +323,40 @@ class _LayerHook(Hook):
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments that describe the layer's geometry to the operations."""
         m = self.module
+        bias, algorithm = _parameter(m, "bias"), self.updater.algorithm
         # A user's activation makes z something other than the layer's output: the Gram form would ignore it.
-        common = {"bias": m.bias, "z_is_output": self.updater.activation is None, "algorithm": self.updater.algorithm}
-        if isinstance(m, nn.Linear):
-            return common
-        return common | {
+        z_is_output = self.updater.activation is None
+        if self.is_linear:
+            return {"bias": bias, "z_is_output": z_is_output, "algorithm": algorithm}
+        return {
+            "bias": bias,
             "stride": m.stride,
             "padding": m.padding,
             "dilation": m.dilation,
             "groups": m.groups,
             "padding_mode": m.padding_mode,
+            "z_is_output": z_is_output,
+            "algorithm": algorithm,
         }
 
-    def counter(self) -> Tensor:
-        device = self.module.weight.device
+    def counter(self, device: torch.device | None = None) -> Tensor:
+        device = self.module.weight.device if device is None else device
         if self.skipped is None:
             self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         elif self.skipped.device != device:  # the model was moved
             self.skipped = self.skipped.to(device)
         return self.skipped
+
+
+def _parameter(module: Any, name: str) -> Any:
+    """``getattr`` without the detour that ``nn.Module`` makes, which takes longer than everything else in a hook."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
+
+
+def _refuse_capture(x: Tensor) -> None:
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("sample must be 1 in a CUDA graph: a replay would see the same slice of the mini-batch for ever")
 
 
 def _finite(lr: float) -> float:

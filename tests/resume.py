@@ -51,6 +51,7 @@ SCENARIOS = {
     "adamw": Scenario(PlainCNN, adamw, quick_moves),
     "toggle": Scenario(PlainCNN, momentum_sgd, lambda: quick_moves(supervision="toggle", bn_stats="freeze")),
     "momentum": Scenario(PlainCNN, momentum_sgd, lambda: quick_moves(momentum=0.9, lr_decay=4, lr_decay_every=2)),
+    "sampled": Scenario(PlainCNN, momentum_sgd, lambda: quick_moves(sample=0.4), cuts=tuple(range(1, STEPS, 2))),
     "quadratic": Scenario(PlainCNN, adamw, lambda: {"schedule": "quadratic", "lr": 0.01}),
     "callable": Scenario(
         PlainCNN, adamw, lambda: {"schedule": StaticModeSelection(kind=lambda epoch: (0, 2, 3, 1, 3, 2, 0)[epoch]), "lr": 0.01}

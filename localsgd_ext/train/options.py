@@ -55,6 +55,9 @@ TShift = Annotated[
 ]
 Schedule = Annotated[str | None, typer.Option(help=_listed(SCHEDULES) + ".", rich_help_panel=_LOCAL)]
 Supervision = Annotated[str | None, typer.Option(help=_listed(SUPERVISIONS) + ".", rich_help_panel=_LOCAL)]
+Sample = Annotated[
+    float | None, typer.Option(help="Fraction of each mini-batch that local updates use, in turn.", rich_help_panel=_LOCAL)
+]
 
 Root = Annotated[str | None, typer.Option(help="Where cifar10, cifar100 or imagenet lie.", rich_help_panel=_DATA)]
 TrainSize = Annotated[int | None, typer.Option(help="Training pictures.", rich_help_panel=_DATA)]

@@ -23,6 +23,7 @@ def _config(**flags: Any) -> RunConfig:
         ({"lr": float("nan")}, "--lr must be positive, got nan"),
         ({"momentum": 1.0}, r"--momentum must be in \[0, 1\), got 1.0"),
         ({"l_max": 1.5}, r"--l-max must be in \(0, 1\), got 1.5"),
+        ({"sample": 0.0}, r"--sample must be in \(0, 1\], got 0.0"),
         ({"t_shift": 0}, "--t-shift must be positive, got 0"),
         ({"train_size": 0}, "--train-size must be at least 1, got 0"),
         ({"amp": "fp16"}, "--amp fp16 needs a CUDA device, got --device cpu"),

@@ -104,6 +104,10 @@ def test_options_reach_the_algorithm(tiny: Callable[..., RunConfig], trainer: Ca
     assert [m["boundary"] for m in metrics] == [0, 0, 0, 3]  # K = floor(4 * 3 / (0.3 * 14)) = 2
     assert _run(trainer(tiny("local", alpha=1e-9), "b")).metrics[-1]["boundary"] == 0
     assert _run(trainer(tiny("local", schedule="quadratic"), "c")).metrics[-1]["boundary"] > 2
+    sampled = trainer(tiny("local", sample=0.25), "d")
+    assert sampled.local is not None
+    assert sampled.local._updater is not None
+    assert sampled.local._updater.sample == 0.25
 
 
 def test_a_run_too_short_for_any_move_says_so(

@@ -1,0 +1,59 @@
+"""benchmarks/memory.py: rows are measured in processes of their own; tables, verdict and picture come from the file alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import memory
+
+FEW = ["--networks", "resnet18", "--batch", "2", "--image", "16", "--positions", "0,0.5"]
+
+
+def fake(task: dict[str, Any]) -> dict[str, Any]:
+    saved = int((1 - task["position"]) * 1000 * memory.MIB)
+    return {**task, "boundary": 5, "layers": 10, "saved_bytes": saved, "peak_rss_bytes": 2 * saved, "status": "ok"}
+
+
+def test_a_row_is_measured_in_a_fresh_process() -> None:
+    tasks = memory.work(memory.arguments(FEW))
+    sgd, local = (memory.in_fresh_process(tasks[f"resnet18|nchw|{where}"]) for where in ("0.0|sgd", "0.5|local"))
+    assert sgd["status"] == local["status"] == "ok", (sgd, local)
+    assert (sgd["boundary"], local["boundary"], local["layers"]) == (0, 10, 21)
+    assert 0 < local["saved_bytes"] < sgd["saved_bytes"]
+    assert sgd["saved_bytes"] < sgd["peak_rss_bytes"]  # gradients and momentum as well
+
+
+def test_a_run_prints_what_its_file_holds_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "in_fresh_process", fake)
+    file, drawn = tmp_path / "memory.json", tmp_path / "memory.png"
+    few = [*FEW[:1], "resnet50", *FEW[2:]]
+    assert memory.main([*few, "--out", str(file), "--budget", "-1"]) == 3
+    assert memory.main([*few, "--out", str(file)]) == 2
+    capsys.readouterr()
+    assert memory.main([*few, "--out", str(file), "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert memory.main(["--table", str(file), "--picture", str(drawn)]) == 0
+    assert capsys.readouterr().out == printed
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads(file.read_text())["rows"]) == 4
+    assert "with 5 of 10 layers local 50 % of SGD's activations are saved: met" in printed
+
+
+def test_a_process_that_fails_is_a_row_that_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "in_fresh_process", lambda task: {**task, "status": "ERROR", "why": "out of memory"})
+    assert memory.main([*FEW, "--out", str(tmp_path / "memory.json")]) == 1
+    assert "ERROR: resnet18, sgd: out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [["--networks", "lenet"], ["--layouts", "nope"], ["--positions", "1.0"], ["--resume"]])
+def test_wrong_arguments(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        memory.main(wrong)

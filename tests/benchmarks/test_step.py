@@ -1,0 +1,101 @@
+"""benchmarks/step.py: parity gates timing, tables come from the file, the verdicts follow from the numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import step, step_tables, step_variants
+from localsgd_ext import ops, trace_layers
+
+pytestmark = pytest.mark.filterwarnings("default::UserWarning")
+FEW = ["--networks", "resnet18", "--batch", "2", "--image", "8", "--depths", "0.5", "--layouts", "nhwc", "--seconds", "0.01"]
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "CALLS_ALONE", 3)
+    monkeypatch.setattr(step, "LEAST_ROUNDS", 1)
+
+
+def test_a_run_prints_what_its_file_holds_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "step.json"
+    assert step.main([*FEW, "--out", str(file), "--budget", "-1"]) == 3
+    assert json.loads(file.read_text())["rows"] == {}
+    assert step.main([*FEW, "--out", str(file)]) == 2
+    capsys.readouterr()
+    assert step.main([*FEW, "--out", str(file), "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert step.main(["--table", str(file)]) == 0
+    assert capsys.readouterr().out == printed
+    (row,) = json.loads(file.read_text())["rows"].values()
+    assert list(row["ms"]) == list(step_variants.VARIANTS)
+    for phases in row["ms"].values():
+        assert phases["step"] >= phases["forward"] >= phases["hooks"] >= 0
+    assert row["ms"]["sgd"]["hooks"] == row["ms"]["frozen"]["hooks"] == 0 < row["ms"]["naive"]["hooks"]
+    assert set(row["kernel_us"]) == set(trace_layers(*_resnet()).layers[: row["boundary"]])
+    assert "resnet18 8 px b2 nhwc 10/21" in printed
+
+
+def _resnet() -> tuple[torch.nn.Module, torch.Tensor]:
+    setting = step_variants.Setting("resnet18", 8, 2, 10)
+    return step_variants.network(setting, "nchw"), step_variants.example(setting, "nchw")[0]
+
+
+@pytest.mark.skipif(not ops.is_compiled(), reason="the reference is its own judge")
+def test_a_wrong_step_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    original = ops.hebbian_update_
+
+    def wrong(weight: torch.Tensor, x: torch.Tensor, z: torch.Tensor, lr: Any, **options: Any) -> None:
+        original(weight, x, z, 1.01 * lr, **options)
+
+    monkeypatch.setattr(ops, "hebbian_update_", wrong)
+    file = tmp_path / "step.json"
+    assert step.main([*FEW, "--out", str(file)]) == 1
+    (row,) = json.loads(file.read_text())["rows"].values()
+    assert row["status"] == "FAILED"
+    assert "ms" not in row
+    assert "FAILED, not timed: resnet18" in capsys.readouterr().out
+
+
+def test_multiply_adds_of_a_step() -> None:
+    """Three layers of 1, 1 and 2 MACs, the first one frozen; no layer passes gradients to a picture or into the prefix."""
+    nothing = torch.empty(0)
+    dgrads = (("a", 1, False), ("b", 1, False), ("c", 2, True))
+    calls = [step_variants.Call(name, None, nothing, nothing, macs, dgrad) for name, macs, dgrad in dgrads]
+    counts = step_variants.mac_counts(calls, {"a"}, {"a": False, "b": True, "c": True})
+    assert counts["sgd"] == 2 + 3 + 6
+    assert counts["frozen"] == 1 + 2 + 6
+    assert counts["local"] == counts["naive"] == 1 + 1 + 2 + 6
+    assert counts["local/4"] == 9.25
+
+
+def test_every_network_and_variant_takes_a_right_step() -> None:
+    setting = step_variants.Setting("mobilenet_v2", 32, 2, 10)
+    for layout in step_variants.LAYOUTS:
+        x, y = step_variants.example(setting, layout)
+        start = step_variants.network(setting, layout)
+        errors = step_variants.parity(start, trace_layers(start, x), x, y, 20)
+        assert set(errors) == {"naive", *step_variants.SAMPLES}
+        assert max(errors.values()) < step_variants.ALLOWED
+
+
+def test_verdicts() -> None:
+    def row(local: float, quarter: float) -> dict[str, Any]:
+        ms = {"frozen": 100.0, "local": local, "local/2": 120.0, "local/4": quarter, "local/8": 101.0}
+        return {"ms": {name: {"step": value} for name, value in ms.items()}, "kernels_ms": {"local": 20.0}}
+
+    assert step_tables.close_sample(row(104.0, 110.0)) == "local"
+    assert step_tables.close_sample(row(125.0, 105.0)) == "local/4"
+    assert step_tables.close_sample(row(125.0, 106.0)) == "local/8"
+    assert step_tables.over_kernels(row(125.0, 106.0), "local") == (25.0, 20.0)
+
+
+@pytest.mark.parametrize("wrong", [["--networks", "lenet"], ["--layouts", "nchw,nope"], ["--depths", "1.0"], ["--resume"]])
+def test_wrong_arguments(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        step.main(wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -65,11 +66,12 @@ class CpuTimer:
             function()
         rounds = _rounds(clock() - start, seconds)
         times: dict[str, list[float]] = {name: [] for name in functions}
-        names = list(functions)
-        for turn in range(rounds):
-            # Whoever comes after the patch matrix of `unfold` finds its operands out of the caches: each in turn.
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+        names, order = list(functions), random.Random(0)
+        for _ in range(rounds):
+            # Who comes after the patch matrix of `unfold` finds its operands out of the caches, and who comes after a function
+            # that read them finds them there: a new order in each round.
+            order.shuffle(names)
+            for name in names:
                 start = clock()
                 functions[name]()
                 times[name].append(clock() - start)

@@ -12,11 +12,16 @@ DEMO_FLAGS ?= --data glyphs --methods sgd,freeze,local --seeds 1 --train-size 40
 EMULATED_TESTS := tests/emulated tests/test_ops.py tests/test_ops_update.py tests/test_ops_errors.py tests/test_ops_compile.py \
   tests/test_learning_proofs.py tests/test_learning_modules.py tests/test_checkpointing.py tests/test_compiled_training.py tests/gpu/test_gpu_semantics.py
 
+# What runs a third time on the sanitized CPU half: what reads and writes memory, without torch.compile and processes of their own.
+SANITIZED_TESTS := tests/test_ops.py tests/test_ops_update.py tests/test_ops_errors.py
+# Loaded before Python, whose own allocations (leaks at exit) are not what is tested.
+SANITIZERS = $(shell $${CXX:-c++} -print-file-name=libasan.so) $(shell $${CXX:-c++} -print-file-name=libubsan.so)
+
 CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py localsgd_ext/_cuda_toolkit.py csrc/sources.txt $(wildcard $(shell find csrc -type f))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test native mutants emulated lint format bench clean
+.PHONY: help venv build demo test native mutants emulated sanitized lint format bench clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,12 +48,17 @@ demo: venv ## Train a small CNN with SGD, a frozen prefix and localized learning
 	rm -rf runs/demo
 	$(BIN)/localsgd compare $(DEMO_FLAGS) --out runs/demo
 
-test: venv native emulated ## Run every test: native, on the emulated GPU, and Python (under 20 minutes on 2 cores)
+test: venv native emulated sanitized ## Run every test: native, on the emulated GPU, and Python (under 25 minutes on 2 cores)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --benchmark-disable --emulated $(EMULATED_TESTS) $(TEST_FLAGS)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --benchmark-disable $(TEST_FLAGS)
 
 emulated: venv ## Build the module whose CUDA kernels run on an emulated GPU: pytest --emulated
 	$(BIN)/python tests/emulated/build.py
+
+sanitized: venv ## Build the CPU half under AddressSanitizer and UBSan and run the tests of the operations on it
+	$(BIN)/python tests/sanitized/build.py
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/python -m pytest -n $(TEST_WORKERS) --benchmark-disable --sanitized $(SANITIZED_TESTS) $(TEST_FLAGS)
 
 native: venv ## Build the kernels without Python or PyTorch and run their C++ tests
 	$(BIN)/cmake -S . -B build/native -DLOCALSGD_CUDA=OFF # the extension's build has compiled those; here they are emulated

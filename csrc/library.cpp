@@ -26,8 +26,16 @@ at::Tensor library_gradient(const Layer& layer) {
         x = at::constant_pad_nd(x, flat);
         padding.assign(g.dims, 0);
     }
+    auto stride = tail(g.stride);
+    if (g.pointwise() && g.pad == Triple{0, 0, 0}) {
+        // Outputs read every stride-th element and no other. oneDNN (torch 2.14, AVX-512) writes past its buffers where it
+        // gathers those itself: channels_last fp32, x [2, 6, 10, 10], K = 6, stride 2.
+        for (int i = 3 - g.dims; i < 3; ++i)
+            if (g.stride[i] > 1) x = x.slice(i - 3, 0, (g.output[i] - 1) * g.stride[i] + 1, g.stride[i]);
+        stride.assign(g.dims, 1);
+    }
     const at::Tensor like = at::empty(layer.weight.sizes(), x.options());
-    const auto gradients = at::convolution_backward(z, x, like, std::nullopt, tail(g.stride), padding, tail(g.dilation), false,
+    const auto gradients = at::convolution_backward(z, x, like, std::nullopt, stride, padding, tail(g.dilation), false,
                                                     std::vector<int64_t>(g.dims, 0), g.groups, {false, true, false});
     return std::get<1>(gradients);
 }

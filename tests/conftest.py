@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import fuzz_coverage
 import numpy as np
 import pytest
 import torch
@@ -19,13 +20,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--emulated", action="store_true", help="run the CUDA kernels, emulated (python tests/emulated/build.py builds them)"
     )
+    parser.addoption("--sanitized", action="store_true", help="run the module that `make sanitized` builds, under sanitizers")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--sanitized"):
+        from sanitized import module
+
+        module.install()
     if config.getoption("--emulated"):
         from emulated import gpu
 
         gpu.install()
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        fuzz_coverage.forget()
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: same bits as in this one
     config.addinivalue_line("markers", "slow: builds something; deselect with -m 'not slow'")
     # The package warns by UserWarning: one that a test does not expect (pytest.warns) is a failure.
@@ -48,6 +56,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
         for line in gpu.coverage_lines():
             terminalreporter.write_line(line)
+    for line in fuzz_coverage.lines():
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

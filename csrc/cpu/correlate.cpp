@@ -65,6 +65,23 @@ void add_gram(const at::Tensor& gram, const at::Tensor& x) {
     }
 }
 
+// The upper triangles of `gram` [G, C, C] from the lower ones, in place, in blocks whose rows and columns fit the cache.
+template <typename Acc>
+void mirror(Acc* gram, int64_t groups, int64_t channels) {
+    constexpr int64_t kBlock = 32;
+    const int64_t blocks = ceil_div(channels, kBlock);
+    at::parallel_for(0, groups * blocks, 8, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+            Acc* const g = gram + task / blocks * channels * channels;
+            const int64_t first = task % blocks * kBlock, last = std::min(first + kBlock, channels);
+            for (int64_t left = 0; left <= first; left += kBlock)
+                for (int64_t row = first; row < last; ++row)
+                    for (int64_t column = left; column < std::min(left + kBlock, row); ++column)
+                        g[column * channels + row] = g[row * channels + column];
+        }
+    });
+}
+
 // The forward rounded W and b to its compute dtype, which is z's wherever that is lower (autocast).
 at::Tensor as_forward_saw(const at::Tensor& parameter, const Layer& layer) {
     const bool rounded = layer.z && layer.z->element_size() < parameter.element_size();
@@ -83,9 +100,12 @@ at::Tensor gram(const Layer& layer) {
         add_gram(gram, tile);
         if (layer.bias) sums.add_(tile.sum(1));
     });
-    const at::Tensor symmetric = gram.tril().add_(gram.tril(-1).transpose(1, 2));
+    if (layer.accumulate == at::kDouble)
+        mirror(gram.mutable_data_ptr<double>(), g.groups, in);
+    else
+        mirror(gram.mutable_data_ptr<float>(), g.groups, in);
     const at::Tensor w = as_forward_saw(layer.weight, layer).reshape({g.groups, g.out_per_group(), in});
-    at::Tensor d = at::bmm(w, symmetric);
+    at::Tensor d = at::bmm(w, gram);
     if (layer.bias) {
         const at::Tensor b = as_forward_saw(*layer.bias, layer).reshape({g.groups, g.out_per_group(), 1});
         d.baddbmm_(b, sums.unsqueeze(1));

@@ -12,8 +12,8 @@ struct ProductPathOf {
     using Type = PipelinedMma<MmaTile<kProductCore, kSize, kSize>>;
     static constexpr bool kExists = Type::kExists;
 };
-// Of sm_75, where fp16 is all that matrix units multiply: kernels with this product are not compiled for others, unless which GPU
-// is emulated turns out at run time.
+// Of sm_75, where fp16 is all that matrix units multiply: kernels with this product are not compiled for others, unless which
+// GPU is emulated turns out at run time.
 template <int kSize, int kThreads>
 struct ProductPathOf<Core::ffma, kSize, kThreads> {
     using Type = FfmaProduct<kSize, kThreads>;

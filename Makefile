@@ -53,10 +53,10 @@ test: venv native emulated sanitized ## Run every test: native, on the emulated 
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --benchmark-disable $(TEST_FLAGS)
 
 emulated: venv ## Build the module whose CUDA kernels run on an emulated GPU: pytest --emulated
-	$(BIN)/python tests/emulated/build.py
+	$(BIN)/python tests/second_build.py emulated
 
 sanitized: venv ## Build the CPU half under AddressSanitizer and UBSan and run the tests of the operations on it
-	$(BIN)/python tests/sanitized/build.py
+	$(BIN)/python tests/second_build.py sanitized
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(BIN)/python -m pytest -n $(TEST_WORKERS) --benchmark-disable --sanitized $(SANITIZED_TESTS) $(TEST_FLAGS)
 

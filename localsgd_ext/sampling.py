@@ -74,7 +74,8 @@ def sampled_correlation(
     )
 
 
-@torch.library.custom_op("localsgd_ext::sampled_correlation", mutates_args=())
+# Not for torch.compile's own CUDA graphs: the turn is read on the host.
+@torch.library.custom_op("localsgd_ext::sampled_correlation", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _sampled_correlation_op(
     x: Tensor,
     z: Tensor,

@@ -14,20 +14,21 @@ import fuzz_coverage
 import numpy as np
 import pytest
 import torch
+from second_build import SANITIZED
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--emulated", action="store_true", help="run the CUDA kernels, emulated (python tests/emulated/build.py builds them)"
+        "--emulated", action="store_true", help="run the CUDA kernels that `make emulated` builds, on an emulated GPU"
     )
     parser.addoption("--sanitized", action="store_true", help="run the module that `make sanitized` builds, under sanitizers")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--sanitized"):
-        from sanitized import module
-
-        module.install()
+        if "libasan" not in Path("/proc/self/maps").read_text():
+            raise SystemExit("--sanitized needs the sanitizers' runtime in LD_PRELOAD: run the tests with `make sanitized`")
+        SANITIZED.install()
     if config.getoption("--emulated"):
         from emulated import gpu
 

@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from second_build import EMULATED
 from torch import Tensor
-
-from emulated.build import BUILD, MODULE
 
 
 def install() -> None:
     """Make ``localsgd_ext`` import the emulated module."""
-    if not MODULE.exists():
-        raise SystemExit(f"{MODULE} is missing: build it with `python tests/emulated/build.py`")
-    spec = importlib.util.spec_from_file_location("localsgd_ext._C", MODULE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["localsgd_ext._C"] = module
-    spec.loader.exec_module(module)
+    EMULATED.install()
     emulate()
     if "PYTEST_XDIST_WORKER" not in os.environ:
         _COVERAGE.unlink(missing_ok=True)
 
 
-_COVERAGE = BUILD / "coverage.json"  # from the process that ran the tests to the one that prints
+_COVERAGE = EMULATED.directory / "coverage.json"  # from the process that ran the tests to the one that prints
 
 
 def save_coverage(counts: Mapping[str, int]) -> None:
@@ -46,7 +36,7 @@ def coverage_lines() -> list[str]:
 
 
 def library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(MODULE))
+    library = ctypes.CDLL(str(EMULATED.module))
     library.localsgd_guarded.restype = ctypes.c_void_p
     return library
 

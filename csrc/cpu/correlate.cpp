@@ -15,6 +15,7 @@
 #include "../library.h"
 #include "apply.h"
 #include "depthwise.h"
+#include "gram.h"
 #include "tiles.h"
 
 namespace localsgd::cpu {
@@ -55,60 +56,40 @@ at::Tensor direct(const Layer& layer) {
     return d.view({g.out_channels, g.taps(), g.in_per_group()}).transpose(1, 2).contiguous().view(layer.weight.sizes());
 }
 
-// G += X^T X [C, C]: only blocks on and below the diagonal, which saves 3/8 of the flops with four of them. Narrower ones than
-// 32 columns cost a GEMM more than they save.
-void add_gram(const at::Tensor& gram, const at::Tensor& x) {
-    const int64_t channels = gram.size(1), blocks = std::clamp<int64_t>(channels / 32, 1, 4);
-    for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t begin = channels * i / blocks, end = channels * (i + 1) / blocks;
-        add_product(gram.narrow(1, begin, end - begin).narrow(2, 0, end), x.narrow(2, begin, end - begin), x.narrow(2, 0, end));
-    }
-}
-
-// The upper triangles of `gram` [G, C, C] from the lower ones, in place, in blocks whose rows and columns fit the cache.
-template <typename Acc>
-void mirror(Acc* gram, int64_t groups, int64_t channels) {
-    constexpr int64_t kBlock = 32;
-    const int64_t blocks = ceil_div(channels, kBlock);
-    at::parallel_for(0, groups * blocks, 8, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-            Acc* const g = gram + task / blocks * channels * channels;
-            const int64_t first = task % blocks * kBlock, last = std::min(first + kBlock, channels);
-            for (int64_t left = 0; left <= first; left += kBlock)
-                for (int64_t row = first; row < last; ++row)
-                    for (int64_t column = left; column < std::min(left + kBlock, row); ++column)
-                        g[column * channels + row] = g[row * channels + column];
-        }
-    });
-}
-
 // The forward rounded W and b to its compute dtype, which is z's wherever that is lower (autocast).
 at::Tensor as_forward_saw(const at::Tensor& parameter, const Layer& layer) {
     const bool rounded = layer.z && layer.z->element_size() < parameter.element_size();
     return (rounded ? parameter.to(layer.z->scalar_type()) : parameter).to(layer.accumulate);
 }
 
+template <typename Acc>
+void gram_into(const GramArgs& args, const GramTasks& tasks, Acc* partials, Acc* sums) {
+    const Geometry& g = args.geometry;
+    at::parallel_for(0, tasks.count(g), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) gram_part(args, tasks, task, partials, sums);
+    });
+    at::parallel_for(0, gram_rows(g), 8, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) finish_gram(g, tasks.parts, task, partials);
+    });
+}
+
 // D = W G + b (sum x)^T with G = X^T X, since z = X W^T + b. Outputs that read padding see x = 0 and add nothing.
 at::Tensor gram(const Layer& layer) {
     const Geometry& g = layer.geometry;
     const int64_t in = g.in_per_group();
-    Tiles x(layer.x, g, layer.accumulate);
-    const at::Tensor gram = at::zeros({g.groups, in, in}, accumulator(layer));
-    const at::Tensor sums = layer.bias ? at::zeros({g.groups, in}, accumulator(layer)) : at::Tensor();
-    for_each_tile(g.positions(), g.image_positions(), longest_tile(in), {&x}, [&](int64_t first, int64_t count) {
-        const at::Tensor tile = x.at(first, count);
-        add_gram(gram, tile);
-        if (layer.bias) sums.add_(tile.sum(1));
-    });
+    const GramArgs args{g, layer.x.const_data_ptr(), kind_of(layer.x), strides_of(layer.x)};
+    const GramTasks tasks = gram_tasks(g, at::get_num_threads());
+    const at::Tensor partials = at::empty({tasks.parts, g.groups, in, in}, accumulator(layer));
+    const at::Tensor sums = layer.bias ? at::empty({tasks.parts, g.groups, 1, in}, accumulator(layer)) : at::Tensor();
     if (layer.accumulate == at::kDouble)
-        mirror(gram.mutable_data_ptr<double>(), g.groups, in);
+        gram_into(args, tasks, partials.mutable_data_ptr<double>(), layer.bias ? sums.mutable_data_ptr<double>() : nullptr);
     else
-        mirror(gram.mutable_data_ptr<float>(), g.groups, in);
+        gram_into(args, tasks, partials.mutable_data_ptr<float>(), layer.bias ? sums.mutable_data_ptr<float>() : nullptr);
     const at::Tensor w = as_forward_saw(layer.weight, layer).reshape({g.groups, g.out_per_group(), in});
-    at::Tensor d = at::bmm(w, gram);
+    at::Tensor d = at::bmm(w, partials.select(0, 0));
     if (layer.bias) {
         const at::Tensor b = as_forward_saw(*layer.bias, layer).reshape({g.groups, g.out_per_group(), 1});
-        d.baddbmm_(b, sums.unsqueeze(1));
+        d.baddbmm_(b, sums.sum(0));
     }
     return d.view(layer.weight.sizes());
 }

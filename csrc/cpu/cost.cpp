@@ -9,6 +9,7 @@ namespace {
 // for the pick; `localsgd_ext.benchmark` measures instead.
 constexpr double kGemmFlopsPerUs = 85e3;   // large GEMM
 constexpr double kStreamBytesPerUs = 40e3; // operands of a GEMM, mostly hidden behind it
+constexpr double kReadBytesPerUs = 20e3;   // operands of a kernel that waits for them
 constexpr double kGatherBytesPerUs = 60e3; // im2col within the caches, in and out
 constexpr double kConvertBytesPerUs = 6e3; // conversions and transposes
 constexpr double kRunUs = 9e-3;            // a run of neighbouring elements that im2col copies
@@ -65,11 +66,11 @@ bool reads_in_place(const Query& q) {
 
 double gram_us(const Query& q) {
     const Geometry& g = q.geometry;
-    const double c = double(g.in_per_group()), rows = double(g.positions());
-    const double blocks = std::clamp(double(g.in_per_group() / 32), 1.0, 4.0), triangle = (blocks + 1) / (2 * blocks);
-    return gemm_us(q, 2 * rows * c * c * g.groups * triangle * narrow(c)) + gemm_us(q, 2.0 * g.out_channels * c * c) +
-           memory_us(q, x_elements(q) * kind_size(q.x_kind), kStreamBytesPerUs) + convert_us(q, x_elements(q), q.x_kind) +
-           (reads_in_place(q) ? 0 : gather_us(q)) + (4 + blocks) * kCallUs;
+    const double c = double(g.in_per_group()), elements = double(g.positions() * g.in_channels);
+    const double transpose = q.channels_last || g.dims == 0 ? 0 : elements * (strided(g) ? 0.8e-3 : 0.15e-3) / q.threads;
+    return gemm_us(q, elements * (c + 16)) + gemm_us(q, 2.0 * g.out_channels * c * c) + // panels of 16 on the diagonal
+           memory_us(q, elements * kind_size(q.x_kind), kReadBytesPerUs) + convert_us(q, elements, q.x_kind) + transpose +
+           2 * kCallUs;
 }
 
 double direct_us(const Query& q) {
@@ -108,10 +109,11 @@ double library_us(const Query& q) {
         return memory_us(q, bytes, bytes > in_cache ? (q.channels_last ? 6.5e3 : 5e3) : (q.channels_last ? 10e3 : 9e3)) +
                convert + 10 * kCallUs;
     }
-    const double share = g.pointwise() && !strided(g) ? 1 : q.channels_last ? 0.67 : 0.79; // of the peak, beside a plain GEMM's
+    const double share = g.pointwise() ? 1 : q.channels_last ? 0.67 : 0.79; // of the peak, beside a plain GEMM's
     const double grouped = g.groups > 1 ? 2 : 1;
     return gemm_us(q, wgrad_flops(g) * slow * grouped * narrow(double(g.out_per_group())) / share) +
-           memory_us(q, operand_bytes(q), kStreamBytesPerUs) + convert + order + 10 * kCallUs;
+           memory_us(q, operand_bytes(q), kStreamBytesPerUs) + convert + order + 10 * kCallUs +
+           (g.pointwise() && strided(g) ? gather_us(q) / 2 : 0); // x is sliced first
 }
 
 } // namespace

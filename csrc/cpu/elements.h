@@ -40,6 +40,9 @@ struct BFloat16 {
     uint16_t bits;
 };
 
+template <typename Acc>
+constexpr Kind kKindOf = sizeof(Acc) == 8 ? Kind::f64 : Kind::f32;
+
 template <typename To, typename From>
 LOCALSGD_INLINE To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From));

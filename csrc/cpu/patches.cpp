@@ -20,10 +20,6 @@ Position position_of(const Geometry& g, int64_t t) {
     return {t / product(out), t / (out[1] * out[2]) % out[0], t / out[2] % out[1], t % out[2]};
 }
 
-struct Tap {
-    int64_t r0, r1, r2;
-};
-
 Tap tap_of(const Geometry& g, int64_t index) {
     return {index / (g.kernel[1] * g.kernel[2]), index / g.kernel[2] % g.kernel[1], index % g.kernel[2]};
 }
@@ -40,25 +36,12 @@ void pack_row(const PatchSource& s, int64_t first, int64_t count, int64_t row, A
     const Geometry& g = s.geometry;
     const int64_t channel = row / g.taps();
     const Tap tap = tap_of(g, row % g.taps());
-    const int64_t shift = input_index(g, 2, 0, tap.r2);
-    const Range valid = valid_outputs(g.output[2], g.input[2], g.stride[2], shift);
-    const int64_t step = s.strides.space[2] * g.stride[2];
-    for (int64_t done = 0; done < count;) {
-        const Position p = position_of(g, first + done);
-        const int64_t run = std::min(count - done, g.output[2] - p.p2);
-        const int64_t i0 = input_index(g, 0, p.p0, tap.r0), i1 = input_index(g, 1, p.p1, tap.r1);
-        const bool row_inside = inside(g, 0, i0) && inside(g, 1, i1);
-        const int64_t begin = row_inside ? std::clamp(valid.begin, p.p2, p.p2 + run) : p.p2 + run;
-        const int64_t end = row_inside ? std::clamp(valid.end, begin, p.p2 + run) : begin;
-        std::fill(to + done, to + done + (begin - p.p2), Acc(0));
-        if (end > begin) {
-            const int64_t element = p.n * s.strides.batch + channel * s.strides.channel + i0 * s.strides.space[0] +
-                                    i1 * s.strides.space[1] + (begin * g.stride[2] + shift) * s.strides.space[2];
-            copy_run(to + done + (begin - p.p2), offset(s.data, s.kind, element), s.kind, end - begin, step);
-        }
-        std::fill(to + done + (end - p.p2), to + done + run, Acc(0));
-        done += run;
-    }
+    for_each_run(
+        g, s.strides, first, count, tap, [&](int64_t at, int64_t run) { std::fill_n(to + at, run, Acc(0)); },
+        [&](int64_t at, int64_t run, int64_t element) {
+            copy_run(to + at, offset(s.data, s.kind, element + channel * s.strides.channel), s.kind, run,
+                     s.strides.space[2] * g.stride[2]);
+        });
 }
 
 // One position of the channels-last tile: all taps and channels.

@@ -1,6 +1,7 @@
-// Depthwise kernels and im2col tiles against the definition of the correlation, written as loops.
+// Depthwise kernels, Gram matrices and im2col tiles against the definition of the correlation, written as loops.
 #include "check.h"
 #include "cpu/depthwise.h"
+#include "cpu/gram.h"
 #include "cpu/patches.h"
 
 using namespace localsgd;
@@ -93,6 +94,44 @@ void check_depthwise(const Geometry& g, double tolerance) {
     }
 }
 
+template <typename Acc>
+void check_gram(const Geometry& g, double tolerance) {
+    const Problem p = problem(g);
+    const int64_t channels = g.in_per_group(), whole = g.groups * channels * channels;
+    std::vector<double> expected(whole), expected_sums(g.in_channels);
+    for_each_product(g, [&](int64_t n, int64_t, int64_t, const Triple& in) {
+        for (int64_t i = 0; i < g.in_channels; ++i) {
+            expected_sums[i] += x_at(p, n, i, in);
+            for (int64_t j = i / channels * channels; j <= i; ++j) {
+                const double product = x_at(p, n, i, in) * x_at(p, n, j, in);
+                expected[i * channels + j % channels] += product;
+                if (j < i) expected[j * channels + i % channels] += product;
+            }
+        }
+    });
+    for (const bool last : {false, true})
+        for (const bool wide : {false, true})
+            for (const int64_t threads : {1, 3}) {
+                const auto x = arranged<Acc>(p.x, g.batch, g.in_channels, g.input, last);
+                const auto strides = last ? test::channels_last : test::channels_first;
+                const GramArgs args{g, x.data(), kKindOf<Acc>, strides(g.in_channels, g.input)};
+                const GramTasks tasks = gram_tasks(g, threads);
+                std::vector<Acc> gram(tasks.parts * whole, Acc(NAN)), sums(tasks.parts * g.in_channels, Acc(NAN));
+                for (int64_t task = tasks.count(g) - 1; task >= 0; --task)
+                    gram_part(args, tasks, task, gram.data(), sums.data(), wide);
+                for (int64_t task = gram_rows(g) - 1; task >= 0; --task) finish_gram(g, tasks.parts, task, gram.data());
+                const auto allowed = [&](double value) {
+                    return tolerance * (std::sqrt(double(g.positions())) + 0.1 * std::abs(value));
+                };
+                for (int64_t i = 0; i < whole; ++i) CHECK(std::abs(gram[i] - expected[i]) <= allowed(expected[i]));
+                for (int64_t i = 0; i < g.in_channels; ++i) {
+                    double sum = 0;
+                    for (int64_t part = 0; part < tasks.parts; ++part) sum += sums[part * g.in_channels + i];
+                    CHECK(std::abs(sum - expected_sums[i]) <= allowed(expected_sums[i]));
+                }
+            }
+}
+
 void check_patches(const Geometry& g, bool last, int64_t first, int64_t count) {
     const Problem p = problem(g);
     const auto x = arranged<float>(p.x, g.batch, g.in_channels, g.input, last);
@@ -168,6 +207,19 @@ int main() {
     depthwise(1, 17, 1, {5, 6, 7}, {3, 3, 3}, {1, 1, 1}, {1, 2, 1}, {1, 2, 1});
     depthwise(1, 2, 1, {1, 4, 4}, {1, 1, 1}, {1, 3, 3}, {1, 1, 1}, {0, 2, 2});
     depthwise(2, 3, 1, {1, 200, 300}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1}); // several bands
+
+    const auto gram = [](int64_t batch, int64_t channels, int64_t groups, Triple input, Triple stride, Triple pad) {
+        const Geometry g = test::geometry(batch, channels, groups, groups, input, {1, 1, 1}, stride, {1, 1, 1}, pad);
+        check_gram<float>(g, 1e-5);
+        check_gram<double>(g, 1e-13);
+    };
+    gram(2, 37, 1, {1, 9, 15}, {1, 1, 1}, {0, 0, 0}); // 270 positions: two tiles and a rest
+    gram(3, 48, 3, {1, 7, 7}, {1, 1, 1}, {0, 0, 0});
+    gram(2, 67, 1, {1, 19, 21}, {1, 2, 3}, {0, 2, 1});
+    gram(2, 5, 5, {3, 5, 4}, {2, 1, 2}, {1, 0, 3});
+    gram(1, 1, 1, {1, 1, 300}, {1, 1, 1}, {0, 0, 0});
+    gram(1, 64, 1, {1, 70, 75}, {1, 1, 1}, {0, 0, 0});  // several parts
+    gram(1, 271, 1, {1, 10, 13}, {1, 1, 1}, {0, 0, 0}); // strips
 
     for (const bool last : {false, true}) {
         const Geometry dense = test::geometry(2, 6, 4, 2, {3, 6, 7}, {2, 3, 3}, {1, 2, 1}, {1, 1, 2}, {1, 1, 2});

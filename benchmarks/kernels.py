@@ -39,7 +39,7 @@ from localsgd_ext.train.files import read_json
 
 # An fp64 oracle in a second or two: an H200's fp64 units, two cores.
 PARITY_FLOPS = {"cuda": 1e13, "cpu": 4e9}
-CPU_BATCH = 8
+CPU_BATCH = 32
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -59,7 +59,7 @@ def report(content: Row) -> str:
         parts.append(f"### {title}: geometric means\n\n{_means(good)}")
         verdicts = targets(good, dtype, content["device"]["kind"])
         if verdicts and not content["prediction"]:
-            shown = [("target", "needed", "reached", "met"), *(v.cells() for v in verdicts)]
+            shown = [("target", "needed", "reached", "at most, by the roofline", "met"), *(v.cells() for v in verdicts)]
             parts.append(f"### {title}: targets\n\n{aligned(shown)}")
     return "\n\n".join(parts) + "\n"
 

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 Row = dict[str, Any]
+Summary = Callable[[Sequence[float]], float | None]
 
 
 def geomean(values: Sequence[float]) -> float | None:
@@ -21,17 +22,25 @@ class Verdict:
     needed: float
     reached: float | None
     """None: no layer it is about."""
+    most: float | None = None
+    """What it would be if every layer ran at the roofline of its cheapest algorithm, with its operands in main memory."""
     percent: bool = False
 
     @property
     def met(self) -> bool | None:
         return None if self.reached is None else self.reached >= self.needed
 
-    def cells(self) -> tuple[str, str, str, str]:
+    def cells(self) -> tuple[str, str, str, str, str]:
         def shown(value: float | None) -> str:
             return "-" if value is None else f"{100 * value:.0f} %" if self.percent else f"{value:.2f}x"
 
-        return self.target, shown(self.needed), shown(self.reached), {None: "no data", True: "met", False: "not met"}[self.met]
+        return (
+            self.target,
+            shown(self.needed),
+            shown(self.reached),
+            shown(self.most),
+            {None: "no data", True: "met", False: "not met"}[self.met],
+        )
 
 
 def targets(rows: Sequence[Row], dtype: str, device: str) -> list[Verdict]:
@@ -97,15 +106,18 @@ def _cpu(rows: Sequence[Row]) -> list[Verdict]:
             if wanted(r["case"]["weight"][0] / (r["case"]["weight"][1] * r["case"]["groups"]))
         ]
 
+    def verdict(name: str, needed: float, chosen: Sequence[Row], baseline: str, summary: Summary) -> Verdict:
+        most = summary([row["us"][baseline] / min(row["roofline_us"].values()) for row in chosen if baseline in row["us"]])
+        return Verdict(name, needed, summary(_over(chosen, baseline)), most)
+
+    wide, narrow = expanding(lambda r: r >= 4), expanding(lambda r: r < 4)
     convolutions = [row for row in rows if len(row["case"]["weight"]) > 2]
     return [
-        Verdict("expanding 1x1 and linear, K >= 4C, median over (a)", 4, _median(_over(expanding(lambda r: r >= 4), "wgrad"))),
-        Verdict(
-            "expanding 1x1 and linear, 2C <= K < 4C, median over (a)", 2, _median(_over(expanding(lambda r: r < 4), "wgrad"))
-        ),
-        Verdict("square 1x1 and linear, median over (a)", 1.3, _median(_over(_kind(rows, "square"), "wgrad"))),
-        Verdict("depthwise, median over (a)", 3, _median(_over(_kind(rows, "depthwise"), "wgrad"))),
-        Verdict("every convolution over (b), the least", 0.97, _least(_over(convolutions, "user"))),
-        Verdict("all, geometric mean over (a)", 1.5, geomean(_over(rows, "wgrad"))),
-        Verdict("all, geometric mean over (d)", 3, geomean(_over(rows, "unfold"))),
+        verdict("expanding 1x1 and linear, K >= 4C, median over (a)", 4, wide, "wgrad", _median),
+        verdict("expanding 1x1 and linear, 2C <= K < 4C, median over (a)", 2, narrow, "wgrad", _median),
+        verdict("square 1x1 and linear, median over (a)", 1.3, _kind(rows, "square"), "wgrad", _median),
+        verdict("depthwise, median over (a)", 3, _kind(rows, "depthwise"), "wgrad", _median),
+        verdict("every convolution over (b), the least", 0.97, convolutions, "user", _least),
+        verdict("all, geometric mean over (a)", 1.5, rows, "wgrad", geomean),
+        verdict("all, geometric mean over (d)", 3, rows, "unfold", geomean),
     ]

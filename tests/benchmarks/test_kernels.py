@@ -195,11 +195,12 @@ def test_targets_by_hand() -> None:
     assert verdicts["expanding 1x1 and linear (K >= 2C)"].met is False
     assert verdicts["every layer over (b)"].met is True
     assert verdicts["gram"].reached == pytest.approx(0.4)
-    assert verdicts["depthwise"].cells()[2:] == ("-", "no data")
+    assert verdicts["depthwise"].cells()[2:] == ("-", "-", "no data")
     only = targets.targets(rows, "fp32", "cuda")
     assert [v.reached for v in only] == [pytest.approx(4 ** (1 / 3))]
     on_cpu = {v.target: v for v in targets.targets(rows, "fp32", "cpu")}
     assert on_cpu["expanding 1x1 and linear, K >= 4C, median over (a)"].reached == pytest.approx(2.5)
+    assert on_cpu["expanding 1x1 and linear, K >= 4C, median over (a)"].most == pytest.approx(3.75)  # of 20 and 10 over 4
     assert on_cpu["every convolution over (b), the least"].reached == pytest.approx(1.5)
     assert on_cpu["all, geometric mean over (d)"].met is None
 

@@ -125,13 +125,13 @@ LOCALSGD_INLINE void band_sums(const Geometry& g, const Band<Acc>& b, Acc* sums)
     }
 }
 
-LOCALSGD_MULTIVERSION
+LOCALSGD_WIDE
 void sweep_wide(const Geometry& g, const Band<float>& b, float* sums) { band_sums<float, kWideBytes>(g, b, sums); }
-LOCALSGD_MULTIVERSION
+LOCALSGD_WIDE
 void sweep_wide(const Geometry& g, const Band<double>& b, double* sums) { band_sums<double, kWideBytes>(g, b, sums); }
-LOCALSGD_MULTIVERSION
+LOCALSGD_NARROW
 void sweep_narrow(const Geometry& g, const Band<float>& b, float* sums) { band_sums<float, kNarrowBytes>(g, b, sums); }
-LOCALSGD_MULTIVERSION
+LOCALSGD_NARROW
 void sweep_narrow(const Geometry& g, const Band<double>& b, double* sums) { band_sums<double, kNarrowBytes>(g, b, sums); }
 
 template <typename Acc>

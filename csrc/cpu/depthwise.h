@@ -1,9 +1,8 @@
 // Depthwise correlation: groups == in_channels, any number of outputs per channel. Memory-bound: x and z are read once.
 //
-// Two loops, by what is contiguous: `planes` vectorises over an output row (NCHW and any other strides) and gathers padded
-// planes of the accumulation type first, so that its inner loop has no boundaries and no conversions; `pixels` vectorises over
-// the channels (channels_last) and reads the tensors where they lie, unless they must be converted. The sums have a fixed order
-// that does not depend on the number of threads.
+// Two loops, by what is contiguous: `planes` vectorises over columns (NCHW and any other strides), `pixels` over the channels
+// (channels_last). Both read the tensors where they lie, unless they must be converted or their elements have gaps. The sums
+// have a fixed order that does not depend on the number of threads.
 #pragma once
 
 #include <cstdint>

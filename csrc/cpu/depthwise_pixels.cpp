@@ -26,18 +26,19 @@ struct Band {
     int64_t first, count; // output rows
     int64_t channels;     // to sum; a vector at the end may begin before the first, where there are others
     bool padded;          // or ends after the last: up to kBlockChannels there is memory
+    const Range* columns; // [S], of z: those at which tap s reads inside x's row
 };
 
 // The sums of R x S taps over an output row, for kVectors neighbouring vectors of channels.
 template <typename Acc, int kBytes, int kVectors, int R, int S>
 LOCALSGD_INLINE void row_sums(typename Vector<Acc, kBytes>::Type (&sum)[R][S][kVectors], const Geometry& g, const Acc* x,
-                              int64_t tap_row, int64_t x_pixel, const Acc* z, int64_t z_pixel, int64_t s0) {
+                              int64_t tap_row, int64_t x_pixel, const Acc* z, int64_t z_pixel, const Range* columns,
+                              int64_t s0) {
     using V = typename Vector<Acc, kBytes>::Type;
     constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
     const int64_t step = g.stride[2], dilation = g.dilation[2], shift = s0 * dilation - g.pad[2];
-    const Range leftmost = valid_outputs(g.output[2], g.input[2], step, shift),
-                rightmost = valid_outputs(g.output[2], g.input[2], step, shift + (S - 1) * dilation);
-    const int64_t begin = std::min(leftmost.begin, g.output[2]), end = std::max(begin, std::min(leftmost.end, rightmost.end));
+    const Range &left = columns[0], &right = columns[S - 1];
+    const int64_t begin = std::min(left.begin, g.output[2]), end = std::max(begin, std::min(left.end, right.end));
     const auto load = [](const Acc* p) { return *reinterpret_cast<const V*>(p); };
     const auto edge = [&](int64_t q) __attribute__((always_inline)) {
         for (int s = 0; s < S; ++s) {
@@ -69,7 +70,7 @@ LOCALSGD_INLINE int64_t add_vectors(const Geometry& g, const Band<Acc>& b, const
     for (; c + kVectors * kLanes <= end; c += kVectors * kLanes) {
         V sum[R][S][kVectors] = {};
         row_sums<Acc, kBytes, kVectors, R, S>(sum, g, x + c, g.dilation[1] * b.x.row_stride, b.x.pixel_stride, z + c,
-                                              b.z.pixel_stride, s0);
+                                              b.z.pixel_stride, b.columns + s0, s0);
         for (int r = 0; r < R; ++r)
             for (int s = 0; s < S; ++s)
                 for (int v = 0; v < kVectors; ++v)
@@ -92,7 +93,7 @@ LOCALSGD_INLINE void add_taps(const Geometry& g, const Band<Acc>& b, const Acc* 
     const int64_t at = whole - kLanes;
     V sum[R][S][1] = {};
     row_sums<Acc, kBytes, 1, R, S>(sum, g, x + at, g.dilation[1] * b.x.row_stride, b.x.pixel_stride, z + at, b.z.pixel_stride,
-                                   s0);
+                                   b.columns + s0, s0);
     for (int r = 0; r < R; ++r)
         for (int s = 0; s < S; ++s)
             for (int64_t l = c - at; l < kLanes; ++l)
@@ -125,13 +126,13 @@ LOCALSGD_INLINE void band_sums(const Geometry& g, const Band<Acc>& b, Acc* sums)
     }
 }
 
-LOCALSGD_MULTIVERSION
+LOCALSGD_WIDE
 void sweep_wide(const Geometry& g, const Band<float>& b, float* sums) { band_sums<float, kWideBytes>(g, b, sums); }
-LOCALSGD_MULTIVERSION
+LOCALSGD_WIDE
 void sweep_wide(const Geometry& g, const Band<double>& b, double* sums) { band_sums<double, kWideBytes>(g, b, sums); }
-LOCALSGD_MULTIVERSION
+LOCALSGD_NARROW
 void sweep_narrow(const Geometry& g, const Band<float>& b, float* sums) { band_sums<float, kNarrowBytes>(g, b, sums); }
-LOCALSGD_MULTIVERSION
+LOCALSGD_NARROW
 void sweep_narrow(const Geometry& g, const Band<double>& b, double* sums) { band_sums<double, kNarrowBytes>(g, b, sums); }
 
 template <typename Acc>
@@ -181,6 +182,9 @@ void depthwise_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
     // A tensor of fewer channels than a vector has lanes cannot be read where it lies.
     const bool convert = a.x_kind != kKind<Acc> || a.z_kind != kKind<Acc> || g.in_channels < kMostLanes<Acc>;
     std::vector<Acc> x_buffer, z_buffer, sums(plane_taps * kBlockChannels);
+    std::vector<Range> columns;
+    for (int64_t s = 0; s < g.kernel[2]; ++s)
+        columns.push_back(valid_outputs(g.output[2], g.input[2], g.stride[2], s * g.dilation[2] - g.pad[2]));
     double* const partial = partials + part * g.taps() * g.in_channels + c0;
     for (int64_t tap = 0; tap < g.taps(); ++tap) std::fill_n(partial + tap * g.in_channels, channels, 0.0);
 
@@ -198,7 +202,7 @@ void depthwise_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
             const Rows<Acc> x = rows_of<Acc>(a.x, a.x_kind, a.x_strides, n * a.x_strides.batch + depth * a.x_strides.space[0],
                                              top, bottom - top, g.input[2], c0, channels, convert, x_buffer);
             std::fill(sums.begin(), sums.end(), Acc(0));
-            const Band<Acc> band{x, z, top, p1, count, channels, convert};
+            const Band<Acc> band{x, z, top, p1, count, channels, convert, columns.data()};
             has_wide_registers() ? sweep_wide(g, band, sums.data()) : sweep_narrow(g, band, sums.data());
             for (int64_t tap = 0; tap < plane_taps; ++tap)
                 for (int64_t c = 0; c < channels; ++c)

@@ -8,6 +8,7 @@
 // GCC compiles a function marked LOCALSGD_MULTIVERSION once per instruction set and picks at load time, so that a build for
 // any x86-64 still uses AVX-512 or AVX2 where there is one. Everything inlined into it is compiled the same way.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define LOCALSGD_HAS_TARGETS
 #define LOCALSGD_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define LOCALSGD_MULTIVERSION

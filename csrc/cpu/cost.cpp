@@ -89,11 +89,14 @@ double direct_us(const Query& q) {
 
 double depthwise_us(const Query& q) {
     const Geometry& g = q.geometry;
-    const double taps = std::max(1.0, double(g.taps()) / 9); // the sums of nine fit into registers
-    if (q.channels_last && g.out_per_group() == 1) return taps * memory_us(q, operand_bytes(q), 11e3) + 2 * kCallUs;
-    const double rows =
-        double(g.batch) * double(g.in_channels * g.input[0] * g.input[1] + g.out_channels * g.output[0] * g.output[1]);
-    return taps * memory_us(q, operand_bytes(q), 9e3) + rows * 12e-3 / q.threads; // padded planes are made row by row
+    // The sums of nine taps fit into registers.
+    const double taps = g.taps() > 9 ? double(g.taps()) / 6 : 1;
+    if (q.channels_last && g.out_per_group() == 1) return taps * memory_us(q, operand_bytes(q), 14e3) + 2 * kCallUs;
+    const double x_planes = double(g.batch * g.in_channels * g.input[0]),
+                 z_planes = double(g.batch * g.out_channels * g.output[0]);
+    const double rows = x_planes * g.input[1] + z_planes * g.output[1];
+    const double short_runs = (z_planes * 20e-3 + rows * 2e-3) / q.threads;
+    return taps * (strided(g) ? 1.4 : 1) * (memory_us(q, operand_bytes(q), 25e3) + short_runs) + 2 * kCallUs;
 }
 
 // oneDNN's weight gradient, whose result is then brought into D's order.
@@ -106,8 +109,11 @@ double library_us(const Query& q) {
     const double order = d_bytes(q) / (q.channels_last && !g.pointwise() ? 1e3 : 4e3);
     if (g.depthwise()) {
         const double bytes = operand_bytes(q), in_cache = 16e6;
-        return memory_us(q, bytes, bytes > in_cache ? (q.channels_last ? 6.5e3 : 5e3) : (q.channels_last ? 10e3 : 9e3)) +
-               convert + 10 * kCallUs;
+        // Other kernels than small, dense ones are not vectorised.
+        const bool vectorised = g.taps() <= 9 && product(g.dilation) == 1 && slow <= 1;
+        const double sums = vectorised ? memory_us(q, bytes, bytes > in_cache ? 6e3 : 11.5e3)
+                                       : wgrad_flops(g) / ((q.channels_last ? 4.5e3 : 1.6e3) * q.threads);
+        return sums + convert + 10 * kCallUs;
     }
     const double share = g.pointwise() ? 1 : q.channels_last ? 0.67 : 0.79; // of the peak, beside a plain GEMM's
     const double grouped = g.groups > 1 ? 2 : 1;

@@ -141,7 +141,8 @@ LOCALSGD_INLINE void plane_block(const Sweep<Acc>& w, const Plane<Acc>& x, const
     constexpr int64_t kLanes = Sums::kLanes;
     constexpr bool kByX = Sums::kByX;
     const Geometry& g = w.g;
-    const int64_t width = g.output[2], stride = g.stride[1], step = kLanes % width;
+    const int64_t width = g.output[2], stride = g.stride[1];
+    const int64_t step = kLanes < width ? kLanes : kLanes % width;
     const int64_t top = r0 * g.dilation[1] - g.pad[1], bottom = top + (R - 1) * g.dilation[1]; // of the taps
     const auto sums_of = [&](int r, int s) { return sums + ((r0 + r) * g.kernel[2] + s0 + s) * kLanes; };
     Sums taps;

@@ -135,9 +135,6 @@ void sweep_narrow(const Geometry& g, const Band<float>& b, float* sums) { band_s
 LOCALSGD_NARROW
 void sweep_narrow(const Geometry& g, const Band<double>& b, double* sums) { band_sums<double, kNarrowBytes>(g, b, sums); }
 
-template <typename Acc>
-constexpr Kind kKind = sizeof(Acc) == 8 ? Kind::f64 : Kind::f32;
-
 // Rows [first, first + count) of one plane, a block of channels: where they lie, or converted into `buffer`
 // [count][width][kBlockChannels].
 template <typename Acc>
@@ -180,7 +177,7 @@ void depthwise_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
     const int64_t begin = rows * part / tasks.parts, end = rows * (part + 1) / tasks.parts;
     const int64_t plane_taps = g.kernel[1] * g.kernel[2];
     // A tensor of fewer channels than a vector has lanes cannot be read where it lies.
-    const bool convert = a.x_kind != kKind<Acc> || a.z_kind != kKind<Acc> || g.in_channels < kMostLanes<Acc>;
+    const bool convert = a.x_kind != kKindOf<Acc> || a.z_kind != kKindOf<Acc> || g.in_channels < kMostLanes<Acc>;
     std::vector<Acc> x_buffer, z_buffer, sums(plane_taps * kBlockChannels);
     std::vector<Range> columns;
     for (int64_t s = 0; s < g.kernel[2]; ++s)

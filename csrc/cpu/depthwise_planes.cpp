@@ -246,8 +246,7 @@ struct Planes {
         const int64_t start = n * strides.batch + channel * strides.channel + depth * strides.space[0];
         const int64_t pitch = strides.space[1], step = strides.space[2];
         const bool in_reach = start >= before && start + (height - 1) * pitch + width + after <= extent;
-        if (kind == (sizeof(Acc) == 8 ? Kind::f64 : Kind::f32) && step == 1 && in_reach)
-            return {static_cast<const Acc*>(data) + start, pitch};
+        if (kind == kKindOf<Acc> && step == 1 && in_reach) return {static_cast<const Acc*>(data) + start, pitch};
         buffer.resize(before + height * width + after);
         Acc* const to = buffer.data() + before;
         const bool dense = pitch == width * step;

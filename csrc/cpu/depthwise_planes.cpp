@@ -1,7 +1,6 @@
 #include "depthwise.h"
 
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 #include <utility>
 #include <vector>

@@ -6,6 +6,10 @@
 #include "../geometry.h"
 #include "elements.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi" // how vectors are passed depends on the instruction set; here all is inlined
+#endif
+
 namespace localsgd {
 
 template <typename Acc, int kBytes>

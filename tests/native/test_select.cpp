@@ -51,7 +51,9 @@ void picks() {
     CHECK(make_plan(query(256, 512, 56, 1, 1, 2)).pick == Algorithm::kGram);
     CHECK(make_plan(query(256, 64, 56, 1)).pick != Algorithm::kGram);
     CHECK(make_plan(query(144, 144, 56, 3, 144)).pick == Algorithm::kDepthwise);
-    Query small = query(384, 384, 14, 3, 384); // NCHW: planes are made row by row, and these rows are short
+    CHECK(make_plan(query(384, 384, 14, 3, 384)).pick == Algorithm::kDepthwise);
+    CHECK(make_plan(query(144, 144, 28, 7, 144)).pick == Algorithm::kDepthwise);
+    Query small = query(960, 960, 7, 3, 960); // NCHW: a plane is a few vectors
     CHECK(make_plan(small).pick == Algorithm::kLibrary);
     small.channels_last = true;
     CHECK(make_plan(small).pick == Algorithm::kDepthwise);

@@ -46,14 +46,17 @@ at::Tensor product_of_views(const Layer& layer, const Views& x, const Views& z, 
 }
 
 template <typename Acc>
-void direct_into(const DirectArgs& args, const Tasks& tasks, Acc* partials, Acc* d) {
+void direct_into(const DirectArgs& args, const at::Tensor& d) {
     const Geometry& g = args.x.geometry;
+    const Tasks tasks = direct_tasks(g, at::get_num_threads());
+    const at::Tensor sums = at::empty({tasks.parts, direct_elements<Acc>(g)}, d.options());
+    Acc* const partials = sums.mutable_data_ptr<Acc>();
     at::parallel_for(0, tasks.count(g), 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) direct_part(args, tasks, task, partials);
     });
-    if (partials == d && tasks.parts == 1) return;
-    at::parallel_for(0, g.out_channels, std::max<int64_t>(1, 8192 / g.patch()), [&](int64_t begin, int64_t end) {
-        for (int64_t k = begin; k < end; ++k) finish_direct(g, tasks.parts, k, partials, d);
+    at::parallel_for(0, direct_blocks(g), std::max<int64_t>(1, 1024 / g.patch()), [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block)
+            finish_direct(g, tasks.parts, block, partials, d.mutable_data_ptr<Acc>());
     });
 }
 
@@ -66,14 +69,9 @@ at::Tensor direct(const Layer& layer) {
     if (g.out_per_group() >= kNarrow && (span == g.positions() || span >= kLeastSpan))
         return product_of_views(layer, x, z, span);
     const DirectArgs args{source_of(layer.x, g), source_of(*layer.z, output_geometry(g))};
-    const Tasks tasks = direct_tasks(g, at::get_num_threads());
-    const at::Tensor partials = at::empty({tasks.parts, g.out_channels * g.patch()}, accumulator(layer));
-    const at::Tensor d = g.pointwise() ? partials.select(0, 0) : at::empty(layer.weight.sizes(), accumulator(layer));
-    if (layer.accumulate == at::kDouble)
-        direct_into(args, tasks, partials.mutable_data_ptr<double>(), d.mutable_data_ptr<double>());
-    else
-        direct_into(args, tasks, partials.mutable_data_ptr<float>(), d.mutable_data_ptr<float>());
-    return d.view(layer.weight.sizes());
+    const at::Tensor d = at::empty(layer.weight.sizes(), accumulator(layer));
+    layer.accumulate == at::kDouble ? direct_into<double>(args, d) : direct_into<float>(args, d);
+    return d;
 }
 
 // The forward rounded W and b to its compute dtype, which is z's wherever that is lower (autocast).

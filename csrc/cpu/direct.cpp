@@ -9,20 +9,27 @@ namespace localsgd {
 namespace {
 
 constexpr int64_t kChunk = 512; // columns of X in the cache at once
+constexpr int64_t kBlock = 8;   // rows of D that are finished together
 
 template <typename Acc>
 struct Part {
     DirectArgs args;    // one group's
     int64_t first, end; // positions
     int64_t column_begin, column_end;
-    Acc* d; // [K, patch]
+    Acc* d; // [panels, K, kMostPanel]
 };
+
+// Of an element of D: neighbours in a product lie together, not a whole row of D apart.
+template <typename Acc>
+int64_t place(int64_t rows, int64_t row, int64_t column) {
+    return (column / kMostPanel<Acc> * rows + row) * kMostPanel<Acc> + column % kMostPanel<Acc>;
+}
 
 template <typename Acc, int kBytes>
 LOCALSGD_INLINE void add_part(const Part<Acc>& p) {
     using Shape = Shape<Acc, kBytes>;
     const Geometry &g = p.args.x.geometry, &out = p.args.z.geometry;
-    const int64_t rows = out.in_per_group(), pitch = g.patch();
+    const int64_t rows = out.in_per_group();
     const Panels<Acc, kBytes> z(rows), x(std::min(kChunk, p.column_end - p.column_begin));
     std::vector<Acc> scratch(scratch_size<Acc>(std::max(rows, g.in_per_group())));
     for (int64_t first = p.first; first < p.end; first += kTile) {
@@ -31,12 +38,11 @@ LOCALSGD_INLINE void add_part(const Part<Acc>& p) {
         for (int64_t begin = p.column_begin; begin < p.column_end; begin += kChunk) {
             const int64_t columns = std::min(kChunk, p.column_end - begin);
             pack<Acc, kBytes>(p.args.x, x, begin, begin + columns, first, count, scratch.data());
-            for (int64_t panel = 0; panel < rows; panel += Shape::kPanel)
-                for (int64_t column = 0; column < columns; column += Shape::kPanel)
-                    for (int64_t row = panel; row < std::min(panel + Shape::kPanel, rows); row += Shape::kRows)
-                        multiply<Acc, kBytes, Shape::kRows, 2>(z.at(row, 0), x.at(column, 0), count,
-                                                               p.d + row * pitch + begin + column, pitch, rows - row,
-                                                               columns - column);
+            for (int64_t column = 0; column < columns; column += Shape::kPanel)
+                for (int64_t row = 0; row < rows; row += Shape::kPanel)
+                    multiply_panel<Acc, kBytes>(z.at(row, 0), x.at(column, 0), count,
+                                                p.d + place<Acc>(rows, row, begin + column), kMostPanel<Acc>, rows - row,
+                                                Shape::kPanel);
         }
     }
 }
@@ -58,10 +64,20 @@ PatchSource of_group(const PatchSource& source, int64_t group) {
 
 } // namespace
 
+template <typename Acc>
+int64_t padded(const Geometry& g) {
+    return g.out_per_group() * ceil_div(g.patch(), kMostPanel<Acc>) * kMostPanel<Acc>;
+}
+
+template <typename Acc>
+int64_t direct_elements(const Geometry& g) {
+    return g.groups * padded<Acc>(g);
+}
+
 Tasks direct_tasks(const Geometry& g, int64_t threads) {
-    const int64_t elements = g.out_per_group() * g.patch(), products = g.positions() * elements;
+    const int64_t products = g.positions() * g.out_per_group() * g.patch();
     if (g.patch() >= kWide) return {1, std::clamp<int64_t>(threads, 1, g.patch() / 64)};
-    const int64_t most = std::clamp<int64_t>(kMostPartElements / (elements * g.groups), 1, kMostParts);
+    const int64_t most = std::clamp<int64_t>(kMostPartElements / direct_elements<float>(g), 1, kMostParts);
     return {std::clamp<int64_t>(products / kLeastProducts, 1, most), 1};
 }
 
@@ -79,25 +95,38 @@ void direct_part(const DirectArgs& a, const Tasks& tasks, int64_t task, Acc* par
     };
     p.column_begin = column(strip);
     p.column_end = column(strip + 1);
-    p.d = partials + matrix * g.out_per_group() * g.patch();
-    for (int64_t k = 0; k < g.out_per_group(); ++k)
-        std::fill(p.d + k * g.patch() + p.column_begin, p.d + k * g.patch() + p.column_end, Acc(0));
+    const int64_t rows = g.out_per_group();
+    p.d = partials + matrix * padded<Acc>(g);
+    std::fill(p.d + p.column_begin * rows, p.d + ceil_div(p.column_end, kMostPanel<Acc>) * kMostPanel<Acc> * rows, Acc(0));
     wide ? add_part_wide(p) : add_part_narrow(p);
 }
 
+int64_t direct_blocks(const Geometry& g) { return g.groups * ceil_div(g.out_per_group(), kBlock); }
+
 template <typename Acc>
-void finish_direct(const Geometry& g, int64_t parts, int64_t k, const Acc* partials, Acc* d) {
-    const int64_t channels = g.in_per_group(), taps = g.taps(), whole = g.out_channels * g.patch();
-    const Acc* const from = partials + k * g.patch();
-    Acc* const to = d + k * g.patch();
-    for (int64_t c = 0; c < channels; ++c)
-        for (int64_t tap = 0; tap < taps; ++tap) {
-            Acc sum = from[tap * channels + c];
-            for (int64_t part = 1; part < parts; ++part) sum += from[part * whole + tap * channels + c];
-            to[c * taps + tap] = sum;
-        }
+void finish_direct(const Geometry& g, int64_t parts, int64_t block, const Acc* partials, Acc* d) {
+    constexpr int64_t kPanel = kMostPanel<Acc>;
+    const int64_t channels = g.in_per_group(), taps = g.taps(), rows = g.out_per_group(), whole = direct_elements<Acc>(g);
+    const int64_t blocks = ceil_div(rows, kBlock), group = block / blocks, first = block % blocks * kBlock;
+    const int64_t count = std::min(kBlock, rows - first);
+    const Acc* const from = partials + group * padded<Acc>(g);
+    Acc* const to = d + (group * rows + first) * g.patch();
+    for (int64_t column = 0; column < g.patch();) {
+        const int64_t tap = column / channels, c = column % channels;
+        const int64_t run = std::min(channels - c, kPanel - column % kPanel);
+        const Acc* piece = from + place<Acc>(rows, first, column);
+        for (int64_t k = 0; k < count; ++k, piece += kPanel)
+            for (int64_t i = 0; i < run; ++i) {
+                Acc sum = piece[i];
+                for (int64_t part = 1; part < parts; ++part) sum += piece[part * whole + i];
+                to[k * g.patch() + (c + i) * taps + tap] = sum;
+            }
+        column += run;
+    }
 }
 
+template int64_t direct_elements<float>(const Geometry&);
+template int64_t direct_elements<double>(const Geometry&);
 template void direct_part<float>(const DirectArgs&, const Tasks&, int64_t, float*, bool);
 template void direct_part<double>(const DirectArgs&, const Tasks&, int64_t, double*, bool);
 template void finish_direct<float>(const Geometry&, int64_t, int64_t, const float*, float*);

@@ -12,12 +12,17 @@ struct DirectArgs {
 
 Tasks direct_tasks(const Geometry& geometry, int64_t threads);
 
-// Task `task`: a strip of the columns of partials[part][group] [K/groups, (taps, C/groups)].
+// Of a part's sums.
+template <typename Acc>
+int64_t direct_elements(const Geometry& geometry);
+
+// Task `task`: a strip of the sums partials[part][group], which are [K/groups, (taps, C/groups)] in panels of columns.
 template <typename Acc>
 void direct_part(const DirectArgs& args, const Tasks& tasks, int64_t task, Acc* partials, bool wide = has_wide_registers());
 
-// Row k of D [K, (C/groups, taps)]: the parts added up in order. `d` may be `partials` where there is one tap.
+// Some rows of D [K, (C/groups, taps)], of one block: the parts added up in order.
+int64_t direct_blocks(const Geometry& geometry);
 template <typename Acc>
-void finish_direct(const Geometry& geometry, int64_t parts, int64_t k, const Acc* partials, Acc* d);
+void finish_direct(const Geometry& geometry, int64_t parts, int64_t block, const Acc* partials, Acc* d);
 
 } // namespace localsgd

@@ -30,14 +30,13 @@ LOCALSGD_INLINE void multiply_tile(const Part<Acc>& p, const Panels<Acc, kBytes>
         for (int64_t column = 0; column <= panel; column += kPanel) {
             const Acc* b = tile.at(column, 0);
             Acc* const gram = p.gram + panel * channels + column;
-            int64_t row = 0;
+            const Acc* a = tile.at(panel, 0);
             if (column == panel) { // the first rows on the diagonal need one vector of columns only
-                multiply<Acc, kBytes, kLanes, 1>(b, b, count, gram, channels, end - panel, end - panel);
-                row = kLanes;
+                multiply<Acc, kBytes, kLanes, 1>(a, b, count, gram, channels, end - panel, end - panel);
+                multiply_panel<Acc, kBytes, kLanes>(a, b, count, gram, channels, end - panel, end - panel);
+            } else {
+                multiply_panel<Acc, kBytes>(a, b, count, gram, channels, end - panel, kPanel);
             }
-            for (; panel + row < end; row += Shape::kRows)
-                multiply<Acc, kBytes, Shape::kRows, 2>(tile.at(panel + row, 0), b, count, gram + row * channels, channels,
-                                                       end - panel - row, channels - column);
         }
     }
 }

@@ -20,7 +20,7 @@ template <typename Acc, int kBytes>
 struct Shape {
     static constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
     static constexpr int64_t kPanel = 2 * kLanes;                  // columns
-    static constexpr int64_t kRows = kBytes == kWideBytes ? 8 : 4; // of a block: its sums fill half of the registers
+    static constexpr int64_t kRows = kBytes == kWideBytes ? 8 : 6; // of a block: its sums fill most of the registers
 };
 template <typename Acc>
 constexpr int64_t kMostPanel = Shape<Acc, kWideBytes>::kPanel;
@@ -82,10 +82,13 @@ LOCALSGD_INLINE void pack_channels_first(const PatchSource& s, const Panels<Acc,
         for (int64_t i = 0; i < columns && !same; ++i)
             copy_run(scratch + i * kTile, offset(s.data, s.kind, start + i * s.strides.channel), s.kind, count, step);
         Acc* const piece = to.at(column, at);
-        const int64_t whole = columns == kLanes && apart == 1 ? count - count % kSquare : 0;
+        const int64_t whole = columns == kLanes && apart <= 2 ? count - count % kSquare : 0;
         for (int64_t t = 0; t < whole; t += kSquare)
             for (int64_t i = 0; i < kLanes; i += kSquare)
-                transpose_block(from + i * pitch + t, pitch, piece + t * kPanel + i, kPanel);
+                if (apart == 1)
+                    transpose_block<1>(from + i * pitch + t, pitch, piece + t * kPanel + i, kPanel);
+                else
+                    transpose_block<2>(from + i * pitch + t * 2, pitch, piece + t * kPanel + i, kPanel);
         for (int64_t t = whole; t < count; ++t)
             for (int64_t i = 0; i < columns; ++i) piece[t * kPanel + i] = from[i * pitch + t * apart];
     });
@@ -147,6 +150,18 @@ LOCALSGD_INLINE void multiply(const Acc* a, const Acc* b, int64_t count, Acc* d,
     }
     for (int64_t i = 0; i < std::min<int64_t>(kRows, rows); ++i)
         for (int64_t j = 0; j < std::min(kVectors * kLanes, columns); ++j) d[i * pitch + j] += sum[i][j / kLanes][j % kLanes];
+}
+
+// The same for the columns [kFirst, kPanel) of the panel `a`, of which `rows` are used.
+template <typename Acc, int kBytes, int64_t kFirst = 0>
+LOCALSGD_INLINE void multiply_panel(const Acc* a, const Acc* b, int64_t count, Acc* d, int64_t pitch, int64_t rows,
+                                    int64_t columns) {
+    using Shape = Shape<Acc, kBytes>;
+    constexpr int64_t kRest = (Shape::kPanel - kFirst) % Shape::kRows, kEnd = Shape::kPanel - kRest;
+    for (int64_t row = kFirst; row < std::min(kEnd, rows); row += Shape::kRows)
+        multiply<Acc, kBytes, Shape::kRows, 2>(a + row, b, count, d + row * pitch, pitch, rows - row, columns);
+    if constexpr (kRest > 0)
+        if (kEnd < rows) multiply<Acc, kBytes, kRest, 2>(a + kEnd, b, count, d + kEnd * pitch, pitch, rows - kEnd, columns);
 }
 
 } // namespace localsgd

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     not ops.is_compiled() or ops._C.gpu == "cpu", reason="the CPU kernels are what is measured here"
 )
 
-WORKSPACE = 2 << 20  # elements that a tile has at most, unless 256 positions have more
+PARTS = 1 << 20  # elements that all the parts of a sum have at most, unless one has more
 SMALL = 4096  # bytes: sums, scalars, alignment
 
 LAYERS = (
@@ -63,22 +63,17 @@ def operands(case: Case, layout: str, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 def allowed(case: Case, algorithm: str, layout: str, dtype: torch.dtype) -> int:
     """The table in CONTRIBUTING.md, in bytes."""
-    groups = case.groups
-    d = torch.Size(case.weight).numel()
-    per_position = case.x[1] * torch.Size(case.weight[2:]).numel() if case.dims else case.x[-1]
-    in_features, out_features = per_position, case.weight[0]
-
-    def tile(features: int) -> int:
-        return max(WORKSPACE, 256 * features)
-
+    groups, taps = case.groups, torch.Size(case.weight[2:]).numel()
+    d, in_features = torch.Size(case.weight).numel(), case.weight[1] * groups
     if algorithm == "gram":
         gram = groups * case.weight[1] ** 2
         rounded = d + d // 2 if dtype != torch.float32 else 0  # W as the forward saw it
-        parts = 8 if case.weight[1] < 256 else 1
-        assert (parts - 1) * (gram + in_features) <= tile(in_features)  # the promise is "G, D and a tile"
-        elements = parts * (gram + in_features) + d + rounded
+        elements = (8 if case.weight[1] < 256 else 1) * (gram + in_features) + d + rounded
     elif algorithm == "direct":
-        elements = 2 * d + tile(in_features + out_features)
+        panels = case.weight[0] * -(-case.weight[1] * taps // 32) * 32
+        images = case.dims > 0 and layout == "contiguous"  # a product for each, unless they are small
+        in_place = case.pointwise and case.stride == 1 and dtype == torch.float32 and (not images or case.x[2] >= 16)
+        elements = d if in_place else d + max(panels, min(8 * panels, PARTS) if case.weight[1] * taps < 256 else 0)
     else:
         assert algorithm == "depthwise"
         assert layout == "contiguous"

@@ -9,51 +9,69 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
 
 #include "../forward.h"
 #include "../library.h"
 #include "apply.h"
 #include "depthwise.h"
+#include "direct.h"
 #include "gram.h"
-#include "tiles.h"
+#include "views.h"
 
 namespace localsgd::cpu {
 namespace {
 
-at::TensorOptions accumulator(const Layer& layer) { return at::TensorOptions().dtype(layer.accumulate); }
-
-constexpr int64_t kNarrow = 8; // rows of D below which BLAS sums in one long chain instead of in blocks
-
-// sum [G, m, n] += a^T b with a [G, T, m], b [G, T, n].
-void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
-    if (a.size(2) < kNarrow)
-        sum.add_(at::bmm(a.transpose(1, 2), b)); // a chain of its own, see longest_tile
-    else if (sum.size(0) == 1)
-        sum.select(0, 0).addmm_(a.select(0, 0).t(), b.select(0, 0));
-    else
-        sum.baddbmm_(a.transpose(1, 2), b);
+PatchSource source_of(const at::Tensor& tensor, const Geometry& geometry) {
+    return {tensor.const_data_ptr(), kind_of(tensor), geometry, strides_of(tensor)};
 }
 
-// Long chains of additions cost precision: narrow products are summed tile by tile, in short ones.
-int64_t longest_tile(int64_t rows) { return rows < kNarrow ? 128 : int64_t{1} << 16; }
+at::TensorOptions accumulator(const Layer& layer) { return at::TensorOptions().dtype(layer.accumulate); }
 
-// D = Z^T X over tiles of positions, X the im2col matrix.
-at::Tensor direct(const Layer& layer) {
+// D = Z^T X by BLAS, over spans of positions that both operands show as matrices.
+at::Tensor product_of_views(const Layer& layer, const Views& x, const Views& z, int64_t span) {
+    constexpr int64_t kLongest = int64_t{1} << 16; // long chains of additions cost precision
     const Geometry& g = layer.geometry;
-    Tiles x(layer.x, g, layer.accumulate), z(*layer.z, output_geometry(g), layer.accumulate);
-    const int64_t positions = g.positions(), longest = longest_tile(g.out_per_group());
-    at::Tensor d; // [G, K/G, patch]
-    if (x.viewable() == positions && z.viewable() == positions && positions <= longest) {
-        d = g.groups == 1 ? at::mm(z.at(0, positions).select(0, 0).t(), x.at(0, positions).select(0, 0))
-                          : at::bmm(z.at(0, positions).transpose(1, 2), x.at(0, positions));
-    } else {
-        d = at::zeros({g.groups, g.out_per_group(), g.patch()}, accumulator(layer));
-        for_each_tile(positions, g.image_positions(), longest, {&x, &z},
-                      [&](int64_t first, int64_t count) { add_product(d, z.at(first, count), x.at(first, count)); });
-    }
-    if (!x.channels_last() || g.taps() == 1) return d.view(layer.weight.sizes());
-    return d.view({g.out_channels, g.taps(), g.in_per_group()}).transpose(1, 2).contiguous().view(layer.weight.sizes());
+    const int64_t positions = g.positions();
+    at::Tensor d;
+    for (int64_t begin = 0; begin < positions; begin += span)
+        for (int64_t first = begin; first < std::min(begin + span, positions); first += kLongest) {
+            const int64_t count = std::min({kLongest, begin + span - first, positions - first});
+            const at::Tensor a = z.at(first, count).transpose(1, 2), b = x.at(first, count);
+            if (g.groups > 1)
+                d.defined() ? d.baddbmm_(a, b) : d = at::bmm(a, b);
+            else
+                d.defined() ? d.addmm_(a.select(0, 0), b.select(0, 0)) : d = at::mm(a.select(0, 0), b.select(0, 0));
+        }
+    return d.view(layer.weight.sizes());
+}
+
+template <typename Acc>
+void direct_into(const DirectArgs& args, const at::Tensor& d) {
+    const Geometry& g = args.x.geometry;
+    const Tasks tasks = direct_tasks(g, at::get_num_threads());
+    const at::Tensor sums = at::empty({tasks.parts, direct_elements<Acc>(g)}, d.options());
+    Acc* const partials = sums.mutable_data_ptr<Acc>();
+    at::parallel_for(0, tasks.count(g), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) direct_part(args, tasks, task, partials);
+    });
+    at::parallel_for(0, direct_blocks(g), std::max<int64_t>(1, 1024 / g.patch()), [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block)
+            finish_direct(g, tasks.parts, block, partials, d.mutable_data_ptr<Acc>());
+    });
+}
+
+at::Tensor direct(const Layer& layer) {
+    constexpr int64_t kLeastSpan = 256; // shorter products are all overhead
+    constexpr int64_t kNarrow = 8;      // rows of D below which BLAS sums in one long chain
+    const Geometry& g = layer.geometry;
+    const Views x(layer.x, g, layer.accumulate), z(*layer.z, output_geometry(g), layer.accumulate);
+    const int64_t span = std::min(x.span(), z.span());
+    if (g.out_per_group() >= kNarrow && (span == g.positions() || span >= kLeastSpan))
+        return product_of_views(layer, x, z, span);
+    const DirectArgs args{source_of(layer.x, g), source_of(*layer.z, output_geometry(g))};
+    const at::Tensor d = at::empty(layer.weight.sizes(), accumulator(layer));
+    layer.accumulate == at::kDouble ? direct_into<double>(args, d) : direct_into<float>(args, d);
+    return d;
 }
 
 // The forward rounded W and b to its compute dtype, which is z's wherever that is lower (autocast).
@@ -63,10 +81,10 @@ at::Tensor as_forward_saw(const at::Tensor& parameter, const Layer& layer) {
 }
 
 template <typename Acc>
-void gram_into(const GramArgs& args, const GramTasks& tasks, Acc* partials, Acc* sums) {
-    const Geometry& g = args.geometry;
+void gram_into(const PatchSource& x, const Tasks& tasks, Acc* partials, Acc* sums) {
+    const Geometry& g = x.geometry;
     at::parallel_for(0, tasks.count(g), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) gram_part(args, tasks, task, partials, sums);
+        for (int64_t task = begin; task < end; ++task) gram_part(x, tasks, task, partials, sums);
     });
     at::parallel_for(0, gram_rows(g), 8, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) finish_gram(g, tasks.parts, task, partials);
@@ -77,14 +95,14 @@ void gram_into(const GramArgs& args, const GramTasks& tasks, Acc* partials, Acc*
 at::Tensor gram(const Layer& layer) {
     const Geometry& g = layer.geometry;
     const int64_t in = g.in_per_group();
-    const GramArgs args{g, layer.x.const_data_ptr(), kind_of(layer.x), strides_of(layer.x)};
-    const GramTasks tasks = gram_tasks(g, at::get_num_threads());
+    const PatchSource x = source_of(layer.x, g);
+    const Tasks tasks = gram_tasks(g, at::get_num_threads());
     const at::Tensor partials = at::empty({tasks.parts, g.groups, in, in}, accumulator(layer));
     const at::Tensor sums = layer.bias ? at::empty({tasks.parts, g.groups, 1, in}, accumulator(layer)) : at::Tensor();
     if (layer.accumulate == at::kDouble)
-        gram_into(args, tasks, partials.mutable_data_ptr<double>(), layer.bias ? sums.mutable_data_ptr<double>() : nullptr);
+        gram_into(x, tasks, partials.mutable_data_ptr<double>(), layer.bias ? sums.mutable_data_ptr<double>() : nullptr);
     else
-        gram_into(args, tasks, partials.mutable_data_ptr<float>(), layer.bias ? sums.mutable_data_ptr<float>() : nullptr);
+        gram_into(x, tasks, partials.mutable_data_ptr<float>(), layer.bias ? sums.mutable_data_ptr<float>() : nullptr);
     const at::Tensor w = as_forward_saw(layer.weight, layer).reshape({g.groups, g.out_per_group(), in});
     at::Tensor d = at::bmm(w, partials.select(0, 0));
     if (layer.bias) {

@@ -7,20 +7,23 @@ namespace {
 
 // One core of a current x86 server (AVX2), fp32, fitted to `benchmarks/kernels.py --device cpu --threads 1`. Only ratios matter
 // for the pick; `localsgd_ext.benchmark` measures instead.
-constexpr double kGemmFlopsPerUs = 85e3;   // large GEMM
+constexpr double kBlasFlopsPerUs = 88e3;   // a large product by BLAS
+constexpr double kPanelFlopsPerUs = 85e3;  // by a kernel on packed panels
 constexpr double kStreamBytesPerUs = 40e3; // operands of a GEMM, mostly hidden behind it
 constexpr double kReadBytesPerUs = 20e3;   // operands of a kernel that waits for them
-constexpr double kGatherBytesPerUs = 60e3; // im2col within the caches, in and out
 constexpr double kConvertBytesPerUs = 6e3; // conversions and transposes
-constexpr double kRunUs = 9e-3;            // a run of neighbouring elements that im2col copies
-constexpr double kStridedUs = 0.5e-3;      // an element of a run with gaps
+constexpr double kRunUs = 6e-3;            // a run of neighbouring elements that packing copies
+constexpr double kElementUs = 0.1e-3;      // an element of it
+constexpr double kFinishUs = 1.9e-3;       // an element of D, from panels into its place
 constexpr double kCallUs = 4;              // one GEMM through ATen
 
 bool is_wide(const Query& q) { return q.x_kind == Kind::f64 || q.z_kind == Kind::f64; }
 
 double element_bytes(const Query& q) { return is_wide(q) ? 8 : 4; }
 
-double gemm_us(const Query& q, double flops) { return flops / (kGemmFlopsPerUs * (is_wide(q) ? 0.5 : 1) * q.threads); }
+double gemm_us(const Query& q, double flops, double flops_per_us = kBlasFlopsPerUs) {
+    return flops / (flops_per_us * (is_wide(q) ? 0.5 : 1) * q.threads);
+}
 
 // A few threads already use all of the memory's bandwidth.
 double memory_us(const Query& q, double bytes, double bytes_per_us) { return bytes / (bytes_per_us * std::min(q.threads, 4)); }
@@ -38,53 +41,56 @@ double d_bytes(const Query& q) { return double(q.geometry.out_channels * q.geome
 
 double wgrad_flops(const Geometry& g) { return 2.0 * g.positions() * g.out_channels * g.patch(); }
 
-// Narrow GEMMs run below the peak, those with fewer columns than two vectors far below.
+// Narrow GEMMs run below the peak.
 double narrow(double size) { return 1 + 6 / size; }
-double narrow_patch(double size) { return size > 1 && size < 32 ? 3 : narrow(size); }
 
 bool strided(const Geometry& g) { return product(g.stride) > 1; }
-
-// im2col: per position and tap a run of channels (NHWC), per row of the patch matrix a run of columns (NCHW).
-double gather_us(const Query& q) {
-    const Geometry& g = q.geometry;
-    const double rows = double(g.positions()), patch = double(g.patch()) * g.groups;
-    const double bytes = 2 * rows * patch * element_bytes(q);
-    const double width = std::max<double>(1, g.pointwise() && !strided(g) ? g.image_positions() : g.output[2]);
-    const double runs = q.channels_last || g.dims == 0 ? rows * g.taps() * g.groups : rows / width * patch;
-    const double gaps = q.channels_last || g.stride[2] == 1 ? 0 : rows * patch * kStridedUs;
-    return (runs * kRunUs + gaps) / q.threads + bytes / (kGatherBytesPerUs * q.threads);
-}
 
 double convert_us(const Query& q, double elements, Kind kind) {
     return kind_size(kind) == element_bytes(q) ? 0 : elements * element_bytes(q) / (4 * kConvertBytesPerUs * q.threads);
 }
 
+// Packing the columns (taps, channels) of all groups at all positions into panels, from rows of `width` positions.
+double pack_us(const Query& q, double taps, double channels, double width, int64_t stride, Kind kind) {
+    const Geometry& g = q.geometry;
+    const double runs = double(g.positions() * g.groups) * taps, elements = runs * channels;
+    double us = 0;
+    if (q.channels_last || g.dims == 0)
+        us = runs * kRunUs + elements * kElementUs;
+    else if (channels < 8 || stride > 2)
+        us = elements * 9 * kElementUs; // one by one
+    else
+        us = elements * kElementUs * (2 + 20 / width);
+    return us / q.threads + convert_us(q, elements, kind);
+}
+
 bool reads_in_place(const Query& q) {
     const Geometry& g = q.geometry;
-    return g.pointwise() && !strided(g) && product(g.pad) == 0 && kind_size(q.x_kind) == element_bytes(q);
+    return g.pointwise() && !strided(g) && product(g.pad) == 0;
 }
 
 double gram_us(const Query& q) {
     const Geometry& g = q.geometry;
     const double c = double(g.in_per_group()), elements = double(g.positions() * g.in_channels);
-    const double transpose = q.channels_last || g.dims == 0 ? 0 : elements * (strided(g) ? 0.8e-3 : 0.15e-3) / q.threads;
-    return gemm_us(q, elements * (c + 16)) + gemm_us(q, 2.0 * g.out_channels * c * c) + // panels of 16 on the diagonal
-           memory_us(q, elements * kind_size(q.x_kind), kReadBytesPerUs) + convert_us(q, elements, q.x_kind) + transpose +
-           2 * kCallUs;
+    const double transpose = q.channels_last || g.dims == 0 ? 0 : elements * (strided(g) ? 0.3e-3 : 0.15e-3) / q.threads;
+    return gemm_us(q, elements * (c + 16), kPanelFlopsPerUs) + // panels of 16 on the diagonal
+           gemm_us(q, 2.0 * g.out_channels * c * c) + memory_us(q, elements * kind_size(q.x_kind), kReadBytesPerUs) +
+           convert_us(q, elements, q.x_kind) + transpose + 2 * kCallUs;
 }
 
 double direct_us(const Query& q) {
     const Geometry& g = q.geometry;
-    const double gather = (reads_in_place(q) ? 0 : gather_us(q)) + convert_us(q, z_elements(q), q.z_kind);
-    const double workspace = double(g.positions()) * (double(g.patch()) * g.groups + g.out_channels) * element_bytes(q);
-    const double tiles = reads_in_place(q) ? 1 : std::max(1.0, workspace / 8e6);
-    // NCHW: a GEMM an image, small images first copied into one matrix.
-    const bool images = reads_in_place(q) && !q.channels_last && g.dims > 0 && g.batch > 1, small = g.image_positions() < 256;
-    const double copies = images && small ? 2 * operand_bytes(q) / (20e3 * q.threads) : 0;
-    const double transpose = q.channels_last && !g.pointwise() ? d_bytes(q) / kConvertBytesPerUs : 0;
-    return gemm_us(q, wgrad_flops(g) * narrow(double(g.out_per_group())) * narrow_patch(double(g.patch()))) +
-           memory_us(q, operand_bytes(q), kStreamBytesPerUs) + gather + copies + transpose +
-           (images && !small ? double(g.batch) : tiles) * kCallUs * double(g.groups);
+    const double rows = double(g.out_per_group()), patch = double(g.patch()), image = double(g.image_positions());
+    const bool one_run = q.channels_last || g.dims == 0 || g.batch == 1, in_place = reads_in_place(q);
+    const bool views = in_place && kind_size(q.x_kind) == element_bytes(q) && kind_size(q.z_kind) == element_bytes(q);
+    if (views && rows >= 8 && (one_run || image >= 256)) // by BLAS, where x and z lie
+        return gemm_us(q, wgrad_flops(g) * narrow(rows) * narrow(patch)) + memory_us(q, operand_bytes(q), kStreamBytesPerUs) +
+               (one_run ? 1 : double(g.batch)) * kCallUs * double(g.groups);
+    const double blocks = double(ceil_div(g.out_per_group(), 6) * 6 * ceil_div(g.patch(), 16) * 16); // whole ones of D
+    const double width = in_place ? image : double(g.output[2]);
+    return gemm_us(q, 2.0 * double(g.positions() * g.groups) * blocks, kPanelFlopsPerUs) +
+           pack_us(q, double(g.taps()), double(g.in_per_group()), width, g.stride[2], q.x_kind) +
+           pack_us(q, 1, rows, image, 1, q.z_kind) + double(g.out_channels) * patch * kFinishUs / q.threads + 2 * kCallUs;
 }
 
 double depthwise_us(const Query& q) {
@@ -97,6 +103,17 @@ double depthwise_us(const Query& q) {
     const double rows = x_planes * g.input[1] + z_planes * g.output[1];
     const double short_runs = (z_planes * 20e-3 + rows * 2e-3) / q.threads;
     return taps * (strided(g) ? 1.4 : 1) * (memory_us(q, operand_bytes(q), 25e3) + short_runs) + 2 * kCallUs;
+}
+
+// oneDNN brings operands in NCHW into blocks of channels unless the images are small. Memory beyond the allocator's limit is
+// asked of the system each time.
+double blocked_us(const Query& q) {
+    constexpr double kAllocated = double{32 << 20};
+    if (q.geometry.image_positions() < 400) return 0;
+    double us = 0;
+    for (const double bytes : {x_elements(q) * element_bytes(q), z_elements(q) * element_bytes(q)})
+        us += memory_us(q, bytes, bytes > kAllocated ? 1.7e3 : 12e3);
+    return us;
 }
 
 // oneDNN's weight gradient, whose result is then brought into D's order.
@@ -115,19 +132,25 @@ double library_us(const Query& q) {
                                        : wgrad_flops(g) / ((q.channels_last ? 4.5e3 : 1.6e3) * q.threads);
         return sums + convert + 10 * kCallUs;
     }
-    const double share = g.pointwise() ? 1 : q.channels_last ? 0.67 : 0.79; // of the peak, beside a plain GEMM's
     const double grouped = g.groups > 1 ? 2 : 1;
-    return gemm_us(q, wgrad_flops(g) * slow * grouped * narrow(double(g.out_per_group())) / share) +
-           memory_us(q, operand_bytes(q), kStreamBytesPerUs) + convert + order + 10 * kCallUs +
-           (g.pointwise() && strided(g) ? gather_us(q) / 2 : 0); // x is sliced first
+    const double flops = wgrad_flops(g) * slow * grouped * narrow(double(g.out_per_group()));
+    const double rest = memory_us(q, operand_bytes(q), kStreamBytesPerUs) + convert + order + 10 * kCallUs;
+    if (g.pointwise()) {
+        const double sliced = strided(g) ? pack_us(q, 1, double(g.in_channels), double(g.output[2]), 1, Kind::f32) : 0;
+        if (!q.channels_last) return gemm_us(q, flops) + rest + sliced + blocked_us(q);
+        return gemm_us(q, g.in_channels < 64 ? flops : flops * narrow(double(g.patch())) / 0.97) + rest + sliced;
+    }
+    return q.channels_last ? gemm_us(q, flops / 0.65) + rest : gemm_us(q, flops / 0.85) + rest + blocked_us(q);
 }
 
 } // namespace
 
 double estimate_us(const Query& q, Algorithm algorithm) {
     const Geometry& g = q.geometry;
-    const double forward =
-        q.z_present ? 0 : gemm_us(q, wgrad_flops(g)) + memory_us(q, operand_bytes(q), kStreamBytesPerUs) + gather_us(q);
+    const double forward = q.z_present
+                               ? 0
+                               : gemm_us(q, wgrad_flops(g)) + memory_us(q, operand_bytes(q), kStreamBytesPerUs) +
+                                     pack_us(q, double(g.taps()), double(g.in_per_group()), double(g.output[2]), 1, q.x_kind);
     switch (algorithm) {
     case Algorithm::kGram:
         return gram_us(q);

@@ -1,5 +1,4 @@
-// Blocked im2col: the input patches of a range of output positions, gathered into one dense tile of the accumulation type.
-// With kernel size 1 this also gathers z (see output_geometry).
+// Which elements of x (or z) a range of output positions reads, and how their products are shared among threads.
 #pragma once
 
 #include <algorithm>
@@ -10,17 +9,11 @@
 
 namespace localsgd {
 
-enum class TileOrder {
-    kChannelsFirst, // [groups * patch, T], a patch ordered (channel, taps): D's own order
-    kChannelsLast,  // [groups, T, patch],  a patch ordered (taps, channel)
-};
-
 struct PatchSource {
     const void* data;
     Kind kind;
     Geometry geometry;
     Strides strides;
-    TileOrder order;
 };
 
 // Adjacent spatial dimensions that the layer walks alike become one, so that runs are long. Changes no element's meaning.
@@ -56,11 +49,14 @@ LOCALSGD_INLINE void for_each_run(const Geometry& g, const Strides& strides, int
     }
 }
 
-// A tile of `count` positions is gathered in `pack_tasks` independent pieces, so that threads can share it.
-int64_t pack_tasks(const PatchSource& source, int64_t count);
-
-// Pieces [task_begin, task_end) of the tile of positions [first, first + count); position = (n, p0, p1, p2) flattened.
-template <typename Acc>
-void pack(const PatchSource& source, int64_t first, int64_t count, int64_t task_begin, int64_t task_end, Acc* tile);
+// The positions are cut into parts, each with a sum of its own, and every sum into strips. Only the number of parts changes the
+// order of additions, so it depends on the layer alone; that of strips may follow the number of threads.
+struct Tasks {
+    int64_t parts, strips;
+    int64_t count(const Geometry& geometry) const { return parts * geometry.groups * strips; }
+};
+constexpr int64_t kWide = 256; // columns from which on strips are work enough for many threads, and parts would cost memory
+constexpr int64_t kMostParts = 8, kMostPartElements = 1 << 20;
+constexpr int64_t kLeastProducts = 1 << 22; // of a part: some 100 us
 
 } // namespace localsgd

@@ -1,8 +1,8 @@
-// Depthwise kernels, Gram matrices and im2col tiles against the definition of the correlation, written as loops.
+// Depthwise kernels, Gram matrices and implicit GEMMs against the definition of the correlation, written as loops.
 #include "check.h"
 #include "cpu/depthwise.h"
+#include "cpu/direct.h"
 #include "cpu/gram.h"
-#include "cpu/patches.h"
 
 using namespace localsgd;
 
@@ -114,11 +114,11 @@ void check_gram(const Geometry& g, double tolerance) {
             for (const int64_t threads : {1, 3}) {
                 const auto x = arranged<Acc>(p.x, g.batch, g.in_channels, g.input, last);
                 const auto strides = last ? test::channels_last : test::channels_first;
-                const GramArgs args{g, x.data(), kKindOf<Acc>, strides(g.in_channels, g.input)};
-                const GramTasks tasks = gram_tasks(g, threads);
+                const PatchSource source{x.data(), kKindOf<Acc>, g, strides(g.in_channels, g.input)};
+                const Tasks tasks = gram_tasks(g, threads);
                 std::vector<Acc> gram(tasks.parts * whole, Acc(NAN)), sums(tasks.parts * g.in_channels, Acc(NAN));
                 for (int64_t task = tasks.count(g) - 1; task >= 0; --task)
-                    gram_part(args, tasks, task, gram.data(), sums.data(), wide);
+                    gram_part(source, tasks, task, gram.data(), sums.data(), wide);
                 for (int64_t task = gram_rows(g) - 1; task >= 0; --task) finish_gram(g, tasks.parts, task, gram.data());
                 const auto allowed = [&](double value) {
                     return tolerance * (std::sqrt(double(g.positions())) + 0.1 * std::abs(value));
@@ -132,28 +132,37 @@ void check_gram(const Geometry& g, double tolerance) {
             }
 }
 
-void check_patches(const Geometry& g, bool last, int64_t first, int64_t count) {
+template <typename Acc>
+void check_direct(const Geometry& g, double tolerance) {
     const Problem p = problem(g);
-    const auto x = arranged<float>(p.x, g.batch, g.in_channels, g.input, last);
-    Geometry merged = g;
-    Strides strides = last ? test::channels_last(g.in_channels, g.input) : test::channels_first(g.in_channels, g.input);
-    merge_space(merged, strides);
-    const PatchSource source{x.data(), Kind::f32, merged, strides, last ? TileOrder::kChannelsLast : TileOrder::kChannelsFirst};
-    std::vector<float> tile(g.groups * g.patch() * count + 1, NAN);
-    const int64_t tasks = pack_tasks(source, count);
-    pack(source, first, count, tasks / 3, tasks, tile.data());
-    pack(source, first, count, 0, tasks / 3, tile.data());
-    CHECK(std::isnan(tile.back()));
+    const int64_t channels = g.in_per_group(), taps = g.taps();
+    std::vector<double> expected(g.out_channels * g.patch());
     for_each_product(g, [&](int64_t n, int64_t position, int64_t tap, const Triple& in) {
-        const int64_t t = n * g.image_positions() + position - first;
-        if (t < 0 || t >= count) return;
-        for (int64_t c = 0; c < g.in_channels; ++c) {
-            const int64_t group = c / g.in_per_group(), within = c % g.in_per_group();
-            const int64_t index =
-                last ? ((group * count + t) * g.taps() + tap) * g.in_per_group() + within : (c * g.taps() + tap) * count + t;
-            CHECK(tile[index] == static_cast<float>(x_at(p, n, c, in)));
+        for (int64_t k = 0; k < g.out_channels; ++k) {
+            const double z = p.z[(n * g.out_channels + k) * g.image_positions() + position];
+            for (int64_t c = 0; c < channels; ++c)
+                expected[k * g.patch() + c * taps + tap] += z * x_at(p, n, k / g.out_per_group() * channels + c, in);
         }
     });
+    for (const bool x_last : {false, true})
+        for (const bool z_last : {false, true})
+            for (const bool wide : {false, true})
+                for (const int64_t threads : {1, 3}) {
+                    const auto x = arranged<Acc>(p.x, g.batch, g.in_channels, g.input, x_last);
+                    const auto z = arranged<Acc>(p.z, g.batch, g.out_channels, g.output, z_last);
+                    const auto strides = [](bool last) { return last ? test::channels_last : test::channels_first; };
+                    const DirectArgs args{
+                        {x.data(), kKindOf<Acc>, g, strides(x_last)(g.in_channels, g.input)},
+                        {z.data(), kKindOf<Acc>, output_geometry(g), strides(z_last)(g.out_channels, g.output)}};
+                    const Tasks tasks = direct_tasks(g, threads);
+                    std::vector<Acc> partials(tasks.parts * direct_elements<Acc>(g), Acc(NAN)), d(expected.size(), Acc(NAN));
+                    for (int64_t task = tasks.count(g) - 1; task >= 0; --task)
+                        direct_part(args, tasks, task, partials.data(), wide);
+                    for (int64_t block = direct_blocks(g) - 1; block >= 0; --block)
+                        finish_direct(g, tasks.parts, block, partials.data(), d.data());
+                    for (size_t i = 0; i < d.size(); ++i)
+                        CHECK(std::abs(d[i] - expected[i]) <= tolerance * std::sqrt(double(g.positions())));
+                }
 }
 
 void ranges() {
@@ -221,15 +230,20 @@ int main() {
     gram(1, 64, 1, {1, 70, 75}, {1, 1, 1}, {0, 0, 0});  // several parts
     gram(1, 271, 1, {1, 10, 13}, {1, 1, 1}, {0, 0, 0}); // strips
 
-    for (const bool last : {false, true}) {
-        const Geometry dense = test::geometry(2, 6, 4, 2, {3, 6, 7}, {2, 3, 3}, {1, 2, 1}, {1, 1, 2}, {1, 1, 2});
-        check_patches(dense, last, 0, dense.positions());
-        check_patches(dense, last, 17, 61);
-        const Geometry point = test::geometry(3, 5, 4, 1, {2, 4, 6}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0});
-        check_patches(point, last, 0, point.positions());
-        check_patches(point, last, 40, 30);
-        const Geometry strided = test::geometry(2, 4, 4, 4, {1, 5, 9}, {1, 1, 1}, {1, 2, 3}, {1, 1, 1}, {0, 3, 1});
-        check_patches(strided, last, 0, strided.positions());
-    }
+    const auto direct = [](int64_t batch, int64_t in, int64_t out, int64_t groups, Triple input, Triple kernel, Triple stride,
+                           Triple dilation, Triple pad) {
+        const Geometry g = test::geometry(batch, in, out, groups, input, kernel, stride, dilation, pad);
+        check_direct<float>(g, 1e-5);
+        check_direct<double>(g, 1e-13);
+    };
+    direct(2, 6, 4, 2, {3, 6, 7}, {2, 3, 3}, {1, 2, 1}, {1, 1, 2}, {1, 1, 2});
+    direct(2, 19, 37, 1, {1, 9, 15}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1}); // 270 positions: two tiles and a rest
+    direct(3, 16, 30, 1, {1, 13, 21}, {1, 3, 3}, {1, 2, 2}, {1, 1, 1}, {0, 1, 1});
+    direct(2, 9, 10, 1, {1, 8, 29}, {1, 1, 3}, {1, 1, 3}, {1, 1, 2}, {0, 0, 2});
+    direct(2, 3, 64, 1, {1, 20, 20}, {1, 7, 7}, {1, 2, 2}, {1, 1, 1}, {0, 3, 3});
+    direct(2, 48, 50, 1, {1, 5, 6}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0});
+    direct(1, 8, 12, 4, {1, 5, 9}, {1, 1, 1}, {1, 2, 3}, {1, 1, 1}, {0, 3, 1});
+    direct(1, 24, 40, 1, {1, 60, 60}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1}); // several parts
+    direct(1, 70, 9, 1, {1, 6, 7}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1});    // several chunks and strips
     return test::finish("correlation");
 }

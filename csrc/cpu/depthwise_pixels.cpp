@@ -8,7 +8,7 @@
 namespace localsgd {
 namespace {
 
-constexpr int64_t kBlockChannels = 128; // some cache lines of a pixel, and sums that stay in the first-level cache
+constexpr int64_t kBlockChannels = 192; // some cache lines of a pixel, and sums that stay in the first-level cache
 constexpr int64_t kBandRows = 16;       // output rows summed in the accumulation type, before they join a sum in double
 
 // A block of channels in some rows of z and of x: element (row, pixel, channel) at row * row_stride + pixel * pixel_stride +
@@ -100,18 +100,106 @@ LOCALSGD_INLINE void add_taps(const Geometry& g, const Band<Acc>& b, const Acc* 
                 sums[((r0 + r) * g.kernel[2] + s0 + s) * kBlockChannels + at + l] += sum[r][s][0][l];
 }
 
-template <int kBytes>
-constexpr int kRegisters = kBytes == kWideBytes ? 32 : 16;
+// The cache lines of a row's block of channels, in the order of their addresses, to be fetched while another row is summed:
+// sums walk through several rows and pixels at once, which hides from the hardware what they read next.
+template <typename Acc>
+struct Lines {
+    static constexpr int64_t kElements = 64 / sizeof(Acc);
+    const Acc* pixel;
+    int64_t pixel_stride, channels, channel = 0;
+
+    LOCALSGD_INLINE void fetch_one() {
+        __builtin_prefetch(pixel + channel, 0, 2);
+        channel += kElements;
+        if (channel < channels) return;
+        channel = 0;
+        pixel += pixel_stride;
+    }
+};
+
+// `sums` [R * 3][kBlockChannels] += R x 3 taps at Q neighbouring pixels of z, each element of x and z loaded once. `inside`:
+// the columns of x, from the first tap's on, that exist.
+template <typename Acc, int kBytes, int R, int Q, bool kEdge>
+LOCALSGD_INLINE void add_pixels(const Acc* x, int64_t x_row, int64_t x_pixel, const Range& inside, const Acc* z,
+                                int64_t z_pixel, int64_t channels, Lines<Acc>& x_ahead, Lines<Acc>& z_ahead, Acc* sums) {
+    using V = typename Vector<Acc, kBytes>::Type;
+    constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
+    const auto load = [](const Acc* p) __attribute__((always_inline)) { return *reinterpret_cast<const V*>(p); };
+    const auto add = [&](int64_t c) __attribute__((always_inline)) {
+        V sum[R][3], zv[Q];
+#pragma GCC unroll 16
+        for (int i = 0; i < R * 3; ++i) sum[i / 3][i % 3] = load(sums + i * kBlockChannels + c);
+#pragma GCC unroll 16
+        for (int j = 0; j < Q + 2; ++j) {
+            if (j < Q) zv[j] = load(z + j * z_pixel + c);
+            if (kEdge && (j < inside.begin || j >= inside.end)) continue;
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const V xv = load(x + r * x_row + j * x_pixel + c);
+#pragma GCC unroll 16
+                for (int s = 0; s < 3; ++s)
+                    if (j >= s && j - s < Q) sum[r][s] += xv * zv[j - s];
+            }
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < R * 3; ++i) *reinterpret_cast<V*>(sums + i * kBlockChannels + c) = sum[i / 3][i % 3];
+    };
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) {
+        if (c % Lines<Acc>::kElements == 0)
+            for (int q = 0; q < Q; ++q) x_ahead.fetch_one(), z_ahead.fetch_one();
+        add(c);
+    }
+    if (c == channels) return;
+    // The last vector begins earlier, over channels that are summed already.
+    const int64_t at = channels - kLanes;
+    Acc summed[R * 3][kLanes];
+    for (int i = 0; i < R * 3; ++i) std::copy_n(sums + i * kBlockChannels + at, c - at, summed[i]);
+    add(at);
+    for (int i = 0; i < R * 3; ++i) std::copy_n(summed[i], c - at, sums + i * kBlockChannels + at);
+}
+
+// The same for an output row, with steps of one pixel.
+template <typename Acc, int kBytes, int R>
+LOCALSGD_INLINE void add_row(const Geometry& g, const Band<Acc>& b, const Acc* x, const Acc* z, Acc* sums) {
+    constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes, kPixels = 4;
+    const int64_t channels = b.padded ? ceil_div(b.channels, kLanes) * kLanes : b.channels, width = g.output[2];
+    const int64_t x_row = g.dilation[1] * b.x.row_stride, x_pixel = b.x.pixel_stride, z_pixel = b.z.pixel_stride;
+    Lines<Acc> x_ahead{x + (R - 1) * x_row + g.stride[1] * b.x.row_stride, x_pixel, channels};
+    Lines<Acc> z_ahead{z + b.z.row_stride, z_pixel, channels};
+    for (int64_t q = 0; q < width;) {
+        const int64_t column = q - g.pad[2];
+        const Range inside{-column, g.input[2] - column};
+        const Acc *const corner = x + column * x_pixel, *const pixel = z + q * z_pixel;
+        const bool edge = inside.begin > 0 || inside.end < kPixels + 2;
+        if (q + kPixels > width)
+            add_pixels<Acc, kBytes, R, 1, true>(corner, x_row, x_pixel, inside, pixel, z_pixel, channels, x_ahead, z_ahead,
+                                                sums);
+        else if (edge)
+            add_pixels<Acc, kBytes, R, kPixels, true>(corner, x_row, x_pixel, inside, pixel, z_pixel, channels, x_ahead,
+                                                      z_ahead, sums);
+        else
+            add_pixels<Acc, kBytes, R, kPixels, false>(corner, x_row, x_pixel, inside, pixel, z_pixel, channels, x_ahead,
+                                                       z_ahead, sums);
+        q += q + kPixels > width ? 1 : kPixels;
+    }
+}
 
 template <typename Acc, int kBytes>
 LOCALSGD_INLINE void band_sums(const Geometry& g, const Band<Acc>& b, Acc* sums) {
+    const bool small = g.kernel[1] <= 3 && g.kernel[2] == 3 && g.dilation[2] == 1 && g.stride[2] == 1;
     for (int64_t row = 0; row < b.count; ++row) {
         const Acc* z = b.z.data + row * b.z.row_stride;
         const int64_t top = (b.first + row) * g.stride[1] - g.pad[1];
         const auto x_row = [&](int64_t r) { return b.x.data + (top + r * g.dilation[1] - b.first_input) * b.x.row_stride; };
-        if (kRegisters<kBytes> >= 18 && g.kernel[1] == 3 && g.kernel[2] == 3 && top >= 0 &&
-            top + 2 * g.dilation[1] < g.input[1]) {
-            add_taps<Acc, kBytes, 1, 3, 3>(g, b, x_row(0), z, 0, 0, sums);
+        if (small) {
+            const Range rows = valid_outputs(g.kernel[1], g.input[1], g.dilation[1], top);
+            const Acc* const x = x_row(rows.begin);
+            Acc* const to = sums + rows.begin * 3 * kBlockChannels;
+            const int64_t count = rows.end - rows.begin;
+            if (count == 3) add_row<Acc, kBytes, 3>(g, b, x, z, to);
+            if (count == 2) add_row<Acc, kBytes, 2>(g, b, x, z, to);
+            if (count == 1) add_row<Acc, kBytes, 1>(g, b, x, z, to);
             continue;
         }
         for (int64_t r = 0; r < g.kernel[1]; ++r) {

@@ -123,7 +123,7 @@ double library_us(const Query& q) {
     const bool bf16 = q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16;
     const double slow = bf16 ? (q.fast_bf16 ? 0.5 : 3) : 1; // bf16 that the CPU must emulate
     const double convert = bf16 ? 0 : 2 * (convert_us(q, x_elements(q), q.x_kind) + convert_us(q, z_elements(q), q.z_kind));
-    const double order = d_bytes(q) / (q.channels_last && !g.pointwise() ? 1e3 : 4e3);
+    const double order = d_bytes(q) / (g.pointwise() ? 4e3 : 1e3);
     if (g.depthwise()) {
         const double bytes = operand_bytes(q), in_cache = 16e6;
         // Other kernels than small, dense ones are not vectorised.
@@ -137,10 +137,13 @@ double library_us(const Query& q) {
     const double rest = memory_us(q, operand_bytes(q), kStreamBytesPerUs) + convert + order + 10 * kCallUs;
     if (g.pointwise()) {
         const double sliced = strided(g) ? pack_us(q, 1, double(g.in_channels), double(g.output[2]), 1, Kind::f32) : 0;
-        if (!q.channels_last) return gemm_us(q, flops) + rest + sliced + blocked_us(q);
+        if (!q.channels_last)
+            return gemm_us(q, g.image_positions() < 100 ? flops : 1.06 * flops) + rest + sliced + blocked_us(q);
         return gemm_us(q, g.in_channels < 64 ? flops : flops * narrow(double(g.patch())) / 0.97) + rest + sliced;
     }
-    return q.channels_last ? gemm_us(q, flops / 0.65) + rest : gemm_us(q, flops / 0.85) + rest + blocked_us(q);
+    const bool apart = g.kernel == g.stride; // patches that share no element
+    const double share = q.channels_last ? (apart ? 0.9 : 0.65) : (apart ? 1 : 0.85);
+    return gemm_us(q, flops / share) + rest + (q.channels_last ? 0 : blocked_us(q));
 }
 
 } // namespace

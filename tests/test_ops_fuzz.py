@@ -30,7 +30,8 @@ TOLERANCE = {FP64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float
 DTYPES = {"f64": FP64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 KINDS = ("linear", "pointwise", "grouped", "depthwise", "dense")
 ALGORITHMS = ("auto", "gram", "depthwise", "direct", "library")
-STRIDES = ("contiguous", "channels_last", "sliced", "transposed", "window", "expanded")
+REPEATED = ("expanded", "stretched")
+STRIDES = ("contiguous", "channels_last", "sliced", "transposed", "window", *REPEATED)
 SPECIALS = ("normal", "tiny", "zero", "inf", "nan")
 EXAMPLES = {kind: 216 if kind == "depthwise" else 72 for kind in KINDS}  # of each stride pattern: 3024 in all
 
@@ -81,9 +82,12 @@ def layers(draw: st.DrawFn, kind: str) -> Case:
 
 
 def arranged(tensor: Tensor, strides: str, case: Case) -> Tensor:
-    """The same values in another arrangement, amid NaN where there are gaps; ``expanded``: the first image for all of them."""
+    """The same values in another arrangement, amid NaN where there are gaps; ``expanded``: the first image for all of them,
+    ``stretched``: the first column for all of them."""
     if strides == "expanded":
         return tensor[:1].expand_as(tensor) if tensor.dim() > 0 else tensor
+    if strides == "stretched":
+        return tensor[..., :1].expand_as(tensor)
     if strides == "transposed" and tensor.dim() > 1:
         return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
     if strides == "window":
@@ -114,14 +118,14 @@ def test_agrees_with_fp64(kind: str, strides: str) -> None:
         torch.set_num_threads(threads)
         x, weight, bias = case.sample(FP64)
         x = x * {"tiny": 2.0**-20, "zero": 0.0}.get(special, 1.0)
-        if strides == "expanded":
+        if strides in REPEATED:
             x = arranged(x, strides, case)
         z = case.forward(x, weight, bias)
         x, z = x.to(DTYPES[x_kind]), z.to(DTYPES[z_kind])
         if special in ("inf", "nan"):
-            x = x.contiguous()  # no longer the same image
+            x = x.contiguous()  # no longer repeated
             x.view(-1)[place % x.numel()] = float(special)
-        x = arranged(x, "contiguous" if special in ("inf", "nan") and strides == "expanded" else strides, case)
+        x = arranged(x, "contiguous" if special in ("inf", "nan") and strides in REPEATED else strides, case)
         z = arranged(z, z_strides, case)
         wide = FP64 if FP64 in (x.dtype, z.dtype) else torch.float32
         bias = None if bias is None else bias.to(wide)

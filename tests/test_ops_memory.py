@@ -118,3 +118,13 @@ def test_the_update_needs_no_more_than_its_correlation() -> None:
     kwargs = {"bias": bias, "algorithm": "gram", "z_is_output": True}
     alone = peak(lambda: ops.correlation(x, z, weight, **kwargs))
     assert peak(lambda: ops.hebbian_update_(weight, x, z, 1e-6, **kwargs)) <= alone + SMALL
+
+
+@pytest.mark.parametrize("case", [c for c in LAYERS if c.dims and (c.pointwise or c.depthwise)], ids=str)
+def test_a_channels_last_weight_needs_no_second_d(case: Case) -> None:
+    x, z, weight, bias = operands(case, "contiguous", torch.float32)
+
+    def used(weight: Tensor) -> int:
+        return peak(lambda: ops.hebbian_update_(weight, x, z, 0.01, bias=bias, **case.arguments))
+
+    assert used(weight.clone(memory_format=torch.channels_last)) <= used(weight.clone())

@@ -167,6 +167,13 @@ bool update_run(void* w, Kind kind, const D* d, int64_t count, double lr, bool n
     return true;
 }
 
+// Whether elements lie in the same order: strides of dimensions of size 1 say nothing.
+bool same_order(const at::Tensor& a, const at::Tensor& b) {
+    for (int64_t dim = 0; dim < a.dim(); ++dim)
+        if (a.size(dim) > 1 && a.stride(dim) != b.stride(dim)) return false;
+    return true;
+}
+
 } // namespace
 
 at::Tensor correlate(const Layer& given, Algorithm algorithm) {
@@ -192,7 +199,7 @@ bool apply_update(const at::Tensor& weight, const at::Tensor& correlation, doubl
         return true;
     }
     at::Tensor d = correlation;
-    if (d.strides() != weight.strides()) { // e.g. a channels_last weight: D in the weight's order
+    if (!same_order(d, weight)) { // e.g. a channels_last weight: D in the weight's order
         d = at::empty_like(weight, correlation.options());
         d.copy_(correlation);
     }

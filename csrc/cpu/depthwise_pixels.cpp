@@ -266,7 +266,8 @@ void depthwise_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
     const int64_t plane_taps = g.kernel[1] * g.kernel[2];
     // A tensor of fewer channels than a vector has lanes cannot be read where it lies.
     const bool convert = a.x_kind != kKindOf<Acc> || a.z_kind != kKindOf<Acc> || g.in_channels < kMostLanes<Acc>;
-    std::vector<Acc> x_buffer, z_buffer, sums(plane_taps * kBlockChannels);
+    std::vector<Acc> x_buffer, z_buffer, memory(kMostLanes<Acc> + plane_taps * kBlockChannels);
+    Acc* const sums = memory.data() + kMostLanes<Acc>; // a vector at the end of a narrow block begins before it
     std::vector<Range> columns;
     for (int64_t s = 0; s < g.kernel[2]; ++s)
         columns.push_back(valid_outputs(g.output[2], g.input[2], g.stride[2], s * g.dilation[2] - g.pad[2]));
@@ -286,9 +287,9 @@ void depthwise_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
             if (depth < 0 || depth >= g.input[0] || bottom == top) continue;
             const Rows<Acc> x = rows_of<Acc>(a.x, a.x_kind, a.x_strides, n * a.x_strides.batch + depth * a.x_strides.space[0],
                                              top, bottom - top, g.input[2], c0, channels, convert, x_buffer);
-            std::fill(sums.begin(), sums.end(), Acc(0));
+            std::fill(memory.begin(), memory.end(), Acc(0));
             const Band<Acc> band{x, z, top, p1, count, channels, convert, columns.data()};
-            has_wide_registers() ? sweep_wide(g, band, sums.data()) : sweep_narrow(g, band, sums.data());
+            has_wide_registers() ? sweep_wide(g, band, sums) : sweep_narrow(g, band, sums);
             for (int64_t tap = 0; tap < plane_taps; ++tap)
                 for (int64_t c = 0; c < channels; ++c)
                     partial[(r * plane_taps + tap) * g.in_channels + c] += static_cast<double>(sums[tap * kBlockChannels + c]);

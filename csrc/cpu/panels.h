@@ -82,7 +82,7 @@ LOCALSGD_INLINE void pack_channels_first(const PatchSource& s, const Panels<Acc,
         for (int64_t i = 0; i < columns && !same; ++i)
             copy_run(scratch + i * kTile, offset(s.data, s.kind, start + i * s.strides.channel), s.kind, count, step);
         Acc* const piece = to.at(column, at);
-        const int64_t whole = columns == kLanes && apart <= 2 ? count - count % kSquare : 0;
+        const int64_t whole = columns == kLanes && (apart == 1 || apart == 2) ? count - count % kSquare : 0;
         for (int64_t t = 0; t < whole; t += kSquare)
             for (int64_t i = 0; i < kLanes; i += kSquare)
                 if (apart == 1)

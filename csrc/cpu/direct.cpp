@@ -25,6 +25,12 @@ int64_t place(int64_t rows, int64_t row, int64_t column) {
     return (column / kMostPanel<Acc> * rows + row) * kMostPanel<Acc> + column % kMostPanel<Acc>;
 }
 
+// Of a group's sums.
+template <typename Acc>
+int64_t padded(const Geometry& g) {
+    return g.out_per_group() * ceil_div(g.patch(), kMostPanel<Acc>) * kMostPanel<Acc>;
+}
+
 template <typename Acc, int kBytes>
 LOCALSGD_INLINE void add_part(const Part<Acc>& p) {
     using Shape = Shape<Acc, kBytes>;
@@ -47,14 +53,8 @@ LOCALSGD_INLINE void add_part(const Part<Acc>& p) {
     }
 }
 
-LOCALSGD_MULTIVERSION
-void add_part_wide(const Part<float>& p) { add_part<float, kWideBytes>(p); }
-LOCALSGD_MULTIVERSION
-void add_part_wide(const Part<double>& p) { add_part<double, kWideBytes>(p); }
-LOCALSGD_MULTIVERSION
-void add_part_narrow(const Part<float>& p) { add_part<float, kNarrowBytes>(p); }
-LOCALSGD_MULTIVERSION
-void add_part_narrow(const Part<double>& p) { add_part<double, kNarrowBytes>(p); }
+LOCALSGD_BOTH_WIDTHS(add_part, Part<float>, float)
+LOCALSGD_BOTH_WIDTHS(add_part, Part<double>, double)
 
 PatchSource of_group(const PatchSource& source, int64_t group) {
     PatchSource s = source;
@@ -63,11 +63,6 @@ PatchSource of_group(const PatchSource& source, int64_t group) {
 }
 
 } // namespace
-
-template <typename Acc>
-int64_t padded(const Geometry& g) {
-    return g.out_per_group() * ceil_div(g.patch(), kMostPanel<Acc>) * kMostPanel<Acc>;
-}
 
 template <typename Acc>
 int64_t direct_elements(const Geometry& g) {

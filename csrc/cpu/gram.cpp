@@ -64,14 +64,8 @@ LOCALSGD_INLINE void add_part(const Part<Acc>& p) {
     }
 }
 
-LOCALSGD_MULTIVERSION
-void add_part_wide(const Part<float>& p) { add_part<float, kWideBytes>(p); }
-LOCALSGD_MULTIVERSION
-void add_part_wide(const Part<double>& p) { add_part<double, kWideBytes>(p); }
-LOCALSGD_MULTIVERSION
-void add_part_narrow(const Part<float>& p) { add_part<float, kNarrowBytes>(p); }
-LOCALSGD_MULTIVERSION
-void add_part_narrow(const Part<double>& p) { add_part<double, kNarrowBytes>(p); }
+LOCALSGD_BOTH_WIDTHS(add_part, Part<float>, float)
+LOCALSGD_BOTH_WIDTHS(add_part, Part<double>, double)
 
 } // namespace
 

@@ -164,4 +164,11 @@ LOCALSGD_INLINE void multiply_panel(const Acc* a, const Acc* b, int64_t count, A
         if (kEnd < rows) multiply<Acc, kBytes, kRest, 2>(a + kEnd, b, count, d + kEnd * pitch, pitch, rows - kEnd, columns);
 }
 
+// name_wide and name_narrow, of `name<Acc, kBytes>`, each compiled for every instruction set: a template cannot be.
+#define LOCALSGD_BOTH_WIDTHS(name, Argument, Acc)                                   \
+    LOCALSGD_MULTIVERSION                                                           \
+    void name##_wide(const Argument& argument) { name<Acc, kWideBytes>(argument); } \
+    LOCALSGD_MULTIVERSION                                                           \
+    void name##_narrow(const Argument& argument) { name<Acc, kNarrowBytes>(argument); }
+
 } // namespace localsgd

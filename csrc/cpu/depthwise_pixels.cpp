@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kBlockChannels = 192; // some cache lines of a pixel, and sums that stay in the first-level cache
 constexpr int64_t kBandRows = 16;       // output rows summed in the accumulation type, before they join a sum in double
+constexpr int64_t kConvertedRows = 4;   // the same where x and z are converted first, into buffers that stay in the cache
 
 // A block of channels in some rows of z and of x: element (row, pixel, channel) at row * row_stride + pixel * pixel_stride +
 // channel.
@@ -25,7 +26,7 @@ struct Band {
     int64_t first_input;  // the input row at which x begins
     int64_t first, count; // output rows
     int64_t channels;     // to sum; a vector at the end may begin before the first, where there are others
-    bool padded;          // or ends after the last: up to kBlockChannels there is memory
+    bool padded;          // or ends after the last: there is memory for whole vectors
     const Range* columns; // [S], of z: those at which tap s reads inside x's row
 };
 
@@ -224,18 +225,21 @@ LOCALSGD_NARROW
 void sweep_narrow(const Geometry& g, const Band<double>& b, double* sums) { band_sums<double, kNarrowBytes>(g, b, sums); }
 
 // Rows [first, first + count) of one plane, a block of channels: where they lie, or converted into `buffer`
-// [count][width][kBlockChannels].
+// [count][width][pitch], whose pitch are the channels, filled up to whole vectors.
 template <typename Acc>
 Rows<Acc> rows_of(const void* data, Kind kind, const Strides& strides, int64_t plane, int64_t first, int64_t count,
                   int64_t width, int64_t channel, int64_t channels, bool convert, std::vector<Acc>& buffer) {
     const int64_t start = plane + first * strides.space[1] + channel;
     if (!convert) return {static_cast<const Acc*>(data) + start, strides.space[1], strides.space[2]};
-    buffer.resize(std::max(buffer.size(), static_cast<size_t>(count * width * kBlockChannels)));
+    const int64_t pitch = ceil_div(channels, kMostLanes<Acc>) * kMostLanes<Acc>;
+    const bool dense = channels == pitch && strides.space[2] == pitch; // pixels that lie side by side: a row is one run
+    buffer.resize(std::max(buffer.size(), static_cast<size_t>(count * width * pitch)));
     for (int64_t row = 0; row < count; ++row)
-        for (int64_t pixel = 0; pixel < width; ++pixel)
-            copy_run(buffer.data() + (row * width + pixel) * kBlockChannels,
-                     offset(data, kind, start + row * strides.space[1] + pixel * strides.space[2]), kind, channels, 1);
-    return {buffer.data(), width * kBlockChannels, kBlockChannels};
+        for (int64_t pixel = 0; pixel < (dense ? 1 : width); ++pixel)
+            copy_run(buffer.data() + (row * width + pixel) * pitch,
+                     offset(data, kind, start + row * strides.space[1] + pixel * strides.space[2]), kind,
+                     dense ? width * pitch : channels, 1);
+    return {buffer.data(), width * pitch, pitch};
 }
 
 } // namespace
@@ -276,7 +280,8 @@ void depthwise_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
 
     for (int64_t first = begin; first < end;) {
         const int64_t n = first / (g.output[0] * g.output[1]), p0 = first / g.output[1] % g.output[0], p1 = first % g.output[1];
-        const int64_t count = std::min({kBandRows, end - first, g.output[1] - p1}); // a band stays within one plane
+        const int64_t most = convert ? kConvertedRows : kBandRows;
+        const int64_t count = std::min({most, end - first, g.output[1] - p1}); // a band stays within one plane
         const int64_t top = std::clamp<int64_t>(p1 * g.stride[1] - g.pad[1], 0, g.input[1]);
         const int64_t bottom = std::clamp<int64_t>(
             (p1 + count - 1) * g.stride[1] - g.pad[1] + (g.kernel[1] - 1) * g.dilation[1] + 1, top, g.input[1]);

@@ -51,7 +51,7 @@ Query query_of(const Layer& layer) {
     q.z_present = layer.z.has_value();
     q.z_is_output = layer.z_is_output;
     q.channels_last = strides_of(layer.x).channel == 1 && layer.geometry.in_channels > 1;
-    q.fast_bf16 = cpu_multiplies_bf16();
+    q.cpu = this_cpu();
     q.threads = at::get_num_threads();
     return q;
 }
@@ -206,7 +206,9 @@ void hebbian_update_(const LayerArguments& arguments, const Lr& lr, bool normali
         return cuda::update(layer, chosen, {step, normalize, skipped});
     }
 #endif
-    write_on_cpu({arguments.weight}, {correlate(layer, algorithm, benchmark)}, std::get<double>(step), normalize, skipped);
+    const Algorithm chosen = choose(layer, algorithm, benchmark);
+    bump(arguments.weight);
+    if (is_empty(layer) || !cpu::update(layer, chosen, std::get<double>(step), normalize)) count_skip(skipped, 0);
 }
 
 void apply_update_(const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& correlations, const Lr& lr,

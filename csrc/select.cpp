@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "cpu/cost.h"
+#include "cpu/vectors.h"
 
 namespace localsgd {
 namespace {
@@ -63,12 +64,14 @@ const char* algorithm_name(Algorithm algorithm) {
     }
 }
 
-bool cpu_multiplies_bf16() {
-#if defined(__x86_64__) && defined(__GNUC__)
-    return __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
+Cpu this_cpu() {
+    Cpu cpu;
+#ifdef LOCALSGD_HAS_TARGETS
+    static const bool vectors = __builtin_cpu_supports("avx512bf16"), tiles = __builtin_cpu_supports("amx-bf16");
+    cpu.wide = has_wide_registers();
+    cpu.bf16 = tiles ? Cpu::Bf16::kTiles : vectors ? Cpu::Bf16::kVectors : Cpu::Bf16::kEmulated;
 #endif
+    return cpu;
 }
 
 const Candidate& Plan::candidate(Algorithm algorithm) const {

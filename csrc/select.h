@@ -14,6 +14,14 @@ constexpr Algorithm kAlgorithms[] = {Algorithm::kGram, Algorithm::kDepthwise, Al
 
 const char* algorithm_name(Algorithm algorithm);
 
+// What a CPU multiplies fast with.
+struct Cpu {
+    enum class Bf16 { kEmulated, kVectors, kTiles }; // the latter two: AVX-512's and AMX's instructions
+    bool wide = false;                               // registers of 64 bytes
+    Bf16 bf16 = Bf16::kEmulated;
+};
+Cpu this_cpu();
+
 // What the choice depends on besides the shape.
 struct Query {
     Geometry geometry;
@@ -22,7 +30,7 @@ struct Query {
     bool z_present = true;
     bool z_is_output = false;   // z equals conv(x, W) + b up to rounding
     bool channels_last = false; // x's channel stride is 1
-    bool fast_bf16 = false;     // the CPU multiplies bf16 natively
+    Cpu cpu;
     int threads = 1;
 };
 
@@ -47,8 +55,6 @@ struct Plan {
 
     const Candidate& candidate(Algorithm algorithm) const;
 };
-
-bool cpu_multiplies_bf16();
 
 // Whether an algorithm fits the layer on any device; no estimate.
 Candidate candidate_of(const Query& query, Algorithm algorithm);

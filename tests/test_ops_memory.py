@@ -128,3 +128,9 @@ def test_a_channels_last_weight_needs_no_second_d(case: Case) -> None:
         return peak(lambda: ops.hebbian_update_(weight, x, z, 0.01, bias=bias, **case.arguments))
 
     assert used(weight.clone(memory_format=torch.channels_last)) <= used(weight.clone())
+
+
+def test_few_rows_need_no_d() -> None:
+    x, weight = torch.randn(16, 512), torch.randn(1024, 512)
+    z = x @ weight.T
+    assert peak(lambda: ops.hebbian_update_(weight, x, z, 1e-6)) <= weight.numel()  # a quarter of D's bytes

@@ -20,6 +20,8 @@ IMPLEMENTATIONS = [
 ]
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
+compiled_only = pytest.mark.skipif(not ops.is_compiled(), reason="the kernels are tested here")
+
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
 LAYER = Case("", (2, 6, 9, 8), (10, 6, 3, 3), padding=1, bias=True)
@@ -222,3 +224,63 @@ def test_nothing_waits_for_the_device(implementation) -> None:
     for step in (0.1, lr):
         implementation.hebbian_update_(weight, x, z, step, skipped=skipped)
         implementation.apply_update_([weight, weight], [weight, weight], step, skipped=skipped.expand(2).clone())
+
+
+def few_rows(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer whose D is larger than all of x and z: its update is made without it."""
+    x, weight = torch.randn(8, 96), torch.randn(160, 96)
+    return weight, x.to(dtype), (x @ weight.T).to(dtype)
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_few_rows_move_the_weight_as_their_correlation_does(dtype: torch.dtype, transposed: bool, normalize: bool) -> None:
+    weight, x, z = few_rows(dtype)
+    if transposed:
+        x, z = x.T.contiguous().T, z.T.contiguous().T
+    d = z.to(FP64).T @ x.to(FP64)
+    lr = 0.25 if normalize else 1e-3
+    expected = weight.to(FP64) + lr * d / (d.norm() if normalize else 1)
+    ops.hebbian_update_(weight, x, z, lr, normalize=normalize, algorithm="direct")
+    torch.testing.assert_close(weight.to(FP64), expected, rtol=2e-7, atol=3e-7)
+
+
+@compiled_only
+@pytest.mark.parametrize("seed", range(8))
+def test_few_rows_that_cancel_each_other_are_correlated_first(seed: int) -> None:
+    """Their norm, a difference of equal numbers, is what rounding leaves of it, and would make a step of any length."""
+    torch.manual_seed(seed)
+    weight, x, z = few_rows()
+    order = torch.randperm(16)
+    x, z = torch.cat([x, x])[order], torch.cat([z, -z])[order]
+    before = weight.clone()
+    ops.hebbian_update_(weight, x, z, 0.25, algorithm="direct")
+    assert (weight - before).norm().item() <= 0.25 * (1 + 1e-4)
+
+
+@compiled_only
+@pytest.mark.parametrize("where", ["x", "z"])
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_few_unusable_rows_leave_every_bit_and_are_counted(where: str, value: float) -> None:
+    weight, x, z = few_rows()
+    given, skipped = {"x": x, "z": z}, torch.zeros((), dtype=torch.int64)
+    given[where].mul_(0) if value == 0 else given[where][3, 5:7].fill_(value)
+    before = weight.clone()
+    ops.hebbian_update_(weight, given["x"], given["z"], 0.25, skipped=skipped, algorithm="direct")
+    assert torch.equal(bits(weight), bits(before))
+    assert skipped.item() == 1
+
+
+@compiled_only
+@pytest.mark.parametrize(("x_scale", "z_scale"), [(1e-21, 1e-21), (1e-18, 1), (1e18, 1), (1e36, 1), (1e20, 1e20)])
+def test_few_rows_of_any_size(x_scale: float, z_scale: float) -> None:
+    """Where D leaves fp32's range, as in the last one, the update is skipped like any other."""
+    weight, x, z = few_rows()
+    x, z = x * x_scale, z * z_scale
+    d = (z.T @ x).to(FP64)
+    updated = torch.zeros_like(weight)
+    ops.hebbian_update_(updated, x, z, 0.25, algorithm="direct")
+    expected = 0.25 * d / d.norm() if d.isfinite().all() else torch.zeros_like(d)
+    torch.testing.assert_close(updated, expected.float(), rtol=2e-6, atol=1e-3 if d.norm() < 1e-37 else 1e-8)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/bmm.h>
@@ -89,6 +90,46 @@ void gram_into(const PatchSource& x, const Tasks& tasks, Acc* partials, Acc* sum
     at::parallel_for(0, gram_rows(g), 8, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) finish_gram(g, tasks.parts, task, partials);
     });
+}
+
+// X X^T of the rows of a matrix, in double; of meaning up to the diagonal.
+at::Tensor gram_of_rows(const at::Tensor& rows) {
+    Geometry g;
+    g.in_channels = rows.size(0);
+    g.input[2] = g.output[2] = rows.size(1);
+    const PatchSource source{rows.const_data_ptr(), kind_of(rows), g, {0, rows.stride(0), {0, 0, rows.stride(1)}}};
+    const Tasks tasks = gram_tasks(g, at::get_num_threads());
+    const at::Tensor grams = at::empty({tasks.parts, rows.size(0), rows.size(0)}, rows.options().dtype(at::kDouble));
+    gram_into<double>(source, tasks, grams.mutable_data_ptr<double>(), nullptr);
+    return grams.select(0, 0);
+}
+
+// W += lr Z^T X / ||Z^T X|| as one product where there are so few rows that D would be more than they are: its norm follows
+// from them, as ||Z^T X||^2 = sum(Z Z^T * X X^T). Nothing where the weight or the rows do not allow it.
+std::optional<bool> update_by_rows(const Layer& layer, double lr, bool normalize) {
+    const Geometry& g = layer.geometry;
+    const int64_t rows = g.positions(), in = g.in_channels, out = g.out_channels;
+    const at::Tensor& weight = layer.weight;
+    const bool dense = weight.stride(0) == in && (in == 1 || weight.stride(1) == 1) && weight.scalar_type() == at::kFloat;
+    if (!g.pointwise() || g.groups > 1 || !dense || layer.accumulate != at::kFloat || rows * rows * (in + out) > 16 * in * out)
+        return std::nullopt;
+    const at::Tensor wide_x = layer.x.to(at::kFloat), wide_z = layer.z->to(at::kFloat);
+    const Views xs(wide_x, g, at::kFloat), zs(wide_z, output_geometry(g), at::kFloat);
+    if (xs.span() < rows || zs.span() < rows) return std::nullopt;
+    const at::Tensor x = xs.at(0, rows).select(0, 0), z = zs.at(0, rows).select(0, 0);
+    const at::Tensor x_gram = gram_of_rows(x), z_gram = gram_of_rows(z);
+    double squares = 0, most = 0; // ||D||^2, and a bound of ||D|| and of every sum on the way to an element of D
+    for (int64_t i = 0; i < rows; ++i) {
+        const double *const a = x_gram.const_data_ptr<double>() + i * rows, *const b =
+                                                                                z_gram.const_data_ptr<double>() + i * rows;
+        for (int64_t j = 0; j < i; ++j) squares += 2 * a[j] * b[j];
+        squares += a[i] * b[i];
+        most += std::sqrt(a[i] * b[i]);
+    }
+    // Not where rows cancel each other, where floats might overflow, or where something is not finite: there D itself decides.
+    if (!(squares > 1e-7 * most * most && squares > 1e-60 && most < 1e30)) return std::nullopt;
+    weight.as_strided({out, in}, {in, 1}).addmm_(z.t(), x, 1, normalize ? lr / std::sqrt(squares) : lr);
+    return true;
 }
 
 // D = W G + b (sum x)^T with G = X^T X, since z = X W^T + b. Outputs that read padding see x = 0 and add nothing.
@@ -206,6 +247,15 @@ bool apply_update(const at::Tensor& weight, const at::Tensor& correlation, doubl
     if (d.scalar_type() == at::kDouble)
         return update_run(weight.mutable_data_ptr(), kind_of(weight), d.const_data_ptr<double>(), d.numel(), lr, normalize);
     return update_run(weight.mutable_data_ptr(), kind_of(weight), d.const_data_ptr<float>(), d.numel(), lr, normalize);
+}
+
+bool update(const Layer& given, Algorithm algorithm, double lr, bool normalize) {
+    Layer layer = given;
+    if (algorithm == Algorithm::kDirect) {
+        if (!layer.z) layer.z = forward(layer);
+        if (const auto updated = update_by_rows(layer, lr, normalize)) return *updated;
+    }
+    return apply_update(layer.weight, correlate(layer, algorithm), lr, normalize);
 }
 
 } // namespace localsgd::cpu

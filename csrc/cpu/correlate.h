@@ -13,4 +13,7 @@ at::Tensor correlate(const Layer& layer, Algorithm algorithm);
 // weight += lr * d / ||d||; false if the norm is 0 or not finite, the weight then being untouched.
 bool apply_update(const at::Tensor& weight, const at::Tensor& d, double lr, bool normalize);
 
+// The same with the layer's correlation, which need not exist for it; the layer's weight is written.
+bool update(const Layer& layer, Algorithm algorithm, double lr, bool normalize);
+
 } // namespace localsgd::cpu

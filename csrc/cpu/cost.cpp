@@ -5,10 +5,20 @@
 namespace localsgd::cpu {
 namespace {
 
-// One core of a current x86 server (AVX2), fp32, fitted to `benchmarks/kernels.py --device cpu --threads 1`. Only ratios matter
-// for the pick; `localsgd_ext.benchmark` measures instead.
-constexpr double kBlasFlopsPerUs = 88e3;   // a large product by BLAS
-constexpr double kPanelFlopsPerUs = 85e3;  // by a kernel on packed panels
+// One core of a current x86 server, fp32, fitted to `benchmarks/kernels.py --device cpu --threads 1` on one with AVX2 and one
+// with AVX-512. Only ratios matter for the pick; `localsgd_ext.benchmark` measures instead.
+struct Core {
+    double blas_flops_per_us;  // a large product by BLAS
+    double panel_flops_per_us; // by a kernel on packed panels
+    // oneDNN's dense convolutions with stride 1 and others, as shares of a product; depthwise ones, which wait for memory.
+    double channels_last[2], channels_first[2], pointwise_first; // the last: of kernel size 1, channels first
+    double depthwise_cached[2], depthwise_bytes_per_us[2];       // channels_last, channels first
+    double cached_bytes;
+};
+constexpr Core kAvx2{88e3, 85e3, {0.65, 0.65}, {0.85, 0.85}, 1, {11.5e3, 11.5e3}, {6e3, 6e3}, 16e6};
+constexpr Core kAvx512{190e3, 178e3, {0.97, 0.7}, {0.9, 0.72}, 0.84, {13.5e3, 5e3}, {8e3, 3e3}, 40e6};
+const Core& core(const Query& q) { return q.cpu.wide ? kAvx512 : kAvx2; }
+
 constexpr double kStreamBytesPerUs = 40e3; // operands of a GEMM, mostly hidden behind it
 constexpr double kReadBytesPerUs = 20e3;   // operands of a kernel that waits for them
 constexpr double kConvertBytesPerUs = 6e3; // conversions and transposes
@@ -21,9 +31,11 @@ bool is_wide(const Query& q) { return q.x_kind == Kind::f64 || q.z_kind == Kind:
 
 double element_bytes(const Query& q) { return is_wide(q) ? 8 : 4; }
 
-double gemm_us(const Query& q, double flops, double flops_per_us = kBlasFlopsPerUs) {
+double product_us(const Query& q, double flops, double flops_per_us) {
     return flops / (flops_per_us * (is_wide(q) ? 0.5 : 1) * q.threads);
 }
+double gemm_us(const Query& q, double flops) { return product_us(q, flops, core(q).blas_flops_per_us); }
+double panels_us(const Query& q, double flops) { return product_us(q, flops, core(q).panel_flops_per_us); }
 
 // A few threads already use all of the memory's bandwidth.
 double memory_us(const Query& q, double bytes, double bytes_per_us) { return bytes / (bytes_per_us * std::min(q.threads, 4)); }
@@ -73,7 +85,7 @@ double gram_us(const Query& q) {
     const Geometry& g = q.geometry;
     const double c = double(g.in_per_group()), elements = double(g.positions() * g.in_channels);
     const double transpose = q.channels_last || g.dims == 0 ? 0 : elements * (strided(g) ? 0.3e-3 : 0.15e-3) / q.threads;
-    return gemm_us(q, elements * (c + 16), kPanelFlopsPerUs) + // panels of 16 on the diagonal
+    return panels_us(q, elements * (c + 16)) + // panels of 16 on the diagonal
            gemm_us(q, 2.0 * g.out_channels * c * c) + memory_us(q, elements * kind_size(q.x_kind), kReadBytesPerUs) +
            convert_us(q, elements, q.x_kind) + transpose + 2 * kCallUs;
 }
@@ -88,7 +100,7 @@ double direct_us(const Query& q) {
                (one_run ? 1 : double(g.batch)) * kCallUs * double(g.groups);
     const double blocks = double(ceil_div(g.out_per_group(), 6) * 6 * ceil_div(g.patch(), 16) * 16); // whole ones of D
     const double width = in_place ? image : double(g.output[2]);
-    return gemm_us(q, 2.0 * double(g.positions() * g.groups) * blocks, kPanelFlopsPerUs) +
+    return panels_us(q, 2.0 * double(g.positions() * g.groups) * blocks) +
            pack_us(q, double(g.taps()), double(g.in_per_group()), width, g.stride[2], q.x_kind) +
            pack_us(q, 1, rows, image, 1, q.z_kind) + double(g.out_channels) * patch * kFinishUs / q.threads + 2 * kCallUs;
 }
@@ -97,12 +109,13 @@ double depthwise_us(const Query& q) {
     const Geometry& g = q.geometry;
     // The sums of nine taps fit into registers.
     const double taps = g.taps() > 9 ? double(g.taps()) / 6 : 1;
-    if (q.channels_last && g.out_per_group() == 1) return taps * memory_us(q, operand_bytes(q), 14e3) + 2 * kCallUs;
+    const double convert = convert_us(q, x_elements(q), q.x_kind) + convert_us(q, z_elements(q), q.z_kind);
+    if (q.channels_last && g.out_per_group() == 1) return taps * memory_us(q, operand_bytes(q), 14e3) + convert + 2 * kCallUs;
     const double x_planes = double(g.batch * g.in_channels * g.input[0]),
                  z_planes = double(g.batch * g.out_channels * g.output[0]);
     const double rows = x_planes * g.input[1] + z_planes * g.output[1];
     const double short_runs = (z_planes * 20e-3 + rows * 2e-3) / q.threads;
-    return taps * (strided(g) ? 1.4 : 1) * (memory_us(q, operand_bytes(q), 25e3) + short_runs) + 2 * kCallUs;
+    return taps * (strided(g) ? 1.4 : 1) * (memory_us(q, operand_bytes(q), 25e3) + short_runs) + convert + 2 * kCallUs;
 }
 
 // oneDNN brings operands in NCHW into blocks of channels unless the images are small. Memory beyond the allocator's limit is
@@ -119,16 +132,19 @@ double blocked_us(const Query& q) {
 // oneDNN's weight gradient, whose result is then brought into D's order.
 double library_us(const Query& q) {
     const Geometry& g = q.geometry;
-    if (g.dims == 0) return direct_us(q) * 0.98; // the same GEMM, but for a conversion of all of x and z at once if any
     const bool bf16 = q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16;
-    const double slow = bf16 ? (q.fast_bf16 ? 0.5 : 3) : 1; // bf16 that the CPU must emulate
+    constexpr double kBf16[] = {3, 0.5, 0.22}; // times of a product, by what multiplies it
+    const double slow = bf16 ? kBf16[static_cast<int>(q.cpu.bf16)] : 1;
+    // A linear layer's is the GEMM of `direct`, but for a conversion of all of x and z at once if any.
+    if (g.dims == 0 && slow >= 1) return direct_us(q);
     const double convert = bf16 ? 0 : 2 * (convert_us(q, x_elements(q), q.x_kind) + convert_us(q, z_elements(q), q.z_kind));
     const double order = d_bytes(q) / (g.pointwise() ? 4e3 : 1e3);
     if (g.depthwise()) {
-        const double bytes = operand_bytes(q), in_cache = 16e6;
+        const double bytes = operand_bytes(q);
+        const auto& speeds = bytes > core(q).cached_bytes ? core(q).depthwise_bytes_per_us : core(q).depthwise_cached;
         // Other kernels than small, dense ones are not vectorised.
         const bool vectorised = g.taps() <= 9 && product(g.dilation) == 1 && slow <= 1;
-        const double sums = vectorised ? memory_us(q, bytes, bytes > in_cache ? 6e3 : 11.5e3)
+        const double sums = vectorised ? memory_us(q, bytes, speeds[q.channels_last ? 0 : 1] * (bf16 ? 0.5 : 1))
                                        : wgrad_flops(g) / ((q.channels_last ? 4.5e3 : 1.6e3) * q.threads);
         return sums + convert + 10 * kCallUs;
     }
@@ -138,11 +154,13 @@ double library_us(const Query& q) {
     if (g.pointwise()) {
         const double sliced = strided(g) ? pack_us(q, 1, double(g.in_channels), double(g.output[2]), 1, Kind::f32) : 0;
         if (!q.channels_last)
-            return gemm_us(q, g.image_positions() < 100 ? flops : 1.06 * flops) + rest + sliced + blocked_us(q);
+            return gemm_us(q, (g.image_positions() < 100 ? 1 : 1.06) * flops / core(q).pointwise_first) + rest + sliced +
+                   blocked_us(q);
         return gemm_us(q, g.in_channels < 64 ? flops : flops * narrow(double(g.patch())) / 0.97) + rest + sliced;
     }
     const bool apart = g.kernel == g.stride; // patches that share no element
-    const double share = q.channels_last ? (apart ? 0.9 : 0.65) : (apart ? 1 : 0.85);
+    const auto& shares = q.channels_last ? core(q).channels_last : core(q).channels_first;
+    const double share = apart ? (q.channels_last ? 0.9 : 1) : shares[strided(g) ? 1 : 0];
     return gemm_us(q, flops / share) + rest + (q.channels_last ? 0 : blocked_us(q));
 }
 

@@ -65,6 +65,20 @@ void picks() {
     CHECK(make_plan(without).pick == Algorithm::kGram);
 }
 
+void what_the_cpu_multiplies_with_decides() {
+    Query q = query(128, 128, 28, 3);
+    q.channels_last = true;
+    CHECK(make_plan(q).pick == Algorithm::kDirect);
+    q.cpu.wide = true; // oneDNN's own kernels gain more by it
+    CHECK(make_plan(q).pick == Algorithm::kLibrary);
+    q.x_kind = q.z_kind = Kind::bf16;
+    CHECK(make_plan(q).pick == Algorithm::kDirect);
+    for (const auto units : {Cpu::Bf16::kVectors, Cpu::Bf16::kTiles}) {
+        q.cpu.bf16 = units;
+        CHECK(make_plan(q).pick == Algorithm::kLibrary);
+    }
+}
+
 void measurement_decides() {
     Plan plan = make_plan(query(64, 256, 56, 1));
     double time = 400;
@@ -95,6 +109,7 @@ void keys() {
 int main() {
     rules();
     picks();
+    what_the_cpu_multiplies_with_decides();
     measurement_decides();
     keys();
     return test::finish("select");

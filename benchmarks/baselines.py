@@ -89,7 +89,7 @@ def operands(case: Case, dtype: str, layout: str, device: str) -> Operands:
 
     x = with_layout(normal(case.x).add_(0.5).to(kind), LAYOUTS[layout], case)
     fan_in = max(1, torch.Size(case.weight[1:]).numel())
-    weight = normal(case.weight) * fan_in**-0.5
+    weight = with_layout(normal(case.weight) * fan_in**-0.5, LAYOUTS[layout], case)
     bias = normal(case.weight[:1]) if case.bias else None
     with torch.no_grad():
         like = weight.to(kind, copy=True)

@@ -120,7 +120,7 @@ def test_the_update_needs_no_more_than_its_correlation() -> None:
     assert peak(lambda: ops.hebbian_update_(weight, x, z, 1e-6, **kwargs)) <= alone + SMALL
 
 
-@pytest.mark.parametrize("case", [c for c in LAYERS if c.dims and (c.pointwise or c.depthwise)], ids=str)
+@pytest.mark.parametrize("case", [c for c in LAYERS if c.dims], ids=str)
 def test_a_channels_last_weight_needs_no_second_d(case: Case) -> None:
     x, z, weight, bias = operands(case, "contiguous", torch.float32)
 

@@ -57,11 +57,11 @@ void direct_into(const DirectArgs& args, const at::Tensor& d) {
     });
     at::parallel_for(0, direct_blocks(g), std::max<int64_t>(1, 1024 / g.patch()), [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block)
-            finish_direct(g, tasks.parts, block, partials, d.mutable_data_ptr<Acc>());
+            finish_direct(g, tasks.parts, block, partials, d.mutable_data_ptr<Acc>(), !d.is_contiguous());
     });
 }
 
-at::Tensor direct(const Layer& layer) {
+at::Tensor direct(const Layer& layer, bool as_weight) {
     constexpr int64_t kLeastSpan = 256; // shorter products are all overhead
     constexpr int64_t kNarrow = 8;      // rows of D below which BLAS sums in one long chain
     const Geometry& g = layer.geometry;
@@ -70,7 +70,10 @@ at::Tensor direct(const Layer& layer) {
     if (g.out_per_group() >= kNarrow && (span == g.positions() || span >= kLeastSpan))
         return product_of_views(layer, x, z, span);
     const DirectArgs args{source_of(layer.x, g), source_of(*layer.z, output_geometry(g))};
-    const at::Tensor d = at::empty(layer.weight.sizes(), accumulator(layer));
+    const bool channels_last = layer.weight.is_contiguous(at::MemoryFormat::ChannelsLast) ||
+                               layer.weight.is_contiguous(at::MemoryFormat::ChannelsLast3d);
+    const at::Tensor d = as_weight && channels_last ? at::empty_like(layer.weight, accumulator(layer))
+                                                    : at::empty(layer.weight.sizes(), accumulator(layer));
     layer.accumulate == at::kDouble ? direct_into<double>(args, d) : direct_into<float>(args, d);
     return d;
 }
@@ -217,7 +220,7 @@ bool same_order(const at::Tensor& a, const at::Tensor& b) {
 
 } // namespace
 
-at::Tensor correlate(const Layer& given, Algorithm algorithm) {
+at::Tensor correlate(const Layer& given, Algorithm algorithm, bool as_weight) {
     Layer layer = given;
     if (algorithm != Algorithm::kGram && !layer.z) layer.z = forward(layer);
     switch (algorithm) {
@@ -226,9 +229,9 @@ at::Tensor correlate(const Layer& given, Algorithm algorithm) {
     case Algorithm::kDepthwise:
         return depthwise(layer);
     case Algorithm::kDirect:
-        return direct(layer);
+        return direct(layer, as_weight);
     default:
-        return library_correlation(layer);
+        return as_weight ? library_gradient(layer).to(layer.accumulate) : library_correlation(layer);
     }
 }
 
@@ -255,7 +258,7 @@ bool update(const Layer& given, Algorithm algorithm, double lr, bool normalize) 
         if (!layer.z) layer.z = forward(layer);
         if (const auto updated = update_by_rows(layer, lr, normalize)) return *updated;
     }
-    return apply_update(layer.weight, correlate(layer, algorithm), lr, normalize);
+    return apply_update(layer.weight, correlate(layer, algorithm, true), lr, normalize);
 }
 
 } // namespace localsgd::cpu

@@ -1,6 +1,6 @@
-// The correlation on the CPU, one function per algorithm. All return D with the weight's shape, contiguous, in
-// layer.accumulate; z, where all but `gram` read it and the caller left it out, is computed. Neither batch nor any channel
-// count may be 0.
+// The correlation on the CPU, one function per algorithm. All return D with the weight's shape, contiguous or, `as_weight`, as
+// the weight lies in memory where that costs nothing, in layer.accumulate; z, where all but `gram` read it and the caller left
+// it out, is computed. Neither batch nor any channel count may be 0.
 #pragma once
 
 #include "../canonical.h"
@@ -8,7 +8,7 @@
 
 namespace localsgd::cpu {
 
-at::Tensor correlate(const Layer& layer, Algorithm algorithm);
+at::Tensor correlate(const Layer& layer, Algorithm algorithm, bool as_weight = false);
 
 // weight += lr * d / ||d||; false if the norm is 0 or not finite, the weight then being untouched.
 bool apply_update(const at::Tensor& weight, const at::Tensor& d, double lr, bool normalize);

@@ -99,22 +99,23 @@ void direct_part(const DirectArgs& a, const Tasks& tasks, int64_t task, Acc* par
 int64_t direct_blocks(const Geometry& g) { return g.groups * ceil_div(g.out_per_group(), kBlock); }
 
 template <typename Acc>
-void finish_direct(const Geometry& g, int64_t parts, int64_t block, const Acc* partials, Acc* d) {
+void finish_direct(const Geometry& g, int64_t parts, int64_t block, const Acc* partials, Acc* d, bool taps_first) {
     constexpr int64_t kPanel = kMostPanel<Acc>;
     const int64_t channels = g.in_per_group(), taps = g.taps(), rows = g.out_per_group(), whole = direct_elements<Acc>(g);
     const int64_t blocks = ceil_div(rows, kBlock), group = block / blocks, first = block % blocks * kBlock;
     const int64_t count = std::min(kBlock, rows - first);
     const Acc* const from = partials + group * padded<Acc>(g);
-    Acc* const to = d + (group * rows + first) * g.patch();
+    const int64_t channel_stride = taps_first ? 1 : taps, tap_stride = taps_first ? channels : 1;
     for (int64_t column = 0; column < g.patch();) {
         const int64_t tap = column / channels, c = column % channels;
         const int64_t run = std::min(channels - c, kPanel - column % kPanel);
         const Acc* piece = from + place<Acc>(rows, first, column);
-        for (int64_t k = 0; k < count; ++k, piece += kPanel)
+        Acc* to = d + (group * rows + first) * g.patch() + c * channel_stride + tap * tap_stride;
+        for (int64_t k = 0; k < count; ++k, piece += kPanel, to += g.patch())
             for (int64_t i = 0; i < run; ++i) {
                 Acc sum = piece[i];
                 for (int64_t part = 1; part < parts; ++part) sum += piece[part * whole + i];
-                to[k * g.patch() + (c + i) * taps + tap] = sum;
+                to[i * channel_stride] = sum;
             }
         column += run;
     }
@@ -124,7 +125,7 @@ template int64_t direct_elements<float>(const Geometry&);
 template int64_t direct_elements<double>(const Geometry&);
 template void direct_part<float>(const DirectArgs&, const Tasks&, int64_t, float*, bool);
 template void direct_part<double>(const DirectArgs&, const Tasks&, int64_t, double*, bool);
-template void finish_direct<float>(const Geometry&, int64_t, int64_t, const float*, float*);
-template void finish_direct<double>(const Geometry&, int64_t, int64_t, const double*, double*);
+template void finish_direct<float>(const Geometry&, int64_t, int64_t, const float*, float*, bool);
+template void finish_direct<double>(const Geometry&, int64_t, int64_t, const double*, double*, bool);
 
 } // namespace localsgd

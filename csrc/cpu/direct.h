@@ -20,9 +20,9 @@ int64_t direct_elements(const Geometry& geometry);
 template <typename Acc>
 void direct_part(const DirectArgs& args, const Tasks& tasks, int64_t task, Acc* partials, bool wide = has_wide_registers());
 
-// Some rows of D [K, (C/groups, taps)], of one block: the parts added up in order.
+// Some rows of D [K, (C/groups, taps)], or (taps, C/groups) if `taps_first`, of one block: the parts added up in order.
 int64_t direct_blocks(const Geometry& geometry);
 template <typename Acc>
-void finish_direct(const Geometry& geometry, int64_t parts, int64_t block, const Acc* partials, Acc* d);
+void finish_direct(const Geometry& geometry, int64_t parts, int64_t block, const Acc* partials, Acc* d, bool taps_first);
 
 } // namespace localsgd

@@ -158,10 +158,14 @@ void check_direct(const Geometry& g, double tolerance) {
                     std::vector<Acc> partials(tasks.parts * direct_elements<Acc>(g), Acc(NAN)), d(expected.size(), Acc(NAN));
                     for (int64_t task = tasks.count(g) - 1; task >= 0; --task)
                         direct_part(args, tasks, task, partials.data(), wide);
+                    const bool taps_first = x_last && z_last;
                     for (int64_t block = direct_blocks(g) - 1; block >= 0; --block)
-                        finish_direct(g, tasks.parts, block, partials.data(), d.data());
-                    for (size_t i = 0; i < d.size(); ++i)
-                        CHECK(std::abs(d[i] - expected[i]) <= tolerance * std::sqrt(double(g.positions())));
+                        finish_direct(g, tasks.parts, block, partials.data(), d.data(), taps_first);
+                    for (int64_t i = 0; i < int64_t(d.size()); ++i) {
+                        const int64_t k = i / g.patch(), c = i / taps % channels, tap = i % taps;
+                        const int64_t at = taps_first ? k * g.patch() + tap * channels + c : i;
+                        CHECK(std::abs(d[at] - expected[i]) <= tolerance * std::sqrt(double(g.positions())));
+                    }
                 }
 }
 

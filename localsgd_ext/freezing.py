@@ -29,16 +29,25 @@ class PrefixFreeze:
         optimizers: their state for frozen parameters is dropped.
         bn_stats: ``"update"``: the running statistics of the prefix go on following the data; ``"freeze"``: its
             normalisation layers run in evaluation mode.
+        keep_state: keep the optimizers' state for frozen parameters, which :meth:`set_open` will let learn again.
     """
 
     def __init__(
-        self, model: nn.Module, plan: ExecutionPlan, *, optimizers: Sequence[Optimizer] = (), bn_stats: str = "update"
+        self,
+        model: nn.Module,
+        plan: ExecutionPlan,
+        *,
+        optimizers: Sequence[Optimizer] = (),
+        bn_stats: str = "update",
+        keep_state: bool = False,
     ) -> None:
         if bn_stats not in BN_STATS:
             raise ValueError(f"bn_stats must be one of {', '.join(BN_STATS)}, got {bn_stats!r}")
         self.plan = plan
         self.bn_stats = bn_stats
         self.boundary = 0
+        self.is_open = False
+        self._keep_state = keep_state
         self._optimizers = optimizers
         self._parameters = dict(model.named_parameters())
         self._modules = dict(model.named_modules())
@@ -63,6 +72,7 @@ class PrefixFreeze:
         """
         if not 0 <= boundary < len(self.plan):
             raise ValueError(f"boundary must be in [0, {len(self.plan) - 1}], got {boundary}")
+        self.set_open(False)
         self.boundary = boundary
         prefix = set(self.plan.prefix(self.plan.parameters, boundary))
         for name in [name for name in self._frozen if name not in prefix]:
@@ -73,7 +83,7 @@ class PrefixFreeze:
                 parameter.requires_grad_(False)
                 self._frozen[name] = parameter
                 parameter.grad = None
-                for optimizer in self._optimizers:
+                for optimizer in () if self._keep_state else self._optimizers:
                     optimizer.state.pop(parameter, None)
         for handle in self._norm_handles:
             handle.remove()
@@ -85,6 +95,16 @@ class PrefixFreeze:
                     module.register_forward_pre_hook(hook.enter),
                     module.register_forward_hook(hook.leave, always_call=True),
                 ]
+
+    def set_open(self, is_open: bool) -> None:
+        """Let gradients through the prefix, as if nothing were frozen, or stop them again; the prefix's are dropped then."""
+        if is_open == self.is_open:
+            return
+        self.is_open = is_open
+        for parameter in self._frozen.values():
+            parameter.requires_grad_(is_open)
+            if not is_open:
+                parameter.grad = None
 
     def _thaw(self, parameter: nn.Parameter) -> None:
         parameter.requires_grad_(True)

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from .freezing import BN_STATS, PrefixFreeze, as_optimizers
 from .hooks import CallHook, Hook
 from .layers import ExecutionPlan, Patterns, Tracer, recurring_block_size, report_left_out, select_names, trace_layers
+from .refresh import Every, Refresh
 from .sampling import check_sample
 from .selection import DynamicModeSelection, ModeSelection, StaticModeSelection
 from .supervision import WeakSupervision
@@ -70,6 +71,9 @@ class LocalizedLearning:
         lr_decay, lr_decay_every: a float ``lr`` is divided by ``lr_decay`` every so many epochs from the start of training.
         supervision: ``"absolute"`` or ``"toggle"`` (Algorithm 2), a :class:`WeakSupervision`, or ``None`` for none.
         normalize, activation, momentum, sample, algorithm: see :class:`HebbianUpdater`.
+        refresh: one in every so many mini-batches back-propagates through the whole network, and its optimizer step moves the
+            prefix too, which makes no local update then; an int, a callable of the epoch, or ``None`` for never. A mini-batch
+            ends when every optimizer has made its step; their state for the prefix is kept.
         bn_stats: ``"update"`` or ``"freeze"``, see :class:`PrefixFreeze`.
         include, skip: names or regular expressions (matched in full) of the modules that may, may not, be layers.
         on_boundary_move: called as ``on_boundary_move(old, new)`` after the boundary has moved.
@@ -97,6 +101,7 @@ class LocalizedLearning:
         activation: Activation | None = None,
         momentum: float = 0.0,
         sample: float = 1.0,
+        refresh: Every | None = None,
         bn_stats: str = "update",
         include: Patterns = None,
         skip: Patterns = None,
@@ -140,6 +145,9 @@ class LocalizedLearning:
         self.supervision = WeakSupervision(supervision) if isinstance(supervision, str) else supervision
         self._lr, self._lr_decay, self._lr_decay_every = lr, lr_decay, lr_decay_every
         self._optimizers = as_optimizers(optimizer)
+        self._refresh = None if refresh is None else Refresh(refresh)
+        if refresh is not None and not self._optimizers:
+            raise ValueError("refresh needs the optimizer, whose steps it counts, got optimizer=None")
         self._bn_stats = bn_stats
         self._include, self._skip = include, skip
         self._plan: ExecutionPlan | None = None
@@ -148,6 +156,7 @@ class LocalizedLearning:
         self._tracer: Tracer | None = None
         self._epoch_start: Tensor | None = None  # the transition layer's weight at the start of the epoch
         self._warned_silent = False
+        self._stepped: set[Optimizer] = set()  # in the present mini-batch
         selected = select_names(model, include, skip)
         self._updater: HebbianUpdater | None = None
         if rule == "hebbian":
@@ -165,6 +174,8 @@ class LocalizedLearning:
             model.register_forward_pre_hook(CallHook(self._before_forward), prepend=True),
             model.register_forward_hook(_AfterForward(self._after_forward), always_call=True),
         ]
+        if self._refresh is not None:
+            self._handles += [each.register_step_post_hook(self._after_optimizer_step) for each in self._optimizers]
 
     # ---------------------------------------------------------------- what can be asked
 
@@ -293,6 +304,7 @@ class LocalizedLearning:
             "supervision": None if self.supervision is None else self.supervision.state_dict(),
             "updater": None if self._updater is None else self._updater.state_dict(),
             "epoch_start": None if self._epoch_start is None else self._epoch_start.detach().clone(),
+            "refresh": None if self._refresh is None else self._refresh.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -323,6 +335,8 @@ class LocalizedLearning:
             self._updater.discard()  # deferred updates of the weights that the loaded ones replace
         if self.supervision is not None:
             self.supervision.load_state_dict(state["supervision"])
+        if self._refresh is not None and state.get("refresh") is not None:
+            self._refresh.load_state_dict(state["refresh"])
         self.epoch = state["epoch"]
         if plan is None and self._plan is not None:  # back to before the first training forward, which is traced anew
             self._prefix().remove()
@@ -331,7 +345,7 @@ class LocalizedLearning:
             self._plan = self._freeze = self._epoch_start = None
         if plan is not None:
             self._plan = plan
-            self._freeze = self._freeze or PrefixFreeze(self.model, plan, optimizers=self._optimizers, bn_stats=self._bn_stats)
+            self._freeze = self._freeze or self._freeze_for(plan)
             self._apply_boundary(self.schedule.boundary)
             weight = self._transition_weight()
             self._epoch_start = None if state["epoch_start"] is None else state["epoch_start"].to(weight.device, copy=True)
@@ -365,8 +379,37 @@ class LocalizedLearning:
         if reason is not None:
             warnings.warn(f"no layer will ever learn locally in this run: {reason}", UserWarning, stacklevel=2)
         self._plan = plan
-        self._freeze = PrefixFreeze(self.model, plan, optimizers=self._optimizers, bn_stats=self._bn_stats)
+        self._freeze = self._freeze_for(plan)
+        if self._updater is not None:
+            self._updater.reset_counters()  # the forward that was traced had no local layers
         self._apply_boundary(self.schedule.boundary)
+
+    def _freeze_for(self, plan: ExecutionPlan) -> PrefixFreeze:
+        return PrefixFreeze(
+            self.model,
+            plan,
+            optimizers=self._optimizers,
+            bn_stats=self._bn_stats,
+            keep_state=self._refresh is not None,
+        )
+
+    def _after_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._stepped.add(optimizer)
+        if len(self._stepped) < len(self._optimizers):
+            return
+        self._stepped.clear()
+        if self._refresh is not None and self.boundary > 0:
+            self._refresh.advance(self.epoch)
+            self._open_if_due()
+
+    def _open_if_due(self) -> None:
+        """Whether the next mini-batch goes through the prefix."""
+        if self._refresh is None:
+            return
+        due = self.boundary > 0 and self._refresh.due(self.epoch)
+        self._prefix().set_open(due)
+        if self._updater is not None:
+            self._updater.paused = due
 
     def _apply_boundary(self, boundary: int) -> None:
         freeze = self._prefix()
@@ -377,6 +420,7 @@ class LocalizedLearning:
             self._updater.set_lr(self.sign * self.current_lr)
         if self.schedule.needs_update_norm:
             self._epoch_start = self._transition_weight().detach().clone()
+        self._open_if_due()
 
     def _transition_weight(self) -> Tensor:
         weight: Tensor = self.model.get_submodule(self.plan.layers[self.boundary]).weight  # type: ignore[assignment]

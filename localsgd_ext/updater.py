@@ -85,7 +85,9 @@ class HebbianUpdater:
         self.sample = check_sample(sample)
         self.algorithm = algorithm
         self.forwards = 0
-        """Training forwards of ``model`` since the last :meth:`reset_counters`."""
+        """Training forwards of ``model`` since the last :meth:`reset_counters`, but for those while :attr:`paused`."""
+        self.paused = False
+        """Whether the enabled layers are left to back-propagation for now."""
         self._forward_id = 0
         self._any_enabled = False
         # Index of the present training forward with layers enabled. A tensor: torch.compile neither guards on it nor bakes it in.
@@ -233,6 +235,8 @@ class HebbianUpdater:
     def _begin_forward(self, module: nn.Module) -> None:
         if self._pending:
             self.flush()
+        if self.paused:
+            return
         if self.sample < 1 and self._any_enabled and module.training and torch.is_grad_enabled():
             self._turn.add_(1)
         if torch.compiler.is_compiling():  # counters would be guarded on, and recompiled for
@@ -317,7 +321,7 @@ class _LayerHook(Hook):
         self.skipped: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if self.enabled and module.training and torch.is_grad_enabled():
+        if self.enabled and not self.updater.paused and module.training and torch.is_grad_enabled():
             self.updater._update(self, args[0] if args else kwargs["input"], output)
 
     def arguments(self) -> dict[str, Any]:

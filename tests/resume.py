@@ -63,6 +63,10 @@ SCENARIOS = {
         lambda: {"schedule": StaticModeSelection(kind=lambda epoch: (0, 2, 1, 2, 3, 2, 2)[epoch], l_max=1.0), "lr": 0.01},
         cuts=tuple(range(1, STEPS)),
     ),
+    "refresh": Scenario(PlainCNN, momentum_sgd, lambda: quick_moves(refresh=4, momentum=0.5), cuts=tuple(range(1, STEPS))),
+    "refresh by epoch": Scenario(
+        PlainCNN, adamw, lambda: quick_moves(rule="frozen", refresh=lambda epoch: 1 + epoch), cuts=tuple(range(1, STEPS, 2))
+    ),
     # t_shift 3 gives K = 3 and one move, after epoch 3: the norm of the last epoch stays in the history, where it is compared.
     "mid-epoch": Scenario(
         TwoBlockResNet, momentum_sgd, lambda: quick_moves(momentum=0.5, t_shift=3), cuts=tuple(range(1, STEPS))

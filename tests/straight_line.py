@@ -50,22 +50,28 @@ class StraightLine:
     activation: Callable[[Tensor], Tensor] = lambda z: z
     local_momentum: float = 0.0
     bn_update: bool = True
+    refresh: int = 0
     sgd_momentum: float = 0.9
     weight_decay: float = 5e-4
     boundary: int = 0
     sign: int = 1
     epoch: int = 0
     since_move: int = 0
+    since_refresh: int = 0
+    through: bool = False
     last_loss: float | None = None
     norms: list[float] = field(default_factory=list)
     sgd_buffers: dict[str, Tensor] = field(default_factory=dict)
     local_buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def trained_by_sgd(self, name: str) -> bool:
+        return self.through or not self.in_prefix(name)
+
+    def in_prefix(self, name: str) -> bool:
         """BatchNorm belongs to the layer in front of it: its affine parameters are first used before the next layer runs."""
         owner = name.rsplit(".", 1)[0]
         layer = next((layer for layer, bn in BN_AFTER.items() if bn == owner), owner)
-        return LAYERS.index(layer) >= self.boundary
+        return LAYERS.index(layer) < self.boundary
 
     def layer(self, name: str, x: Tensor) -> Tensor:
         weight, bias = self.state[f"{name}.weight"], self.state.get(f"{name}.bias")
@@ -73,7 +79,7 @@ class StraightLine:
             return F.linear(x, weight, bias)
         stride, padding = GEOMETRY[name]
         z = F.conv2d(x, weight, bias, stride, padding)
-        if LAYERS.index(name) < self.boundary and self.rule == "hebbian":
+        if LAYERS.index(name) < self.boundary and not self.through and self.rule == "hebbian":
             self.update(name, x, z, stride, padding)
         return z
 
@@ -93,8 +99,7 @@ class StraightLine:
     def batch_norm(self, name: str, x: Tensor) -> Tensor:
         mean = x.mean((0, 2, 3))
         var = (x - mean[:, None, None]).square().mean((0, 2, 3))
-        local = not self.trained_by_sgd(f"{name}.weight")
-        if local and not self.bn_update:
+        if self.in_prefix(f"{name}.weight") and not self.bn_update:
             mean, var = self.state[f"{name}.running_mean"], self.state[f"{name}.running_var"]
         else:
             count = x.numel() / x.shape[1]
@@ -122,6 +127,7 @@ class StraightLine:
         transition = self.state[f"{LAYERS[self.boundary]}.weight"]
         start, losses = transition.detach().clone(), []
         for x, y in batches:
+            self.through = 0 < self.refresh <= self.since_refresh + 1 and self.boundary > 0
             parameters = {n: p for n, p in self.state.items() if n.endswith(("weight", "bias")) and self.trained_by_sgd(n)}
             for p in parameters.values():
                 p.requires_grad_(True)
@@ -137,6 +143,8 @@ class StraightLine:
                         self.sgd_buffers[name] = step
                     p -= sgd_lr * step
             losses.append(loss.item())
+            if self.boundary > 0:
+                self.since_refresh = 0 if self.through else self.since_refresh + 1
         mean_loss = sum(losses) / len(losses)
         self.end_epoch((transition - start).square().sum().sqrt().item(), mean_loss)
         return mean_loss

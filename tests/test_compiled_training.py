@@ -24,13 +24,15 @@ def build() -> nn.Module:
     )
 
 
-def train(compiled: bool) -> list[torch.Tensor]:
+def train(compiled: bool, refresh: int | None = None) -> list[torch.Tensor]:
     """Four epochs with the boundary at 0, 0, 1, 1 and then 2."""
     model = build()
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(4, 3, 8, 8, generator=generator), torch.randint(4, (4,), generator=generator)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    local = LocalizedLearning(model, optimizer, epochs=8, schedule=StaticModeSelection(kind=lambda epoch: epoch // 2), lr=0.05)
+    local = LocalizedLearning(
+        model, optimizer, epochs=8, schedule=StaticModeSelection(kind=lambda epoch: epoch // 2), lr=0.05, refresh=refresh
+    )
     local.trace(x)
     forward = torch.compile(model, backend="aot_eager") if compiled else model
     for _ in range(5):
@@ -58,3 +60,11 @@ def test_compiled_training_gives_the_same_weights_with_one_compilation_per_bound
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 3  # boundaries 0, 1 and 2
+
+
+def test_a_refresh_is_one_more_compilation_per_boundary():
+    eager, compiled = train(compiled=False, refresh=2), train(compiled=True, refresh=2)
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 5

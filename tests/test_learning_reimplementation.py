@@ -26,6 +26,11 @@ VARIANTS = {
     "lr callable": ({"lr": lambda epoch: 0.01 / 10 ** (epoch // 3)}, {"local_lr": 0.01, "lr_decay": 10, "lr_decay_every": 3}),
     "toggle": ({"lr": 0.003, "supervision": "toggle"}, {"local_lr": 0.003, "toggle": True}),
     "frozen BatchNorm": ({"lr": 0.003, "bn_stats": "freeze"}, {"local_lr": 0.003, "bn_update": False}),
+    "refresh": ({"lr": 0.003, "refresh": 2}, {"local_lr": 0.003, "refresh": 2}),
+    "refresh of a frozen prefix": (
+        {"rule": "frozen", "refresh": 5, "bn_stats": "freeze"},
+        {"rule": "frozen", "refresh": 5, "bn_update": False},
+    ),
     "t_shift 2": ({"lr": 0.003, "t_shift": 2, "alpha": 0.99}, {"local_lr": 0.003, "t_shift": 2, "alpha": 0.99}),
 }
 

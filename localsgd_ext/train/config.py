@@ -45,6 +45,7 @@ class RunConfig:
     schedule: str = "dynamic"
     supervision: str = "absolute"
     sample: float = 1.0
+    refresh: int = 0
     preset: str | None = None
     seed: int = 0
     train_size: int | None = None
@@ -80,6 +81,7 @@ class RunConfig:
             _require(self, name, 0 <= getattr(self, name) < math.inf, "at least 0")
         _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
         _require(self, "sample", 0 < self.sample <= 1, "in (0, 1]")
+        _require(self, "refresh", self.refresh >= 0, "at least 0")
         _require(self, "l_max", 0 < self.l_max < 1, "in (0, 1)")
         _require(self, "seed", self.seed >= 0, "at least 0")
         _require(self, "workers", self.workers >= 0, "at least 0")

@@ -246,6 +246,7 @@ def _localized_learning(trainer: Trainer) -> LocalizedLearning | None:
         lr_decay=config.local_lr_decay,
         lr_decay_every=config.local_lr_decay_every,
         sample=config.sample,
+        refresh=config.refresh or None,
         supervision=None if config.supervision == "none" else config.supervision,
         on_boundary_move=lambda old, new: trainer.say(f"boundary {old} -> {new} of {trainer.num_layers} layers"),
     )

@@ -58,6 +58,10 @@ Supervision = Annotated[str | None, typer.Option(help=_listed(SUPERVISIONS) + ".
 Sample = Annotated[
     float | None, typer.Option(help="Fraction of each mini-batch that local updates use, in turn.", rich_help_panel=_LOCAL)
 ]
+Refresh = Annotated[
+    int | None,
+    typer.Option(help="One in every so many mini-batches goes through the prefix; 0: none.", rich_help_panel=_LOCAL),
+]
 
 Root = Annotated[str | None, typer.Option(help="Where cifar10, cifar100 or imagenet lie.", rich_help_panel=_DATA)]
 TrainSize = Annotated[int | None, typer.Option(help="Training pictures.", rich_help_panel=_DATA)]

@@ -43,9 +43,11 @@ def test_a_run_prints_what_its_file_holds_and_goes_on(
     assert capsys.readouterr().out == printed
     assert drawn.read_bytes().startswith(b"\x89PNG")
     assert len(json.loads(file.read_text())["rows"]) == 4 + 3
-    assert "SGD takes 8.39 GB (1.05 of them saved activations)" in printed
-    assert "equation 2 allows 12 of 54 local layers; with 12 local 6.52 GB (0.82 of them saved activations): not met" in printed
-    assert "the first under 5 GB has 27 local layers, the first at half of SGD's peak 27 local layers" in printed
+    assert (
+        "a step of SGD peaks at 8.39 GB. With 12 of 54 layers local (equation 2 allows 12 by then) at 6.52 GB, 78 %" in printed
+    )
+    assert "of it (half: not met); with 27, the most measured, at 4.19 GB, 50 % of it (half: met)" in printed
+    assert "The first position measured at which half is met: 27." in printed
 
 
 def test_a_process_that_fails_is_a_row_that_says_why(

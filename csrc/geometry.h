@@ -35,6 +35,12 @@ struct Geometry {
     bool depthwise() const { return groups == in_channels && groups > 1; }
 };
 
+// Whether positions are so few that a product of all of them with each other is little beside the correlation.
+inline bool few_rows(const Geometry& g) {
+    const int64_t rows = g.positions(), in = g.in_channels, out = g.out_channels;
+    return g.pointwise() && g.groups == 1 && rows * rows * (in + out) <= 16 * in * out;
+}
+
 // Element strides of x [N, C, D, H, W] or z [N, K, P0, P1, P2]; any strides will do.
 struct Strides {
     int64_t batch = 0;

@@ -114,8 +114,7 @@ std::optional<bool> update_by_rows(const Layer& layer, double lr, bool normalize
     const int64_t rows = g.positions(), in = g.in_channels, out = g.out_channels;
     const at::Tensor& weight = layer.weight;
     const bool dense = weight.stride(0) == in && (in == 1 || weight.stride(1) == 1) && weight.scalar_type() == at::kFloat;
-    if (!g.pointwise() || g.groups > 1 || !dense || layer.accumulate != at::kFloat || rows * rows * (in + out) > 16 * in * out)
-        return std::nullopt;
+    if (!few_rows(g) || !dense || layer.accumulate != at::kFloat) return std::nullopt;
     const at::Tensor wide_x = layer.x.to(at::kFloat), wide_z = layer.z->to(at::kFloat);
     const Views xs(wide_x, g, at::kFloat), zs(wide_z, output_geometry(g), at::kFloat);
     if (xs.span() < rows || zs.span() < rows) return std::nullopt;

@@ -90,8 +90,17 @@ double gram_us(const Query& q) {
            convert_us(q, elements, q.x_kind) + transpose + 2 * kCallUs;
 }
 
+// W += c Z^T X as one product, and the norm from matrices [rows, rows] in double.
+double few_rows_us(const Query& q) {
+    const Geometry& g = q.geometry;
+    const double rows = double(g.positions()), in = double(g.in_channels), out = double(g.out_channels);
+    return gemm_us(q, wgrad_flops(g)) + memory_us(q, 2 * d_bytes(q), kStreamBytesPerUs) +
+           panels_us(q, 2 * rows * rows * (in + out)) + 5 * kCallUs;
+}
+
 double direct_us(const Query& q) {
     const Geometry& g = q.geometry;
+    if (few_rows(g) && !is_wide(q)) return few_rows_us(q);
     const double rows = double(g.out_per_group()), patch = double(g.patch()), image = double(g.image_positions());
     const bool one_run = q.channels_last || g.dims == 0 || g.batch == 1, in_place = reads_in_place(q);
     const bool views = in_place && kind_size(q.x_kind) == element_bytes(q) && kind_size(q.z_kind) == element_bytes(q);
@@ -110,7 +119,8 @@ double depthwise_us(const Query& q) {
     // The sums of nine taps fit into registers.
     const double taps = g.taps() > 9 ? double(g.taps()) / 6 : 1;
     const double convert = convert_us(q, x_elements(q), q.x_kind) + convert_us(q, z_elements(q), q.z_kind);
-    if (q.channels_last && g.out_per_group() == 1) return taps * memory_us(q, operand_bytes(q), 14e3) + convert + 2 * kCallUs;
+    if (q.channels_last && g.out_per_group() == 1)
+        return taps * memory_us(q, operand_bytes(q), strided(g) ? 11e3 : 14e3) + convert + 2 * kCallUs;
     const double x_planes = double(g.batch * g.in_channels * g.input[0]),
                  z_planes = double(g.batch * g.out_channels * g.output[0]);
     const double rows = x_planes * g.input[1] + z_planes * g.output[1];
@@ -136,7 +146,7 @@ double library_us(const Query& q) {
     constexpr double kBf16[] = {3, 0.5, 0.22}; // times of a product, by what multiplies it
     const double slow = bf16 ? kBf16[static_cast<int>(q.cpu.bf16)] : 1;
     // A linear layer's is the GEMM of `direct`, but for a conversion of all of x and z at once if any.
-    if (g.dims == 0 && slow >= 1) return direct_us(q);
+    if (g.dims == 0 && slow >= 1 && !few_rows(g)) return direct_us(q);
     const double convert = bf16 ? 0 : 2 * (convert_us(q, x_elements(q), q.x_kind) + convert_us(q, z_elements(q), q.z_kind));
     const double order = d_bytes(q) / (g.pointwise() ? 4e3 : 1e3);
     if (g.depthwise()) {
@@ -160,7 +170,8 @@ double library_us(const Query& q) {
     }
     const bool apart = g.kernel == g.stride; // patches that share no element
     const auto& shares = q.channels_last ? core(q).channels_last : core(q).channels_first;
-    const double share = apart ? (q.channels_last ? 0.9 : 1) : shares[strided(g) ? 1 : 0];
+    const double apart_share = (q.channels_last ? 0.9 : 1) * (slow < 1 ? slow : 1); // not by bf16 instructions
+    const double share = apart ? apart_share : shares[strided(g) ? 1 : 0];
     return gemm_us(q, flops / share) + rest + (q.channels_last ? 0 : blocked_us(q));
 }
 

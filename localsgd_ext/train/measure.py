@@ -85,7 +85,7 @@ def saved_activations(model: nn.Module) -> Iterator[SavedBytes]:
         if storage.data_ptr() not in own and storage.data_ptr() not in seen:
             seen[storage.data_ptr()] = tensor.detach()
             saved.total += storage.nbytes()
-        return tensor
+        return tensor.detach()  # a layer's own output would hold the layer's node, and so the graph itself, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved

@@ -1,4 +1,4 @@
-"""The networks of the paper's section 3, a small one for CPUs, and any of timm's."""
+"""The networks of the paper's section 3, two small ones for CPUs, and any of timm's."""
 
 from __future__ import annotations
 
@@ -43,6 +43,21 @@ class SmallResNet(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes))
 
 
+class SmallVGG(nn.Sequential):
+    """VGG-9: four stages of two convolutions 16, 32, 64 and 128 channels wide, max pooling between, a linear layer: 9 in all."""
+
+    def __init__(self, num_classes: int, widths: tuple[int, ...] = (16, 32, 64, 128), convolutions: int = 2) -> None:
+        layers: list[nn.Module] = []
+        inputs = 3
+        for stage, outputs in enumerate(widths):
+            if stage > 0:
+                layers.append(nn.MaxPool2d(2))
+            for _ in range(convolutions):
+                layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+                inputs = outputs
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes))
+
+
 def _cifar_resnet18(num_classes: int) -> nn.Module:
     from torchvision.models import resnet18
 
@@ -72,6 +87,7 @@ def _torchvision(name: str) -> Callable[[int], nn.Module]:
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "small_resnet": SmallResNet,
+    "small_vgg": SmallVGG,
     "resnet18": _cifar_resnet18,  # CIFAR form
     "vgg13": _cifar_vgg13,  # CIFAR form, with BatchNorm
     "resnet34": _torchvision("resnet34"),

@@ -15,7 +15,8 @@ FEW = ["--networks", "resnet18", "--batch", "2", "--image", "16", "--positions",
 
 def fake(task: dict[str, Any]) -> dict[str, Any]:
     saved = int((1 - task["position"]) * 1000 * memory.MIB)
-    return {**task, "boundary": 5, "layers": 10, "saved_bytes": saved, "peak_rss_bytes": 2 * saved, "status": "ok"}
+    boundary = int(54 * task["position"])
+    return {**task, "boundary": boundary, "layers": 54, "saved_bytes": saved, "peak_rss_bytes": 8 * saved, "status": "ok"}
 
 
 def test_a_row_is_measured_in_a_fresh_process() -> None:
@@ -32,7 +33,7 @@ def test_a_run_prints_what_its_file_holds_and_goes_on(
 ) -> None:
     monkeypatch.setattr(memory, "in_fresh_process", fake)
     file, drawn = tmp_path / "memory.json", tmp_path / "memory.png"
-    few = [*FEW[:1], "resnet50", *FEW[2:]]
+    few = ["--networks", f"resnet18,{memory.PAPER}", "--positions", "0,0.5"]
     assert memory.main([*few, "--out", str(file), "--budget", "-1"]) == 3
     assert memory.main([*few, "--out", str(file)]) == 2
     capsys.readouterr()
@@ -41,8 +42,12 @@ def test_a_run_prints_what_its_file_holds_and_goes_on(
     assert memory.main(["--table", str(file), "--picture", str(drawn)]) == 0
     assert capsys.readouterr().out == printed
     assert drawn.read_bytes().startswith(b"\x89PNG")
-    assert len(json.loads(file.read_text())["rows"]) == 4
-    assert "with 5 of 10 layers local 50 % of SGD's activations are saved: met" in printed
+    assert len(json.loads(file.read_text())["rows"]) == 4 + 3
+    assert (
+        "a step of SGD peaks at 8.39 GB. With 12 of 54 layers local (equation 2 allows 12 by then) at 6.52 GB, 78 %" in printed
+    )
+    assert "of it (half: not met); with 27, the most measured, at 4.19 GB, 50 % of it (half: met)" in printed
+    assert "The first position measured at which half is met: 27." in printed
 
 
 def test_a_process_that_fails_is_a_row_that_says_why(
@@ -51,6 +56,10 @@ def test_a_process_that_fails_is_a_row_that_says_why(
     monkeypatch.setattr(memory, "in_fresh_process", lambda task: {**task, "status": "ERROR", "why": "out of memory"})
     assert memory.main([*FEW, "--out", str(tmp_path / "memory.json")]) == 1
     assert "ERROR: resnet18, sgd: out of memory" in capsys.readouterr().out
+
+
+def test_the_position_of_the_papers_epoch_is_measured() -> None:
+    assert int(memory.PAPER_POSITION * 54) == memory.fastest_boundary(54)
 
 
 @pytest.mark.parametrize("wrong", [["--networks", "lenet"], ["--layouts", "nope"], ["--positions", "1.0"], ["--resume"]])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import time
 
 import pytest
@@ -50,6 +51,23 @@ def test_gradients_are_the_same_when_measured() -> None:
         loss = model(x).square().sum()
     loss.backward()
     assert all(torch.equal(p.grad, q) for p, q in zip(model.parameters(), plain, strict=True) if p.grad is not None)
+
+
+def test_a_graph_that_is_never_used_is_freed() -> None:
+    before = tensors()
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    x = torch.randn(4, 8)
+    with saved_activations(model) as saved:
+        loss = model(x).sum()
+    assert saved.total > 0
+    del model, x, loss
+    assert tensors() == before
+
+
+def tensors() -> int:
+    """How many are alive. ``isinstance`` would wake deprecated objects, which warn."""
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
 def test_medians_leave_out_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from localsgd_ext.train import models
 # name: (side of the picture, conv and linear layers)
 LAYERS = {
     "small_resnet": (32, 14),
+    "small_vgg": (32, 9),  # eight convolutions and one linear layer
     "resnet18": (32, 21),  # 17 convolutions, 3 in shortcuts, 1 linear
     "vgg13": (32, 11),  # ten convolutions and one linear layer
     "resnet34": (64, 37),
@@ -54,7 +55,7 @@ def test_timm() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lenet", "--model must be one of small_resnet, resnet18, .*or timm:NAME, got 'lenet'"),
+        ("lenet", "--model must be one of small_resnet, small_vgg, resnet18, .*or timm:NAME, got 'lenet'"),
         ("timm:resnet5000", r"--model timm:resnet5000: timm .* has no such model"),
     ],
 )

@@ -223,6 +223,11 @@ class LocalizedLearning:
         return float(self._lr / self._lr_decay ** (self.epoch // self._lr_decay_every))
 
     @property
+    def refreshing(self) -> bool:
+        """Whether the mini-batch that comes next back-propagates through the prefix too."""
+        return self._freeze is not None and self._freeze.is_open
+
+    @property
     def skipped(self) -> dict[str, int]:
         """Layer name to the updates skipped in the present epoch (``||D||_2`` zero or not finite). Waits for the device."""
         return self._updater.skipped() if self._updater is not None else {}

@@ -24,7 +24,7 @@ from localsgd_ext.train import checkpoint, models
 from localsgd_ext.train.config import RunConfig
 from localsgd_ext.train.data import Data, derive_seed
 from localsgd_ext.train.files import write_atomically, write_json
-from localsgd_ext.train.measure import PhaseTimer, saved_activations
+from localsgd_ext.train.measure import PhaseTimer, multiply_adds, saved_activations
 from localsgd_ext.train.progress import Progress
 from localsgd_ext.train.rundir import SUMMARY, RunDirectory
 
@@ -85,7 +85,7 @@ class Trainer:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         start = time.perf_counter()
-        loss, timer, saved = self._train()
+        loss, timer, cost = self._train()
         skipped = self.local.skipped if self.local else {}
         if self.local:
             with self._logged_warnings():
@@ -109,7 +109,8 @@ class Trainer:
             "elapsed_train_seconds": elapsed,
             "images_per_second": images / seconds,
             "step_ms": timer.medians(),
-            "saved_activation_bytes": saved,
+            "saved_activation_bytes": cost.saved_bytes,
+            "multiply_adds": cost.multiply_adds,
             "peak_device_bytes": torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None,
             "lr": lr,
             "local_lr": local_lr,
@@ -123,26 +124,24 @@ class Trainer:
         self.save()
         line = (
             f"epoch {number}/{config.epochs}  loss {loss:.4f}  accuracy {100 * test_accuracy:.2f} %  "
-            f"prefix {boundary}/{self.num_layers}  {images / seconds:.0f} images/s  saved {saved / 2**20:.1f} MiB"
+            f"prefix {boundary}/{self.num_layers}  {images / seconds:.0f} images/s  saved {cost.saved_bytes / 2**20:.1f} MiB"
         )
         self.directory.log(line)
         self.progress.end(f"{self.label}  {line}".strip())
         return entry
 
-    def _train(self) -> tuple[float, PhaseTimer, int]:
-        """One pass over the training set: mean loss, times, and bytes saved for the backward pass in the first step."""
+    def _train(self) -> tuple[float, PhaseTimer, Cost]:
+        """One pass over the training set: mean loss, times, and what its steps cost."""
         self.model.train()
         timer = PhaseTimer(self._device)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        saved = 0
+        cost = Cost()
         timer.start()
-        for step, (x, y) in enumerate(self.data.train(self.epoch)):
+        for x, y in self.data.train(self.epoch):
+            refreshing = self.local is not None and self.local.refreshing
+            timer.kind(refreshing)
             timer.mark("data")
-            if step == 0:
-                with saved_activations(self.model) as counted:
-                    loss = self._forward(x, y)
-                saved = counted.total
-            else:
+            with cost.of_step(self, refreshing):
                 loss = self._forward(x, y)
             timer.mark("forward")
             self.optimizer.zero_grad(set_to_none=True)
@@ -153,7 +152,7 @@ class Trainer:
             timer.mark("optimizer")
             total += loss.detach()
             self.progress.advance(len(y))
-        return float(total) / self.data.steps, timer, saved
+        return float(total) / self.data.steps, timer, cost
 
     def _forward(self, x: Tensor, y: Tensor) -> Tensor:
         with self._autocast():
@@ -227,6 +226,33 @@ class Trainer:
             yield
         for warning in caught:
             self.say(f"warning: {warning.message}")
+
+
+class Cost:
+    """What an epoch's steps cost: the first of each kind (a refresh or none) is counted, and stands for the others."""
+
+    def __init__(self) -> None:
+        self.saved_bytes = 0
+        """Saved for the backward pass, of the kind of step that saves most."""
+        self.multiply_adds = 0.0
+        """Of all steps together."""
+        self._each: dict[bool, float] = {}
+
+    @contextlib.contextmanager
+    def of_step(self, trainer: Trainer, refreshing: bool) -> Iterator[None]:
+        if refreshing not in self._each:
+            local = trainer.local
+            learning = local.local_layers if local and local.rule == "hebbian" and not refreshing else ()
+            with (
+                saved_activations(trainer.model) as saved,
+                multiply_adds(trainer.model, learning, trainer.config.sample) as counted,
+            ):
+                yield
+            self.saved_bytes = max(self.saved_bytes, saved.total)
+            self._each[refreshing] = counted.total
+        else:
+            yield
+        self.multiply_adds += self._each[refreshing]
 
 
 def _localized_learning(trainer: Trainer) -> LocalizedLearning | None:

@@ -110,6 +110,25 @@ def test_options_reach_the_algorithm(tiny: Callable[..., RunConfig], trainer: Ca
     assert sampled.local._updater.sample == 0.25
 
 
+@pytest.mark.parametrize("method", ["freeze", "local"])
+def test_a_refresh_costs_what_sgd_does(tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer], method: str) -> None:
+    """And the mini-batches between two of them what they do without."""
+    sgd = _run(trainer(tiny("sgd"), "sgd")).metrics[-1]
+    without = _run(trainer(tiny(method, schedule="quadratic"), "without")).metrics[-1]
+    made = trainer(tiny(method, schedule="quadratic", refresh=3), "refresh")
+    refreshed = _run(made).metrics[-1]
+    steps = made.data.steps
+    boundaries = [m["boundary"] for m in made.metrics]
+    local_steps = steps * sum(b > 0 for b in boundaries)
+    fresh = local_steps // 3 - (local_steps - steps) // 3  # in the last epoch
+    expected = sgd["multiply_adds"] * fresh / steps + without["multiply_adds"] * (steps - fresh) / steps
+    assert 0 < fresh < steps
+    assert refreshed["boundary"] == without["boundary"] > 0
+    assert refreshed["multiply_adds"] == pytest.approx(expected)
+    assert without["multiply_adds"] < refreshed["multiply_adds"] < sgd["multiply_adds"]
+    assert without["saved_activation_bytes"] < refreshed["saved_activation_bytes"] == sgd["saved_activation_bytes"]
+
+
 def test_a_run_too_short_for_any_move_says_so(
     tmp_path: Path, tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]
 ) -> None:

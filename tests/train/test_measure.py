@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from localsgd_ext.train.measure import PHASES, PhaseTimer, saved_activations
+from localsgd_ext.train.measure import PHASES, PhaseTimer, multiply_adds, saved_activations
 
 
 def test_bytes_saved_by_a_small_chain() -> None:
@@ -83,6 +83,22 @@ def test_medians_leave_out_the_first_step(monkeypatch: pytest.MonkeyPatch) -> No
     assert timer.medians() == pytest.approx({"data": 1, "forward": 2, "backward": 3, "optimizer": 4})
 
 
+def test_medians_of_two_kinds_of_steps_count_as_often_as_there_were_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A median of all would be that of the more frequent kind alone."""
+    durations = {False: (9.0, 0.001, 0.002, 0.003), True: (0.010, 0.020)}  # the first of all is left out
+    taken = {kind: iter(values) for kind, values in durations.items()}
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    timer = PhaseTimer(torch.device("cpu"))
+    timer.start()
+    for kind in (False, False, True, False, False, True):
+        timer.kind(kind)
+        for phase in PHASES:
+            now += next(taken[kind]) if phase == "backward" else 0.0
+            timer.mark(phase)
+    assert timer.medians() == pytest.approx({"data": 0, "forward": 0, "backward": (4 * 2 + 2 * 15) / 6, "optimizer": 0})
+
+
 def test_medians_of_a_single_step_and_of_none() -> None:
     timer = PhaseTimer(torch.device("cpu"))
     assert timer.medians() == dict.fromkeys(PHASES, 0.0)
@@ -90,3 +106,25 @@ def test_medians_of_a_single_step_and_of_none() -> None:
     for phase in PHASES:
         timer.mark(phase)
     assert all(value > 0 for value in timer.medians().values())
+
+
+def test_multiply_adds_of_a_small_network() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 6, 1, groups=2), nn.Flatten(), nn.Linear(54, 5)
+    )
+    conv, grouped, linear = 2 * 4 * 9 * 27, 2 * 6 * 9 * 2, 2 * 5 * 54
+    x = torch.randn(2, 3, 5, 5)
+    with multiply_adds(model) as sgd:
+        model(x)
+    assert sgd.total == 2 * conv + 3 * grouped + 3 * linear  # nobody needs the gradient of the pictures
+    for name in ("0", "2"):
+        for parameter in model.get_submodule(name).parameters():
+            parameter.requires_grad_(False)
+    with multiply_adds(model) as frozen:
+        model(x)
+    assert frozen.total == conv + grouped + 2 * linear
+    with multiply_adds(model, local=("0", "2"), sample=0.5) as local:
+        model(x)
+    assert local.total == 1.5 * conv + 1.5 * grouped + 2 * linear
+    model(x)
+    assert local.total == 1.5 * conv + 1.5 * grouped + 2 * linear  # the hooks are gone

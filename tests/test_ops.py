@@ -173,6 +173,22 @@ def test_a_bad_number_reaches_exactly_the_taps_that_read_it(algorithm: str, layo
         assert torch.equal(~d.isfinite(), touched)
 
 
+@pytest.mark.parametrize("case", [
+    Case("1-d", (1, 2, 1), (4, 1, 3), stride=2, padding=1, groups=2),
+    Case("2-d", (2, 4, 5, 2), (8, 4, 3, 3), stride=(1, 3), padding=1),
+    Case("1x1", (2, 4, 5, 2), (8, 4, 1, 1), stride=3, padding=3),
+], ids=str)  # fmt: skip
+def test_bf16_rows_shorter_than_the_stride(case: Case) -> None:
+    x, z, weight, _ = operands(case, torch.bfloat16, torch.bfloat16)
+    truth = exact(case, x, z, weight, None)
+    for algorithm in ("auto", *case.algorithms):
+        for _ in range(20):
+            for size in range(64, 4096, 64):
+                torch.full((size,), float("nan"))  # what is found in fresh memory
+            d = ops.correlation(x, z, weight, algorithm=algorithm, **case.arguments)
+            assert relative_error(d, truth) < 1e-2, algorithm
+
+
 def test_autocast_and_grad_mode_do_not_matter() -> None:
     case = Case("", (2, 8, 9, 9), (12, 8, 1, 1), bias=True)
     x, weight, bias = case.sample()

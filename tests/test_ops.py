@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cpu_tasks
 import pytest
 import torch
 from cases import CASES, EMPTY_CASES, LAYOUTS, Case, strided, with_layout
@@ -114,6 +115,35 @@ def test_depthwise_bits_do_not_depend_on_the_number_of_threads(case: Case, layou
         results.append(ops.correlation(x, z, weight, algorithm="depthwise", **case.arguments))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+SHARED = (  # by threads, in several parts of the positions or several strips of D
+    Case("dense-parts", (2, 20, 40, 40), (48, 20, 3, 3), padding=1),
+    Case("dense-strips", (2, 64, 11, 10), (40, 64, 3, 3), padding=1),
+    Case("grouped-parts", (2, 40, 40, 40), (96, 20, 3, 3), padding=1, groups=2),
+    Case("grouped-strips", (2, 64, 11, 10), (40, 32, 3, 3), padding=1, groups=2),
+    Case("1x1-parts", (2, 96, 37, 36), (60, 96, 1, 1), bias=True),
+    Case("1x1-strips", (2, 300, 13, 12), (40, 300, 1, 1), bias=True),
+    Case("1x1-parts-stride2", (2, 100, 73, 72), (60, 100, 1, 1), stride=2),
+    Case("linear-parts", (2001, 120), (70, 120), bias=True),
+    Case("linear-strips", (301, 400), (64, 400), bias=True),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP64], ids=["f32", "bf16", "f64"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(case: Case, layout: str, dtype: torch.dtype) -> None:
+    """Of our own kernels. A BLAS product that ``direct`` makes of matrices is cut by threads from some 1000 positions on."""
+    x, z, weight, bias = operands(case, dtype, dtype, layout)
+    matrices = case.pointwise and case.stride == 1 and dtype != torch.bfloat16
+    for algorithm in ("gram",) if matrices else [a for a in case.algorithms if a != "library"]:
+        assert {"parts", "strips"} & set(cpu_tasks.several(case, algorithm, z.numel() // case.weight[0], 4))
+        results = []
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            results.append(ops.correlation(x, z, weight, bias=bias, algorithm=algorithm, **case.arguments))
+        assert all(torch.equal(results[0], d) for d in results[1:]), algorithm
 
 
 @pytest.mark.usefixtures("poisoned_memory")

@@ -13,7 +13,7 @@ EMULATED_TESTS := tests/emulated tests/test_ops.py tests/test_ops_update.py test
   tests/test_learning_proofs.py tests/test_learning_modules.py tests/test_checkpointing.py tests/test_compiled_training.py tests/gpu/test_gpu_semantics.py
 
 # What runs a third time on the sanitized CPU half: what reads and writes memory, without torch.compile and processes of their own.
-SANITIZED_TESTS := tests/test_ops.py tests/test_ops_update.py tests/test_ops_errors.py
+SANITIZED_TESTS := tests/test_ops.py tests/test_ops_update.py tests/test_ops_errors.py tests/test_ops_memory.py tests/test_ops_fuzz.py
 # Loaded before Python, whose own allocations (leaks at exit) are not what is tested.
 SANITIZERS = $(shell $${CXX:-c++} -print-file-name=libasan.so) $(shell $${CXX:-c++} -print-file-name=libubsan.so)
 
@@ -55,10 +55,11 @@ test: venv native emulated sanitized ## Run every test: native, on the emulated 
 emulated: venv ## Build the module whose CUDA kernels run on an emulated GPU: pytest --emulated
 	$(BIN)/python tests/second_build.py emulated
 
-sanitized: venv ## Build the CPU half under AddressSanitizer and UBSan and run the tests of the operations on it
+sanitized: venv ## Build the CPU half under AddressSanitizer and UBSan and run the native tests and those of the operations on it
 	$(BIN)/python tests/second_build.py sanitized
+	$(BIN)/ctest --test-dir build/sanitized --output-on-failure --no-tests=error
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(BIN)/python -m pytest -n $(TEST_WORKERS) --benchmark-disable --sanitized $(SANITIZED_TESTS) $(TEST_FLAGS)
+	  $(BIN)/python -m pytest -n $(TEST_WORKERS) --benchmark-disable --sanitized --fuzz-share 0.15 $(SANITIZED_TESTS) $(TEST_FLAGS)
 
 native: venv ## Build the kernels without Python or PyTorch and run their C++ tests
 	$(BIN)/cmake -S . -B build/native -DLOCALSGD_CUDA=OFF # the extension's build has compiled those; here they are emulated

@@ -13,7 +13,6 @@ import argparse
 import re
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -143,7 +142,6 @@ def one_line(row: dict[str, Any]) -> str:
 
 
 def measure(args: argparse.Namespace) -> int:
-    start = time.monotonic()
     networks, todo = work(args)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -151,12 +149,8 @@ def measure(args: argparse.Namespace) -> int:
     records = Records(args.out, header(args, timer.device, networks), resume=args.resume)
     records.save()
     print(f"{len(todo)} layers x dtypes x layouts, {torch.get_num_threads()} threads", file=sys.stderr)
-    left = {key: given for key, given in todo.items() if not records.done(key)}
-    while left:
-        if args.budget is not None and time.monotonic() - start > args.budget:
-            break
-        key = next(iter(left))
-        case, dtype, layout = left.pop(key)
+    for key in records.todo(todo, args.budget):
+        case, dtype, layout = todo[key]
         try:
             row = measured_row(case, dtype, layout, timer, args)
         except (RuntimeError, ValueError) as error:  # one layer that does not fit into memory is no reason to lose the others
@@ -164,8 +158,8 @@ def measure(args: argparse.Namespace) -> int:
         records.add(key, {**described(case, dtype, layout, timer.device), **row})
         print(one_line(records.rows[key]), file=sys.stderr, flush=True)
     print(report(records.content), end="")
-    if left:
-        print(f"{len(todo) - len(left)} of {len(todo)} done: go on with --resume", file=sys.stderr)
+    if records.left:
+        print(f"{len(todo) - len(records.left)} of {len(todo)} done: go on with --resume", file=sys.stderr)
         return 3
     return int(any(records.rows[key]["status"] != "ok" for key in todo))
 

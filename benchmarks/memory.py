@@ -18,7 +18,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image", type=int, metavar="PIXELS", help="instead of each network's own")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
-    parser.add_argument("--resume", action="store_true", help="go on with --out")
+    parser.add_argument("--resume", action="store_true", help="go on with --out; what failed is tried again")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no further row after that")
     parser.add_argument("--table", type=Path, metavar="FILE.json", help="only print the tables of a results file")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw one as well")
@@ -264,19 +263,15 @@ def _panel(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     axis.set_title(title, fontsize=8)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    begin = time.monotonic()
+def measure(args: argparse.Namespace) -> Records:
     header = {"command": shlex.join(["python", "benchmarks/memory.py", *args.argv]), "environment": environment.describe("cpu")}
     records = Records(args.out, header, resume=args.resume)
     records.save()
-    for key, task in work(args).items():
-        if key in records.rows:
-            continue
-        if args.budget is not None and time.monotonic() - begin > args.budget:
-            break
-        records.add(key, in_fresh_process(task))
+    tasks = work(args)
+    for key in records.todo(tasks, args.budget):
+        records.add(key, in_fresh_process(tasks[key]))
         print(f"{key}: {records.rows[key]['status']}", file=sys.stderr, flush=True)
-    return records.content
+    return records
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -287,16 +282,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(one(json.loads(args.one))))
         return 0
     try:
-        content = read_json(args.table) if args.table else measure(args)
+        records = None if args.table else measure(args)
+        content = records.content if records else read_json(args.table)
         print(report(content), end="")
         if args.picture:
             write_atomically(args.picture, picture(content))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    missing = [] if args.table else [key for key in work(args) if key not in content["rows"]]
-    if missing:
-        print(f"{len(missing)} rows are missing: go on with --resume", file=sys.stderr)
+    if records and records.left:
+        print(f"{len(records.left)} rows are left: go on with --resume", file=sys.stderr)
         return 3
     return int(any(row["status"] != "ok" for row in content["rows"].values()))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ class Records:
     def __init__(self, path: Path | None, header: Mapping[str, Any], *, resume: bool = False) -> None:
         """Raises ``ValueError`` if ``path`` exists and ``resume`` is off, or holds what was measured on something else."""
         self.path = path
+        self.begin = time.monotonic()
+        self.left: list[str] = []
         self.content: dict[str, Any] = {**header, "rows": {}}
         if path is None:
             return
@@ -39,6 +42,12 @@ class Records:
     def done(self, key: str) -> bool:
         """Whether there is a good row; what failed is tried again."""
         return key in self.rows and self.rows[key]["status"] == "ok"
+
+    def todo(self, keys: Iterable[str], budget: float | None = None) -> Iterator[str]:
+        """Those of ``keys`` that are not done, until ``budget`` seconds after these records were opened; ``left`` are the others."""
+        self.left = [key for key in keys if not self.done(key)]
+        while self.left and (budget is None or time.monotonic() - self.begin <= budget):
+            yield self.left.pop(0)
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:
         self.rows[key] = dict(row)

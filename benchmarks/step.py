@@ -60,7 +60,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=30.0, help=f"of timing a row, at least {LEAST_ROUNDS} rounds")
     parser.add_argument("--threads", type=int, help="instead of as many as PyTorch takes")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
-    parser.add_argument("--resume", action="store_true", help="go on with --out")
+    parser.add_argument("--resume", action="store_true", help="go on with --out; what failed is tried again")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no further row after that")
     parser.add_argument("--table", type=Path, metavar="FILE.json", help="only print the tables of a results file")
     args = parser.parse_args(argv)
@@ -160,7 +160,6 @@ def measured_row(args: argparse.Namespace, name: str, layout: str, fraction: flo
 
 
 def measure(args: argparse.Namespace) -> int:
-    begin = time.monotonic()
     if args.threads:
         torch.set_num_threads(args.threads)
     timer = CpuTimer()
@@ -175,18 +174,15 @@ def measure(args: argparse.Namespace) -> int:
         for layout in args.layouts
         for fraction in args.depths
     }
-    for key, (name, layout, fraction) in todo.items():
-        if key in records.rows:
-            continue
-        if args.budget is not None and time.monotonic() - begin > args.budget:
-            break
+    for key in records.todo(todo, args.budget):
+        name, layout, fraction = todo[key]
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # whatever the library has to say would spoil the measurement
             records.add(key, measured_row(args, name, layout, fraction, timer))
         print(f"{key}: {records.rows[key]['status']}", file=sys.stderr, flush=True)
     print(report(records.content), end="")
-    if missing := [key for key in todo if key not in records.rows]:
-        print(f"{len(todo) - len(missing)} of {len(todo)} done: go on with --resume", file=sys.stderr)
+    if records.left:
+        print(f"{len(todo) - len(records.left)} of {len(todo)} done: go on with --resume", file=sys.stderr)
         return 3
     return int(any(records.rows[key]["status"] != "ok" for key in todo))
 

@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--emulated", action="store_true", help="run the CUDA kernels that `make emulated` builds, on an emulated GPU"
     )
     parser.addoption("--sanitized", action="store_true", help="run the module that `make sanitized` builds, under sanitizers")
+    parser.addoption("--fuzz-share", type=float, default=1.0, help="of the random layers of tests/test_ops_fuzz.py to try")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 
 _FILE = Path(__file__).resolve().parents[1] / "build" / "fuzz_coverage.json"
@@ -14,6 +15,7 @@ def forget() -> None:
 
 
 def save(counts: Mapping[str, int]) -> None:
+    """Keys are ``algorithm|aspect|value``; one without ``|`` is a line of its own."""
     _FILE.parent.mkdir(exist_ok=True)
     _FILE.write_text(json.dumps(dict(sorted(counts.items()))))
 
@@ -22,4 +24,11 @@ def lines() -> list[str]:
     if not _FILE.exists():
         return []
     counts = json.loads(_FILE.read_text())
-    return ["random layers on the CPU:", *(f"{count:7d}  {what}" for what, count in counts.items())]
+    by_aspect = groupby(counts, key=lambda key: key.rpartition("|")[0])
+    shown = (
+        f"  {aspect.replace('|', ', ')}: " + ", ".join(f"{key.rpartition('|')[2]} {counts[key]}" for key in keys)
+        for aspect, keys in by_aspect
+        if aspect
+    )
+    whole = [f"{count} {key}" for key, count in counts.items() if "|" not in key]
+    return [f"random layers on the CPU: {', '.join(whole)}", *shown]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cpu_tasks
 import pytest
 import torch
 from cases import CASES, EMPTY_CASES, LAYOUTS, Case, strided, with_layout
@@ -116,6 +117,35 @@ def test_depthwise_bits_do_not_depend_on_the_number_of_threads(case: Case, layou
     assert torch.equal(results[0], results[2])
 
 
+SHARED = (  # by threads, in several parts of the positions or several strips of D
+    Case("dense-parts", (2, 20, 40, 40), (48, 20, 3, 3), padding=1),
+    Case("dense-strips", (2, 64, 11, 10), (40, 64, 3, 3), padding=1),
+    Case("grouped-parts", (2, 40, 40, 40), (96, 20, 3, 3), padding=1, groups=2),
+    Case("grouped-strips", (2, 64, 11, 10), (40, 32, 3, 3), padding=1, groups=2),
+    Case("1x1-parts", (2, 96, 37, 36), (60, 96, 1, 1), bias=True),
+    Case("1x1-strips", (2, 300, 13, 12), (40, 300, 1, 1), bias=True),
+    Case("1x1-parts-stride2", (2, 100, 73, 72), (60, 100, 1, 1), stride=2),
+    Case("linear-parts", (2001, 120), (70, 120), bias=True),
+    Case("linear-strips", (301, 400), (64, 400), bias=True),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP64], ids=["f32", "bf16", "f64"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(case: Case, layout: str, dtype: torch.dtype) -> None:
+    """Of our own kernels. A BLAS product that ``direct`` makes of matrices is cut by threads from some 1000 positions on."""
+    x, z, weight, bias = operands(case, dtype, dtype, layout)
+    matrices = case.pointwise and case.stride == 1 and dtype != torch.bfloat16
+    for algorithm in ("gram",) if matrices else [a for a in case.algorithms if a != "library"]:
+        assert {"parts", "strips"} & set(cpu_tasks.several(case, algorithm, z.numel() // case.weight[0], 4))
+        results = []
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            results.append(ops.correlation(x, z, weight, bias=bias, algorithm=algorithm, **case.arguments))
+        assert all(torch.equal(results[0], d) for d in results[1:]), algorithm
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("case", "algorithm"), ELIGIBLE, ids=lambda v: str(v))
@@ -171,6 +201,22 @@ def test_a_bad_number_reaches_exactly_the_taps_that_read_it(algorithm: str, layo
         assert (~d.isfinite() <= spread).all()
     else:
         assert torch.equal(~d.isfinite(), touched)
+
+
+@pytest.mark.parametrize("case", [
+    Case("1-d", (1, 2, 1), (4, 1, 3), stride=2, padding=1, groups=2),
+    Case("2-d", (2, 4, 5, 2), (8, 4, 3, 3), stride=(1, 3), padding=1),
+    Case("1x1", (2, 4, 5, 2), (8, 4, 1, 1), stride=3, padding=3),
+], ids=str)  # fmt: skip
+def test_bf16_rows_shorter_than_the_stride(case: Case) -> None:
+    x, z, weight, _ = operands(case, torch.bfloat16, torch.bfloat16)
+    truth = exact(case, x, z, weight, None)
+    for algorithm in ("auto", *case.algorithms):
+        for _ in range(20):
+            for size in range(64, 4096, 64):
+                torch.full((size,), float("nan"))  # what is found in fresh memory
+            d = ops.correlation(x, z, weight, algorithm=algorithm, **case.arguments)
+            assert relative_error(d, truth) < 1e-2, algorithm
 
 
 def test_autocast_and_grad_mode_do_not_matter() -> None:

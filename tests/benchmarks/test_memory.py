@@ -62,6 +62,22 @@ def test_the_position_of_the_papers_epoch_is_measured() -> None:
     assert int(memory.PAPER_POSITION * 54) == memory.fastest_boundary(54)
 
 
+def test_only_what_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def fails_once(task: dict[str, Any]) -> dict[str, Any]:
+        tried.append(task["method"])
+        return {**task, "status": "ERROR", "why": "no"} if tried == ["sgd", "local"] else fake(task)
+
+    monkeypatch.setattr(memory, "in_fresh_process", fails_once)
+    out = ["--out", str(tmp_path / "memory.json")]
+    assert memory.main([*FEW, *out]) == 1
+    assert tried == ["sgd", "local", "naive", "frozen"]
+    assert memory.main([*FEW, *out, "--resume", "--budget", "-1"]) == 3  # what failed is still to be done
+    assert memory.main([*FEW, *out, "--resume"]) == 0
+    assert tried[4:] == ["local"]
+
+
 @pytest.mark.parametrize("wrong", [["--networks", "lenet"], ["--layouts", "nope"], ["--positions", "1.0"], ["--resume"]])
 def test_wrong_arguments(wrong: list[str]) -> None:
     with pytest.raises(SystemExit):

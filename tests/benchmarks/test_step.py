@@ -53,13 +53,18 @@ def test_a_wrong_step_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def wrong(weight: torch.Tensor, x: torch.Tensor, z: torch.Tensor, lr: Any, **options: Any) -> None:
         original(weight, x, z, 1.01 * lr, **options)
 
-    monkeypatch.setattr(ops, "hebbian_update_", wrong)
     file = tmp_path / "step.json"
-    assert step.main([*FEW, "--out", str(file)]) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "hebbian_update_", wrong)
+        assert step.main([*FEW, "--out", str(file)]) == 1
     (row,) = json.loads(file.read_text())["rows"].values()
     assert row["status"] == "FAILED"
     assert "ms" not in row
     assert "FAILED, not timed: resnet18" in capsys.readouterr().out
+    assert step.main([*FEW, "--out", str(file), "--resume", "--budget", "-1"]) == 3  # what failed is still to be done
+    assert step.main([*FEW, "--out", str(file), "--resume"]) == 0
+    (row,) = json.loads(file.read_text())["rows"].values()
+    assert row["status"] == "ok"
 
 
 def test_multiply_adds_of_a_step() -> None:

@@ -9,7 +9,9 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include "cpu/correlate.h"
 #include "cpu/plan.h"
+#include "cpu/write.h"
 #if defined(LOCALSGD_WITH_CUDA)
 #include "cuda/correlate.h"
 #include "cuda/device.h"
@@ -150,6 +152,15 @@ void check_skipped(const std::optional<at::Tensor>& skipped, int64_t weights, at
     TORCH_CHECK_VALUE(!may_overlap(*skipped), "skipped must not overlap itself in memory");
 }
 
+// Whether two of them lie in one storage, and so might overlap.
+bool share_memory(const std::vector<at::Tensor>& tensors) {
+    std::vector<const void*> storages;
+    for (const at::Tensor& t : tensors)
+        if (t.numel() > 0) storages.push_back(t.storage().data());
+    std::sort(storages.begin(), storages.end());
+    return std::adjacent_find(storages.begin(), storages.end()) != storages.end();
+}
+
 // A raw-pointer write goes unseen by autograd, hence the version counters.
 void bump(const at::Tensor& tensor) { tensor.unsafeGetTensorImpl()->bump_version(); }
 
@@ -161,11 +172,10 @@ void count_skip(const std::optional<at::Tensor>& skipped, int64_t index) {
 
 void write_on_cpu(const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& correlations, double lr,
                   bool normalize, const std::optional<at::Tensor>& skipped) {
-    for (size_t i = 0; i < weights.size(); ++i) {
-        bump(weights[i]);
-        if (correlations[i].numel() > 0 && cpu::apply_update(weights[i], correlations[i], lr, normalize)) continue;
-        count_skip(skipped, static_cast<int64_t>(i));
-    }
+    for (const at::Tensor& weight : weights) bump(weight);
+    const std::vector<bool> usable = cpu::apply_updates(weights, correlations, lr, normalize);
+    for (size_t i = 0; i < weights.size(); ++i)
+        if (!usable[i]) count_skip(skipped, static_cast<int64_t>(i));
 }
 
 #if defined(LOCALSGD_WITH_CUDA)
@@ -231,6 +241,14 @@ void apply_update_(const std::vector<at::Tensor>& weights, const std::vector<at:
     if (weights.empty()) return;
     check_skipped(skipped, static_cast<int64_t>(weights.size()), weights[0].device());
     const Lr step = checked(lr, weights[0].device());
+    if (weights.size() > 1 && share_memory(weights)) { // one after the other
+        for (size_t i = 0; i < weights.size(); ++i) {
+            const bool each = skipped && skipped->numel() > 1;
+            const auto counter = each ? skipped->reshape({-1}).narrow(0, static_cast<int64_t>(i), 1) : skipped;
+            apply_update_({weights[i]}, {correlations[i]}, step, normalize, counter);
+        }
+        return;
+    }
 #if defined(LOCALSGD_WITH_CUDA)
     if (on_gpu(weights[0])) {
         for (size_t i = 0; i < weights.size(); ++i) {

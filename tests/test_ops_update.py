@@ -284,3 +284,37 @@ def test_few_rows_of_any_size(x_scale: float, z_scale: float) -> None:
     ops.hebbian_update_(updated, x, z, 0.25, algorithm="direct")
     expected = 0.25 * d / d.norm() if d.isfinite().all() else torch.zeros_like(d)
     torch.testing.assert_close(updated, expected.float(), rtol=2e-6, atol=1e-3 if d.norm() < 1e-37 else 1e-8)
+
+
+@implementations
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_tensors_at_once_as_one_by_one(implementation, threads: int) -> None:
+    """Of every size around the chunks that are summed apart, in several dtypes and orders, one of them unusable."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        sizes = [(1,), (3, 5), (16384,), (16385,), (7, 3, 3, 3), (300, 200), (40_000,), (64, 32, 3, 3)]
+        dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+        weights = [torch.randn(size).to(dtypes[i % 4]) for i, size in enumerate(sizes)]
+        weights[-1] = weights[-1].contiguous(memory_format=torch.channels_last)
+        weights.append(torch.randn(10, 12)[:, ::2])
+        correlations = [torch.randn(w.shape, dtype=FP64 if i % 3 == 0 else torch.float32) for i, w in enumerate(weights)]
+        correlations[3][5] = math.nan
+        expected = [w.clone() for w in weights]
+        for w, d in zip(expected, correlations, strict=True):
+            implementation.apply_update_([w], [d], 0.5)
+        skipped = torch.zeros(len(weights), dtype=torch.int64)
+        implementation.apply_update_(weights, correlations, 0.5, skipped=skipped)
+        assert all(torch.equal(bits(w), bits(e)) for w, e in zip(weights, expected, strict=True))
+        assert skipped.tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0]
+    finally:
+        torch.set_num_threads(before)
+
+
+@implementations
+def test_a_weight_that_is_there_twice_moves_twice(implementation) -> None:
+    weight, d = torch.zeros(50_000), torch.randn(50_000)
+    implementation.apply_update_([weight, weight, weight[:7]], [d, d, torch.ones(7)], 0.5)
+    expected = 2 * 0.5 * d / d.norm(dtype=FP64)
+    expected[:7] += 0.5 / 7**0.5
+    torch.testing.assert_close(weight, expected.float(), rtol=1e-5, atol=1e-7)

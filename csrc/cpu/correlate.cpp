@@ -13,11 +13,11 @@
 
 #include "../forward.h"
 #include "../library.h"
-#include "apply.h"
 #include "depthwise.h"
 #include "direct.h"
 #include "gram.h"
 #include "views.h"
+#include "write.h"
 
 namespace localsgd::cpu {
 namespace {
@@ -186,37 +186,6 @@ at::Tensor depthwise(const Layer& layer) {
     return d;
 }
 
-template <typename D>
-double norm_of(const D* d, int64_t count) {
-    const int64_t chunks = ceil_div(count, kNormChunk);
-    std::vector<double> partials(chunks);
-    at::parallel_for(0, chunks, 2, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-            partials[i] = sum_of_squares(d + i * kNormChunk, std::min(kNormChunk, count - i * kNormChunk));
-    });
-    double sum = 0;
-    for (const double partial : partials) sum += partial;
-    return std::sqrt(sum);
-}
-
-template <typename D>
-bool update_run(void* w, Kind kind, const D* d, int64_t count, double lr, bool normalize) {
-    const double norm = norm_of(d, count);
-    if (!std::isfinite(norm) || norm <= 0) return false;
-    const double scale = normalize ? lr / norm : lr;
-    at::parallel_for(0, count, 2 * kNormChunk, [&](int64_t begin, int64_t end) {
-        add_scaled(static_cast<char*>(w) + begin * kind_size(kind), kind, d + begin, end - begin, scale);
-    });
-    return true;
-}
-
-// Whether elements lie in the same order: strides of dimensions of size 1 say nothing.
-bool same_order(const at::Tensor& a, const at::Tensor& b) {
-    for (int64_t dim = 0; dim < a.dim(); ++dim)
-        if (a.size(dim) > 1 && a.stride(dim) != b.stride(dim)) return false;
-    return true;
-}
-
 } // namespace
 
 at::Tensor correlate(const Layer& given, Algorithm algorithm, bool as_weight) {
@@ -234,30 +203,13 @@ at::Tensor correlate(const Layer& given, Algorithm algorithm, bool as_weight) {
     }
 }
 
-bool apply_update(const at::Tensor& weight, const at::Tensor& correlation, double lr, bool normalize) {
-    if (!weight.is_non_overlapping_and_dense()) { // a slice: through a dense copy
-        const at::Tensor dense = weight.contiguous();
-        if (!apply_update(dense, correlation, lr, normalize)) return false;
-        weight.copy_(dense);
-        return true;
-    }
-    at::Tensor d = correlation;
-    if (!same_order(d, weight)) { // e.g. a channels_last weight: D in the weight's order
-        d = at::empty_like(weight, correlation.options());
-        d.copy_(correlation);
-    }
-    if (d.scalar_type() == at::kDouble)
-        return update_run(weight.mutable_data_ptr(), kind_of(weight), d.const_data_ptr<double>(), d.numel(), lr, normalize);
-    return update_run(weight.mutable_data_ptr(), kind_of(weight), d.const_data_ptr<float>(), d.numel(), lr, normalize);
-}
-
 bool update(const Layer& given, Algorithm algorithm, double lr, bool normalize) {
     Layer layer = given;
     if (algorithm == Algorithm::kDirect) {
         if (!layer.z) layer.z = forward(layer);
         if (const auto updated = update_by_rows(layer, lr, normalize)) return *updated;
     }
-    return apply_update(layer.weight, correlate(layer, algorithm, true), lr, normalize);
+    return apply_updates({layer.weight}, {correlate(layer, algorithm, true)}, lr, normalize)[0];
 }
 
 } // namespace localsgd::cpu

@@ -10,10 +10,8 @@ namespace localsgd::cpu {
 
 at::Tensor correlate(const Layer& layer, Algorithm algorithm, bool as_weight = false);
 
-// weight += lr * d / ||d||; false if the norm is 0 or not finite, the weight then being untouched.
-bool apply_update(const at::Tensor& weight, const at::Tensor& d, double lr, bool normalize);
-
-// The same with the layer's correlation, which need not exist for it; the layer's weight is written.
+// weight += lr * D / ||D|| for the layer's weight and D, which need not exist for it; false if its norm is 0 or not finite, the
+// weight then being untouched.
 bool update(const Layer& layer, Algorithm algorithm, double lr, bool normalize);
 
 } // namespace localsgd::cpu

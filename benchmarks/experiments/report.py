@@ -1,0 +1,51 @@
+"""What all tables have in common: the stamp of scale and cost, the spread over seeds, what is missing."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from benchmarks.experiments.cells import Cell, digest
+from benchmarks.experiments.scales import Study
+from benchmarks.experiments.store import Result, Store
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and sample standard deviation."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def interval_note() -> str:
+    return (
+        "Accuracy after the last epoch, mean ± standard deviation; differences are taken seed by seed: mean [95 % confidence interval] "
+        "and p of the paired t-test, two-sided. At equal cost: a seed's reference is interpolated linearly between its own points; "
+        "where they do not reach the method's cost there is none."
+    )
+
+
+def stamp(study: Study, cells: Iterable[Cell], store: Store) -> str:
+    """Scale, what was used of how much, core- or GPU-hours, hardware."""
+    runs: dict[str, Result | None] = {digest(c.config): store.get(c) for c in cells if c.config is not None}
+    done = [result for result in runs.values() if result is not None]
+    if not done:
+        return f"Scale {study.scale.name}: none of {len(runs)} runs finished."
+    kind = "GPU-hours" if done[0].environment["gpu"] else "core-hours"
+    where = sorted({str(r.environment["gpu"] or r.environment["cpu"]) for r in done})
+    commits = sorted({str(r.environment["git_commit"])[:9] for r in done})
+    first = done[0].config
+    changed = "".join(f", {name} {value}" for name, value in study.flags.items())
+    return (
+        f"Scale {study.scale.name}{changed}: {len(done)} of {len(runs)} runs finished, {sum(r.hours for r in done):.2f} {kind} of training; "
+        f"{done[0].about['train_images']} training and {done[0].about['test_images']} test pictures, batch {first.batch_size}, "
+        f"seeds {', '.join(map(str, sorted({r.config.seed for r in done})))}; {'; '.join(where)}; commit {', '.join(commits)}."
+    )
+
+
+def missing(cells: Iterable[Cell], store: Store) -> str:
+    """What no table can show yet, by name, without seeds; empty if there is nothing."""
+    absent: dict[str, str] = {}
+    for cell in cells:
+        if store.get(cell) is None:
+            absent.setdefault(f"{'/'.join(cell.network)}/{cell.variant.label}", cell.missing or "not all seeds are trained yet")
+    return "\n".join(f"Missing: {name}: {why}" for name, why in absent.items())

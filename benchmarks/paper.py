@@ -25,10 +25,10 @@ import torch
 from rich.console import Console
 
 from benchmarks import ROOT
-from benchmarks.experiments import suite, timing
+from benchmarks.experiments import section2, suite, timing
 from benchmarks.experiments.runner import Runner, unfinished
 from benchmarks.experiments.scales import SCALES, Study
-from benchmarks.experiments.store import Store
+from benchmarks.experiments.store import Result, Store
 from benchmarks.experiments.timing import Timings
 from localsgd_ext.train import progress
 from localsgd_ext.train.config import DATA_SETS
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             filter(None, map(store.get, cells)), out, args.timing, lambda line: print(line, file=sys.stderr, flush=True)
         )
     elif not args.table:
-        runner = Runner(store, args.work / args.scale, lambda total: progress.choose(total, Console(stderr=True)))
+        runner = Runner(store, args.work / args.scale, _display)
         left, failed = runner.run(cells, args.only, args.budget), runner.failed
     for name in args.experiments:
         report = suite.report(name, study, store, Timings.read(out))
@@ -115,6 +115,22 @@ def run(args: argparse.Namespace) -> int:
     if left:
         print(f"{len(left)} runs are left: the same command goes on", file=sys.stderr)
     return 3 if left else 0
+
+
+def _display(total: int) -> progress.Progress:
+    """On standard error: the tables are what the command prints."""
+    console = Console(stderr=True)
+    return progress.Bar(total, console) if console.is_terminal else progress.Lines(total, _say)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _time(args: argparse.Namespace, study: Study, results: Sequence[Result], out: Path) -> None:
+    timing.measure(results, out, args.timing, _say)
+    if "section2" in args.experiments:
+        section2.measure(study, suite.EXPERIMENTS["section2"].networks(study), out, args.timing, _say)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

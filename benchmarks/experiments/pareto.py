@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from benchmarks.experiments import student
-from benchmarks.experiments.cells import Cell, Network, Variant
+from benchmarks.experiments import methods, student
+from benchmarks.experiments.cells import Network, Variant
+from benchmarks.experiments.iso import shorter
+from benchmarks.experiments.methods import Cost, difference, macs, percent, relative
 from benchmarks.experiments.report import interval_note, spread
 from benchmarks.experiments.scales import Study
 from benchmarks.experiments.store import Result
@@ -19,7 +21,6 @@ DEFAULT_LOCAL_LR = 1e-4
 REFRESHES = (("quadratic", 2), ("quadratic", 4), ("quadratic", 8), ("dynamic", 4))
 FREEZING = ("dynamic", "quadratic", "exponential")
 LITERAL = ("dynamic", "quadratic")
-SHARES = (7 / 8, 6 / 8, 5 / 8, 4 / 8)
 SGD, SHORT, FROZEN = "SGD", "SGD, fewer epochs", "freezing"
 OURS = {"freeze": "refresh", "local": "refresh + Hebb"}
 PAPER_RULE = "literal LoCal+SGD"
@@ -30,34 +31,23 @@ Curve = Sequence[tuple[float, float]]
 
 def families(study: Study, network: Network) -> dict[str, list[Variant]]:
     """The curves, by name."""
-    whole = study.epochs(network)
-    fewer = sorted({round(share * whole) for share in SHARES} - {0, whole}, reverse=True)
     curves = {
-        SGD: [Variant(f"{SGD}, {whole} epochs", "sgd")],
-        SHORT: [Variant(f"{SGD}, {epochs} epochs", "sgd", study.shortened(network, epochs)) for epochs in fewer],
+        SGD: [methods.SGD],
+        SHORT: list(shorter(study, network).values()),
         FROZEN: [Variant(f"{FROZEN}, {schedule}", "freeze", {"schedule": schedule}) for schedule in FREEZING],
         PAPER_RULE: [Variant(f"{PAPER_RULE}, {schedule}", "local-paper", {"schedule": schedule}) for schedule in LITERAL],
     }
     for method, name in OURS.items():
+        rate = {"local_lr": DEFAULT_LOCAL_LR} if method == "local" else {}
         curves[name] = [
-            Variant(
-                f"{name} 1/{refresh}, {schedule}",
-                method,
-                {"schedule": schedule, "refresh": refresh, "local_lr": DEFAULT_LOCAL_LR},
-            )
+            Variant(f"{name} 1/{refresh}, {schedule}", method, {"schedule": schedule, "refresh": refresh, **rate})
             for schedule, refresh in REFRESHES
         ]
     return curves
 
 
-def cells(study: Study) -> list[Cell]:
-    return [
-        study.cell(network, variant, seed)
-        for seed in study.seed_range(pareto=True)
-        for network in study.networks("cifar")
-        for curve in families(study, network).values()
-        for variant in curve
-    ]
+def variants(study: Study, network: Network) -> list[Variant]:
+    return [variant for curve in families(study, network).values() for variant in curve]
 
 
 def interpolated(curve: Curve, cost: float) -> float | None:
@@ -88,7 +78,7 @@ class Points:
 
     curves: dict[str, list[str]]
     results: dict[str, dict[int, Result]]
-    cost: Callable[[Result], float | None]
+    cost: Cost
 
     def curve(self, names: Sequence[str], seed: int) -> Curve:
         """Of one seed, from all labels of the curves ``names`` that it finished."""
@@ -111,12 +101,6 @@ class Points:
         return student.paired(differences) if differences else None
 
 
-def difference(one: Mapping[int, Result], other: Mapping[int, Result]) -> student.Paired | None:
-    """Of the accuracies, over the seeds that both have."""
-    both = sorted(one.keys() & other.keys())
-    return student.paired([one[seed].accuracy - other[seed].accuracy for seed in both]) if both else None
-
-
 def table(study: Study, network: Network, results: dict[str, dict[int, Result]], timings: Timings) -> str:
     """For one network: at equal multiply-adds and, where the steps were timed, at equal time."""
     curves = {name: [variant.label for variant in variants] for name, variants in families(study, network).items()}
@@ -127,11 +111,11 @@ def table(study: Study, network: Network, results: dict[str, dict[int, Result]],
     for label in (label for names in curves.values() for label in names if label in results):
         runs = results[label]
         minus = None if label == whole else difference(runs, results[whole])
-        costs = (relative(runs, results[whole], cost) for cost in (_macs, timings.steps_of_sgd))
+        costs = (relative(runs, results[whole], cost) for cost in (macs, timings.steps_of_sgd))
         accuracy = spread([r.accuracy for r in runs.values()])
-        rows.append((label, str(len(runs)), accuracy, "-" if minus is None else minus.text(), *map(_percent, costs)))  # type: ignore[arg-type]
+        rows.append((label, str(len(runs)), accuracy, "-" if minus is None else minus.text(), *map(percent, costs)))  # type: ignore[arg-type]
     parts = [aligned(rows), interval_note()]
-    for name, cost in (("multiply-adds", _macs), ("time", timings.steps_of_sgd)):
+    for name, cost in (("multiply-adds", macs), ("time", timings.steps_of_sgd)):
         if all(cost(result) is not None for runs in results.values() for result in runs.values()):
             parts.append(_at_equal_cost(name, Points(curves, results, cost)))
     hebb = [
@@ -156,25 +140,6 @@ def _at_equal_cost(name: str, points: Points) -> str:
             texts = ["-" if paired is None else paired.text() for paired in against]
             rows.append((label, texts[0], texts[1], better.get(label) or "none"))
     return aligned(rows)
-
-
-def _macs(result: Result) -> float | None:
-    return result.macs
-
-
-def relative(runs: Mapping[int, Result], sgd: Mapping[int, Result], cost: Callable[[Result], float | None]) -> float | None:
-    """Mean cost over seeds, of that of ``sgd``; ``None`` where it is not known."""
-    means = []
-    for some in (runs, sgd):
-        costs = [value for result in some.values() if (value := cost(result)) is not None]
-        if len(costs) < len(some):
-            return None
-        means.append(statistics.fmean(costs))
-    return means[0] / means[1]
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
 
 
 COLOURS = {

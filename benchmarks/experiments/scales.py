@@ -22,6 +22,9 @@ class Scale:
     seeds: int
     pareto_seeds: int
     preset: str | None = None
+    grid_shifts: tuple[int | float, ...] = (1, 2)
+    """Of ``t_shift``; in layers for shallow networks, where small shares of the depth are all one layer."""
+    sweep_shifts: tuple[int | float, ...] = (1, 2, 3, 4, 6)
 
 
 _SMALL = (("glyphs", "small_resnet"), ("glyphs", "small_vgg"))
@@ -60,6 +63,8 @@ SCALES = {
             seeds=1,
             pareto_seeds=3,
             preset="paper",
+            grid_shifts=(0.05, 0.1),
+            sweep_shifts=(0.02, 0.05, 0.08, 0.12, 0.2, 0.3),
         ),
     )
 }  # fmt: skip

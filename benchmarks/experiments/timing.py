@@ -24,7 +24,7 @@ from localsgd_ext.train import environment, models
 from localsgd_ext.train.config import RunConfig
 from localsgd_ext.train.files import read_json
 
-FILE = "timing.json"
+FILE, CLAIMS = "timing.json", "section2.json"
 LEAST_ROUNDS = 5
 # By method: its variant in benchmarks/step_variants.py. Other methods' steps do not follow from a boundary.
 VARIANTS = {"freeze": "frozen", "local": "local", "local-paper": "local"}
@@ -59,12 +59,12 @@ class Shape:
 class Timings:
     """Of a file: the ratio to a step of SGD, by method and boundary."""
 
-    def __init__(self, content: Mapping[str, Any] | None) -> None:
-        self.content = content or {"rows": {}}
+    def __init__(self, rows: Mapping[str, Any] | None = None, claims: Mapping[str, Any] | None = None) -> None:
+        self.rows, self.claims = rows or {}, claims or {}
 
     @classmethod
     def read(cls, directory: Path) -> Timings:
-        return cls(read_json(directory / FILE) if (directory / FILE).exists() else None)
+        return cls(*(read_json(path)["rows"] if (path := directory / name).exists() else None for name in (FILE, CLAIMS)))
 
     def share(self, config: RunConfig, boundary: int) -> float | None:
         """What a step that does not refresh takes, of SGD's."""
@@ -72,12 +72,12 @@ class Timings:
             return 1.0
         if config.method not in VARIANTS or config.sample != 1:
             return None
-        row = self.content["rows"].get(_key(Shape.of(config), VARIANTS[config.method], boundary))
+        row = self.rows.get(_key(Shape.of(config), VARIANTS[config.method], boundary))
         return None if row is None else row["ms"] / row["sgd_ms"]
 
     def sgd_ms(self, config: RunConfig) -> float | None:
         """A step of SGD: the median over all that was measured beside it."""
-        rows = [row for row in self.content["rows"].values() if row["shape"] == Shape.of(config).key]
+        rows = [row for row in self.rows.values() if row["shape"] == Shape.of(config).key]
         return statistics.median(row["sgd_ms"] for row in rows) if rows else None
 
     def steps_of_sgd(self, result: Result) -> float | None:
@@ -116,13 +116,25 @@ def measure(results: Iterable[Result], directory: Path, seconds: float, say: Any
         say(f"{key}: {row['ms'] / row['sgd_ms']:.3f} of SGD's {row['sgd_ms']:.2f} ms; {len(records.left)} to go")
 
 
-def _row(shape: Shape, variant: str, boundary: int, seconds: float) -> dict[str, Any]:
-    device = torch.device(shape.device)
-    layout = LAYOUTS["nhwc" if shape.channels_last else "nchw"]
+def example(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape.batch, 3, shape.image, shape.image, generator=generator).to(device).to(memory_format=layout)
-    y = torch.randint(shape.classes, (shape.batch,), generator=generator).to(device)
-    start = models.build(shape.network[1], shape.classes, seed=0).to(device).to(memory_format=layout).train()
+    x = torch.randn(shape.batch, 3, shape.image, shape.image, generator=generator)
+    y = torch.randint(shape.classes, (shape.batch,), generator=generator)
+    return x.to(shape.device).to(memory_format=_layout(shape)), y.to(shape.device)
+
+
+def start_of(shape: Shape) -> torch.nn.Module:
+    model = models.build(shape.network[1], shape.classes, seed=0)
+    return model.to(shape.device).to(memory_format=_layout(shape)).train()
+
+
+def _layout(shape: Shape) -> torch.memory_format:
+    return LAYOUTS["nhwc" if shape.channels_last else "nchw"]
+
+
+def _row(shape: Shape, variant: str, boundary: int, seconds: float) -> dict[str, Any]:
+    x, y = example(shape)
+    start = start_of(shape)
     layers = len(trace_layers(start, x[:2]))
     both = [make(name, start, x[:2], boundary) for name in ("sgd", variant)]
     times: list[list[float]] = [[], []]
@@ -139,17 +151,23 @@ def _row(shape: Shape, variant: str, boundary: int, seconds: float) -> dict[str,
     }  # fmt: skip
 
 
+def autocast(shape: Shape) -> contextlib.AbstractContextManager[Any]:
+    if shape.amp not in _AMP:
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(shape.device).type, dtype=_AMP[shape.amp])
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _step(variant: Variant, x: torch.Tensor, y: torch.Tensor, shape: Shape) -> float:
     """Seconds."""
     device = torch.device(shape.device)
-    with torch.autocast(device.type, dtype=_AMP[shape.amp]) if shape.amp in _AMP else contextlib.nullcontext():
-        _wait(device)
+    with autocast(shape):
+        wait(device)
         begin = time.perf_counter()
         variant.step(x, y)
-        _wait(device)
+        wait(device)
         return time.perf_counter() - begin
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

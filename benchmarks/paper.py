@@ -93,10 +93,9 @@ def run(args: argparse.Namespace) -> int:
     failed: dict[str, str] = {}
     left = []
     if args.timing is not None:
-        timing.measure(
-            filter(None, map(store.get, cells)), out, args.timing, lambda line: print(line, file=sys.stderr, flush=True)
-        )
+        _time(args, study, [result for cell in cells if (result := store.get(cell)) is not None], out)
     elif not args.table:
+        _check_machine(study)
         runner = Runner(store, args.work / args.scale, _display)
         left, failed = runner.run(cells, args.only, args.budget), runner.failed
     for name in args.experiments:
@@ -104,10 +103,11 @@ def run(args: argparse.Namespace) -> int:
         print(report)
         runs = suite.finished(suite.EXPERIMENTS[name].cells(study), store)
         if runs:
-            write_atomically(out / f"{name}.md", report.encode())
+            file = "-".join([name, *filter(None, [args.data, args.models, *args.set])])
+            write_atomically(out / f"{file}.md", report.encode())
             draw = suite.EXPERIMENTS[name].picture
             if draw is not None:
-                write_atomically(out / f"{name}.png", draw(study, runs))
+                write_atomically(out / f"{file}.png", draw(study, runs))
     for cell_name, why in failed.items():
         print(f"{cell_name} failed: {why}", file=sys.stderr)
     if failed:
@@ -115,6 +115,12 @@ def run(args: argparse.Namespace) -> int:
     if left:
         print(f"{len(left)} runs are left: the same command goes on", file=sys.stderr)
     return 3 if left else 0
+
+
+def _check_machine(study: Study) -> None:
+    device = {**study.scale.flags, **study.flags}["device"]
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"scale {study.scale.name} trains on {device}, PyTorch sees none here; --set device=cpu is slow")
 
 
 def _display(total: int) -> progress.Progress:

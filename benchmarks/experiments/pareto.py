@@ -149,12 +149,13 @@ MARKS = {SGD: "*", SHORT: "o", FROZEN: "s", PAPER_RULE: "v", OURS["freeze"]: "^"
 
 
 def picture(study: Study, panels: Mapping[Network, dict[str, dict[int, Result]]]) -> bytes:
-    """A panel for each network: mean accuracy and its 95 % interval against multiply-adds."""
+    """A panel for each network that SGD finished: mean accuracy and its 95 % interval against multiply-adds."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    panels = {network: results for network, results in panels.items() if methods.SGD.label in results}
     figure = Figure(figsize=(5.6 * max(1, len(panels)), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]

@@ -34,7 +34,7 @@ def drawn(count: int, draw: Callable[[Sequence[Any]], None], columns: int = 2) -
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=8)
         else:
-            axis.set_axis_off()
+            axis.set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

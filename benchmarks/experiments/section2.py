@@ -16,8 +16,7 @@ from benchmarks.experiments.cells import Network, Variant
 from benchmarks.experiments.experiment import Runs
 from benchmarks.experiments.methods import FREEZING, LITERAL, REFRESH, SGD, changed, compared, difference
 from benchmarks.experiments.scales import Study
-from benchmarks.experiments.timing import CLAIMS, LEAST_ROUNDS, Shape, Timings, autocast, example, start_of, wait
-from benchmarks.records import Records
+from benchmarks.experiments.timing import CLAIMS, LEAST_ROUNDS, Shape, Timings, autocast, example, records_of, start_of, wait
 from benchmarks.step_variants import Call, calls, geometry, kernel, make
 from benchmarks.step_variants import Variant as Step
 from benchmarks.tables import aligned, number, times
@@ -62,11 +61,9 @@ def measure(study: Study, networks: tuple[Network, ...], directory: Path, second
     shapes = {shape.key: shape for shape in (Shape.of(study.config(network, "sgd")) for network in networks)}
     if not shapes:
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    device = next(iter(shapes.values())).device
-    records = Records(directory / CLAIMS, {"environment": environment.describe(device)}, resume=True)
+    records = records_of(directory / CLAIMS, next(iter(shapes.values())).device)
     for key in records.todo(shapes):
-        records.add(key, row(shapes[key], seconds))
+        records.add(key, row(shapes[key], seconds) | {"commit": environment.git_commit()})
         say(f"{key}: phases and layers")
 
 

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.experiments.cells import Network
 from benchmarks.experiments.store import Result
-from benchmarks.records import Records
+from benchmarks.records import MUST_AGREE, Records
 from benchmarks.step_variants import LAYOUTS, Variant, make
 from localsgd_ext import trace_layers
 from localsgd_ext.train import environment, models
@@ -26,6 +26,8 @@ from localsgd_ext.train.files import read_json
 
 FILE, CLAIMS = "timing.json", "section2.json"
 LEAST_ROUNDS = 5
+# Each row is a ratio to what was measured beside it, and says its commit.
+SAME_MACHINE = tuple(key for key in MUST_AGREE if key != "git_commit")
 # By method: its variant in benchmarks/step_variants.py. Other methods' steps do not follow from a boundary.
 VARIANTS = {"freeze": "frozen", "local": "local", "local-paper": "local"}
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -108,12 +110,17 @@ def measure(results: Iterable[Result], directory: Path, seconds: float, say: Any
         return
     devices = {shape.device for shape, *_ in todo.values()}
     assert len(devices) == 1, devices  # a scale has one
-    directory.mkdir(parents=True, exist_ok=True)
-    records = Records(directory / FILE, {"environment": environment.describe(devices.pop())}, resume=True)
+    records = records_of(directory / FILE, devices.pop())
     for key in records.todo(todo):
-        row = _row(*todo[key], seconds)
+        row = _row(*todo[key], seconds) | {"commit": environment.git_commit()}
         records.add(key, row)
         say(f"{key}: {row['ms'] / row['sgd_ms']:.3f} of SGD's {row['sgd_ms']:.2f} ms; {len(records.left)} to go")
+
+
+def records_of(path: Path, device: str) -> Records:
+    """Rows of any commit, all of this machine. Raises ``ValueError`` for those of another."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Records(path, {"environment": environment.describe(device)}, resume=True, must_agree=SAME_MACHINE)
 
 
 def example(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,9 +40,23 @@ class Cell:
         return f"{self.network[0]}/{self.network[1]}/{self.variant.label}/seed{self.seed}"
 
 
+# Options that only some methods read: they do not tell runs of the others apart.
+_WITH_BOUNDARY = ("freeze", "local", "local-paper")
+_READ_BY = {
+    **dict.fromkeys(("alpha", "l_max", "t_shift", "schedule", "refresh"), _WITH_BOUNDARY),
+    **dict.fromkeys(("local_lr", "local_lr_decay", "local_lr_decay_every", "supervision", "sample"), _WITH_BOUNDARY[1:]),
+    "survival": ("stochastic-depth",),
+    **dict.fromkeys(("lasso_ratio", "reconfigure_every"), ("prunetrain",)),
+}
+
+
 def digest(config: RunConfig) -> str:
     """Names a run: the same for all that compute the same numbers. Options at their default do not count, so that a new option
     leaves the names of runs that do without it as they were."""
     defaults = {f.name: f.default for f in dataclasses.fields(RunConfig) if f.default is not dataclasses.MISSING}
-    telling = {k: v for k, v in config.identity().items() if k not in defaults or v != defaults[k]}
+    telling = {
+        name: value
+        for name, value in config.identity().items()
+        if config.method in _READ_BY.get(name, (config.method,)) and (name not in defaults or value != defaults[name])
+    }
     return hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:12]

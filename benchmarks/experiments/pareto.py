@@ -17,7 +17,6 @@ from benchmarks.experiments.store import Result
 from benchmarks.experiments.timing import Timings
 from benchmarks.tables import aligned
 
-DEFAULT_LOCAL_LR = 1e-4
 REFRESHES = (("quadratic", 2), ("quadratic", 4), ("quadratic", 8), ("dynamic", 4))
 FREEZING = ("dynamic", "quadratic", "exponential")
 LITERAL = ("dynamic", "quadratic")
@@ -38,7 +37,7 @@ def families(study: Study, network: Network) -> dict[str, list[Variant]]:
         PAPER_RULE: [Variant(f"{PAPER_RULE}, {schedule}", "local-paper", {"schedule": schedule}) for schedule in LITERAL],
     }
     for method, name in OURS.items():
-        rate = {"local_lr": DEFAULT_LOCAL_LR} if method == "local" else {}
+        rate = methods.SMALL_STEPS.flags if method == "local" else {}
         curves[name] = [
             Variant(f"{name} 1/{refresh}, {schedule}", method, {"schedule": schedule, "refresh": refresh, **rate})
             for schedule, refresh in REFRESHES

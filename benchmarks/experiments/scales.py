@@ -103,9 +103,14 @@ class Study:
         return resolve(data, model, method, self.scale.preset, seed=seed, root=self.root, **values)
 
     def cell(self, network: Network, variant: Variant, seed: int) -> Cell:
+        """Raises ``ValueError`` for options that make no run; a method that is not for this network is missing there."""
         if variant.method not in METHODS:
             return Cell(network, variant, seed, None, f"localsgd_ext.train has no method {variant.method} yet")
-        return Cell(network, variant, seed, self.config(network, variant.method, seed, **variant.flags))
+        self.config(network, "sgd", seed)  # whatever is wrong with the options shows here already
+        try:
+            return Cell(network, variant, seed, self.config(network, variant.method, seed, **variant.flags))
+        except ValueError as error:
+            return Cell(network, variant, seed, None, str(error))
 
     def epochs(self, network: Network) -> int:
         """Of a run of SGD."""

@@ -59,7 +59,6 @@ def line(config: RunConfig, metrics: Sequence[Mapping[str, Any]], environment: M
     """What is kept of a run."""
     cores = 1 if environment["gpu"] else environment["threads"]
     return {
-        "id": digest(config),
         "config": config.replace(root=None).to_json(),
         **{name: metrics[-1][name] for name in ONCE},
         "hours": metrics[-1]["elapsed_train_seconds"] * cores / 3600,
@@ -90,8 +89,8 @@ class Store:
 
     def _of(self, network: Network) -> dict[str, Result]:
         if network not in self._read:
-            lines = read_json_lines(self.path(network))
-            self._read[network] = {saved["id"]: _result(saved) for saved in lines}
+            found = map(_result, read_json_lines(self.path(network)))
+            self._read[network] = {digest(result.config): result for result in found}
         return self._read[network]
 
     def get(self, cell: Cell) -> Result | None:

@@ -83,7 +83,8 @@ def test_pareto_and_table2_from_end_to_end(tmp_path: Path, capsys: pytest.Captur
     assert "core-hours of training" in printed
     assert not any((tmp_path / "work" / "smoke").iterdir())  # no checkpoints stay
     (file,) = (tmp_path / "out" / "smoke").glob("*.jsonl")
-    assert len({entry["id"] for entry in read_json_lines(file)}) == len(read_json_lines(file))  # each run once
+    configs = [json.dumps(entry["config"]) for entry in read_json_lines(file)]
+    assert len(set(configs)) == len(configs)  # each run once
 
     # From the JSON alone, elsewhere.
     elsewhere = tmp_path / "elsewhere" / "out" / "smoke"
@@ -129,6 +130,10 @@ def test_what_cannot_be_trained_yet_is_named(tmp_path: Path) -> None:
     assert "Missing: table 3 (batch growth)" in suite.report("table3", SMOKE, Store(tmp_path), Timings())
     cell = SMOKE.cell(NETWORK, Variant("new", "no-such-method"), 0)
     assert (cell.config, cell.missing) == (None, "localsgd_ext.train has no method no-such-method yet")
+    unfit = SMOKE.cell(NETWORK, Variant("unfit", "freeze", {"l_max": 2.0}), 0)
+    assert (unfit.config, unfit.missing) == (None, "--l-max must be in (0, 1), got 2.0")
+    with pytest.raises(ValueError, match="--epochs must be at least 1"):
+        Study(SCALES["smoke"], flags={"epochs": 0}).cell(NETWORK, Variant("SGD", "sgd"), 0)
 
 
 def test_side_claims_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,7 +188,7 @@ def test_a_cell_killed_in_the_middle_goes_on_bit_for_bit(tmp_path: Path) -> None
     entries = [read_json_lines(tmp_path / n / "out" / "smoke" / "fake-small_resnet.jsonl") for n in ("undisturbed", "killed")]
     assert [len(found) for found in entries] == [1, 1]
     assert entries[0][0]["epochs"] == entries[1][0]["epochs"]
-    assert entries[0][0]["id"] == entries[1][0]["id"]
+    assert entries[0][0]["config"] == entries[1][0]["config"]
 
 
 def test_a_cell_that_another_process_trains_is_left_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,7 +242,11 @@ def test_an_option_that_is_new_leaves_the_names_of_old_runs() -> None:
     config = SMOKE.config(NETWORK, "sgd")
     assert digest(config) == digest(config.replace(root="/somewhere", workers=0))
     assert digest(config) == digest(config.replace(refresh=0))
-    assert len({digest(config), digest(config.replace(refresh=4)), digest(config.replace(seed=1))}) == 3
+    assert digest(config) == digest(config.replace(l_max=0.5, local_lr=1.0))  # nothing to SGD
+    frozen = SMOKE.config(NETWORK, "freeze")
+    assert digest(frozen) == digest(frozen.replace(local_lr=1.0))
+    changed = [frozen, frozen.replace(refresh=4), frozen.replace(seed=1), frozen.replace(l_max=0.5), config]
+    assert len({digest(one) for one in changed}) == 5
 
 
 def test_the_full_scale_is_the_papers() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from benchmarks.experiments.cells import Cell, digest
+from benchmarks.experiments.cells import Cell, Network, digest
 from benchmarks.experiments.scales import Study
 from benchmarks.experiments.store import Result, Store
 
@@ -43,9 +43,17 @@ def stamp(study: Study, cells: Iterable[Cell], store: Store) -> str:
 
 
 def missing(cells: Iterable[Cell], store: Store) -> str:
-    """What no table can show yet, by name, without seeds; empty if there is nothing."""
+    """What no table can show yet, by name; empty if there is nothing."""
     absent: dict[str, str] = {}
+    pending: dict[Network, dict[str, int]] = {}
     for cell in cells:
-        if store.get(cell) is None:
-            absent.setdefault(f"{'/'.join(cell.network)}/{cell.variant.label}", cell.missing or "not all seeds are trained yet")
-    return "\n".join(f"Missing: {name}: {why}" for name, why in absent.items())
+        if cell.missing:
+            absent[f"{'/'.join(cell.network)}/{cell.variant.label}"] = cell.missing
+        elif store.get(cell) is None:
+            labels = pending.setdefault(cell.network, {})
+            labels[cell.variant.label] = labels.get(cell.variant.label, 0) + 1
+    lines = [f"Missing: {name}: {why}." for name, why in absent.items()]
+    for network, labels in pending.items():
+        named = "; ".join(f"{label} ({count} seed{'s' if count > 1 else ''})" for label, count in labels.items())
+        lines.append(f"Not trained yet, {network[1]} on {network[0]}: {named}.")
+    return "\n\n".join(lines)

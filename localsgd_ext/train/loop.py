@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, StepLR
 
 from localsgd_ext import LocalizedLearning, StaticModeSelection, trace_layers
-from localsgd_ext.selection import ModeSelection
 from localsgd_ext.train import checkpoint, models
 from localsgd_ext.train.config import RunConfig
 from localsgd_ext.train.data import Data, derive_seed
@@ -55,7 +54,7 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.amp == "fp16")
         example = torch.zeros(2, 3, data.image_size, data.image_size, device=self._device)
         with self._logged_warnings():
-            self.local = _localized_learning(self, example)
+            self.local = _localized_learning(self)
             self.num_layers = len(self.local.trace(example) if self.local else trace_layers(self.model, example))
 
     @property
@@ -256,19 +255,16 @@ class Cost:
         self.multiply_adds += self._each[refreshing]
 
 
-def _localized_learning(trainer: Trainer, example: Tensor) -> LocalizedLearning | None:
+def _localized_learning(trainer: Trainer) -> LocalizedLearning | None:
     config = trainer.config
     if config.method == "sgd":
         return None
-    schedule: str | ModeSelection = config.schedule
-    if schedule == "local-first":
-        schedule = _local_first(len(trace_layers(trainer.model, example)), config)
     return LocalizedLearning(
         trainer.model,
         trainer.optimizer,
         epochs=config.epochs,
         rule="frozen" if config.method == "freeze" else "hebbian",
-        schedule=schedule,
+        schedule=_local_first(config) if config.schedule == "local-first" else config.schedule,
         alpha=config.alpha,
         l_max=config.l_max,
         t_shift=config.t_shift,
@@ -282,10 +278,15 @@ def _localized_learning(trainer: Trainer, example: Tensor) -> LocalizedLearning 
     )
 
 
-def _local_first(layers: int, config: RunConfig) -> ModeSelection:
+def _local_first(config: RunConfig) -> StaticModeSelection:
     """The linear schedule backwards: every boundary of it as often, the largest first (paper, section 2.2)."""
-    forwards = StaticModeSelection(layers, config.epochs, kind="linear", l_max=config.l_max)
-    return StaticModeSelection(kind=lambda epoch: forwards.at(max(0, config.epochs - 1 - epoch)), l_max=config.l_max)
+
+    def boundary(epoch: int) -> int:
+        forwards = StaticModeSelection(schedule.num_layers, config.epochs, kind="linear", l_max=config.l_max)
+        return forwards.at(max(0, config.epochs - 1 - epoch))
+
+    schedule = StaticModeSelection(kind=boundary, l_max=config.l_max)
+    return schedule
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, config: RunConfig) -> LRScheduler:

@@ -117,13 +117,13 @@ def test_every_experiment_makes_tables_and_pictures_of_half_finished_seeds(
             store.add(cell.network, made(cell.network, cell.variant, cell.seed, accuracies, random.uniform(0.5, 1)))
     report = suite.report(experiment, SMOKE, store, Timings())
     assert ("| SGD  " in report) == (baseline and experiment != "figure3")
-    assert "not all seeds are trained yet" in report
+    assert "Not trained yet, small_resnet on fake: " in report
     draw = suite.EXPERIMENTS[experiment].picture
     if draw is not None:
         assert draw(SMOKE, suite.finished(cells, store)).startswith(b"\x89PNG")
     nothing = suite.report(experiment, SMOKE, Store(tmp_path / "empty"), Timings())
     assert "Scale smoke: none of " in nothing
-    assert "Missing: fake/small_resnet/SGD: not all seeds are trained yet" in nothing
+    assert "Not trained yet, small_resnet on fake: SGD (2 seeds)" in nothing
 
 
 def test_what_cannot_be_trained_yet_is_named(tmp_path: Path) -> None:

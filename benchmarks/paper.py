@@ -12,6 +12,7 @@ kept of finished ones in --out/SCALE.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from benchmarks.experiments.scales import SCALES, Study
 from benchmarks.experiments.store import Result, Store
 from benchmarks.experiments.timing import Timings
 from localsgd_ext.train import progress
-from localsgd_ext.train.config import DATA_SETS
+from localsgd_ext.train.config import DATA_SETS, RunConfig
 from localsgd_ext.train.files import write_atomically
 
 
@@ -69,12 +70,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--set must be OPTION=VALUE, got {text!r}")
+    name = name.replace("-", "_")
+    if not equals or name not in {field.name for field in dataclasses.fields(RunConfig)}:
+        raise ValueError(f"--set must be OPTION=VALUE, with an option of localsgd train, got {text!r}")
     try:
-        return name.replace("-", "_"), json.loads(value)
+        return name, json.loads(value)
     except json.JSONDecodeError:
-        return name.replace("-", "_"), value
+        return name, value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     out = args.out / args.scale
     store = Store(out)
     cells = [cell for name in args.experiments for cell in suite.EXPERIMENTS[name].cells(study)]
+    if args.models and not cells and args.experiments != ["table3"]:
+        raise ValueError(f"--models {args.models}: scale {args.scale} has none of them")
     if args.list:
         for cell in cells:
             if cell.missing:
@@ -140,10 +144,13 @@ def _time(args: argparse.Namespace, study: Study, results: Sequence[Result], out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: done; 1: a run failed; 2: wrong arguments or file; 3: the budget ran out."""
+    """0: done; 1: a run failed; 2: wrong arguments or file; 3: runs are left; 130: interrupted."""
     args = arguments(argv)
     try:
         return run(args)
+    except KeyboardInterrupt:
+        print("Stopped: the same command goes on from the last epoch.", file=sys.stderr)
+        return 130
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

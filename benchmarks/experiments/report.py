@@ -33,12 +33,17 @@ def stamp(study: Study, cells: Iterable[Cell], store: Store) -> str:
     kind = "GPU-hours" if done[0].environment["gpu"] else "core-hours"
     where = sorted({str(r.environment["gpu"] or r.environment["cpu"]) for r in done})
     commits = sorted({str(r.environment["git_commit"])[:9] for r in done})
-    first = done[0].config
+    sizes = sorted(
+        {
+            f"{r.config.data}: {r.about['train_images']} training and {r.about['test_images']} test pictures, batch {r.config.batch_size}"
+            for r in done
+        }
+    )
     changed = "".join(f", {name} {value}" for name, value in study.flags.items())
     return (
-        f"Scale {study.scale.name}{changed}: {len(done)} of {len(runs)} runs finished, {sum(r.hours for r in done):.2f} {kind} of training; "
-        f"{done[0].about['train_images']} training and {done[0].about['test_images']} test pictures, batch {first.batch_size}, "
-        f"seeds {', '.join(map(str, sorted({r.config.seed for r in done})))}; {'; '.join(where)}; commit {', '.join(commits)}."
+        f"Scale {study.scale.name}{changed}: {len(done)} of {len(runs)} runs finished, {sum(r.hours for r in done):.2f} {kind} of training. "
+        f"{'; '.join(sizes)}; seeds {', '.join(map(str, sorted({r.config.seed for r in done})))}. {'; '.join(where)}; "
+        f"commit {', '.join(commits)}."
     )
 
 

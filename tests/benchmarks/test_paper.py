@@ -149,12 +149,21 @@ def test_side_claims_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["table9"], "EXPERIMENT must be all or of pareto"), (["pareto", "--set", "epochs"], "--set must be OPTION=VALUE")],
+    [
+        (["table9"], "EXPERIMENT must be all or of pareto"),
+        (["pareto", "--set", "epochs"], "--set must be OPTION=VALUE"),
+        (["pareto", "--set", "epocs=3"], "got 'epocs=3'"),
+    ],
 )
 def test_wrong_arguments(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         paper.main(words)
     assert message in capsys.readouterr().err
+
+
+def test_a_model_of_another_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert paper.main(["pareto", "--models", "resnet18", *places(tmp_path)]) == 2
+    assert "--models resnet18: scale cpu has none of them" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- kills, and several processes
@@ -302,7 +311,7 @@ def test_imagenet_as_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str])
              (("train_size", 12), ("test_size", 6), ("batch_size", 4), ("image_size", 16), ("workers", 0), ("epochs", 2))]  # fmt: skip
     words = ["table1", "--scale", "smoke", "--data", "imagenet", "--root", str(tmp_path), "--only", "vgg/(SGD|freezing)/seed0"]
     assert paper.main([*words, *(word for size in sizes for word in ("--set", size)), *places(tmp_path)]) == 0
-    assert "12 training and 6 test pictures, batch 4" in capsys.readouterr().out
+    assert "imagenet: 12 training and 6 test pictures, batch 4; seeds 0." in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- what tables say

@@ -138,7 +138,7 @@ def _say(line: str) -> None:
 
 
 def _time(args: argparse.Namespace, study: Study, results: Sequence[Result], out: Path) -> None:
-    timing.measure(results, out, args.timing, _say)
+    timing.measure(results, out, args.timing, args.root, _say)
     if "section2" in args.experiments:
         section2.measure(study, suite.EXPERIMENTS["section2"].networks(study), out, args.timing, _say)
 

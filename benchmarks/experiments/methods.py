@@ -13,7 +13,7 @@ from benchmarks.experiments.report import interval_note, spread
 from benchmarks.experiments.scales import Study
 from benchmarks.experiments.store import Result
 from benchmarks.experiments.timing import Timings
-from benchmarks.tables import aligned, times
+from benchmarks.tables import aligned, number, times
 
 Cost = Callable[[Result], float | None]
 
@@ -106,7 +106,15 @@ def compared(runs: Runs, labels: Sequence[str], timings: Timings, baseline: str 
                 prefix(mine),
             )
         )
-    return f"{aligned(rows)}\n\n{interval_note()}"
+    return f"{aligned(rows)}\n\n{notes(runs, timings)}"
+
+
+def notes(runs: Runs, timings: Timings) -> str:
+    """What stands below a table of accuracies and costs."""
+    some = next((result for mine in runs.values() for result in mine.values()), None)
+    milliseconds = None if some is None else timings.sgd_ms(some.config)
+    step = "" if milliseconds is None else f" A step of SGD took {number(milliseconds)} ms, without the loading of data."
+    return interval_note() + step
 
 
 def comparison(

@@ -11,7 +11,7 @@ from benchmarks.experiments import methods, student
 from benchmarks.experiments.cells import Network, Variant
 from benchmarks.experiments.iso import shorter
 from benchmarks.experiments.methods import Cost, difference, macs, percent, relative
-from benchmarks.experiments.report import interval_note, spread
+from benchmarks.experiments.report import spread
 from benchmarks.experiments.scales import Study
 from benchmarks.experiments.store import Result
 from benchmarks.experiments.timing import Timings
@@ -113,7 +113,7 @@ def table(study: Study, network: Network, results: dict[str, dict[int, Result]],
         costs = (relative(runs, results[whole], cost) for cost in (macs, timings.steps_of_sgd))
         accuracy = spread([r.accuracy for r in runs.values()])
         rows.append((label, str(len(runs)), accuracy, "-" if minus is None else minus.text(), *map(percent, costs)))  # type: ignore[arg-type]
-    parts = [aligned(rows), interval_note()]
+    parts = [aligned(rows), methods.notes(results, timings)]
     for name, cost in (("multiply-adds", macs), ("time", timings.steps_of_sgd)):
         if all(cost(result) is not None for runs in results.values() for result in runs.values()):
             parts.append(_at_equal_cost(name, Points(curves, results, cost)))

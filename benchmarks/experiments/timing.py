@@ -1,33 +1,41 @@
-"""Times of single steps, apart from the runs: SGD and another method take turns, so that both see the same machine.
+"""Times, apart from the runs: SGD and another method take turns, so that both see the same machine.
 
-Whole runs are put together from them: an epoch costs its steps at its boundary. Loading data is not in it.
+Where a step's time follows from the boundary, single steps are timed, without the loading of data, and whole runs are put together
+from them: an epoch costs its steps at its boundary. The other methods' runs are made again, in turn with SGD's, epoch by epoch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import statistics
+import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.experiments.cells import Network
+from benchmarks.experiments.cells import Network, digest
 from benchmarks.experiments.store import Result
 from benchmarks.records import MUST_AGREE, Records
 from benchmarks.step_variants import LAYOUTS, Variant, make
 from localsgd_ext import trace_layers
-from localsgd_ext.train import environment, models
+from localsgd_ext.train import data, environment, models
 from localsgd_ext.train.config import RunConfig
 from localsgd_ext.train.files import read_json
+from localsgd_ext.train.loop import Trainer
+from localsgd_ext.train.progress import Lines
+from localsgd_ext.train.rundir import RunDirectory
 
 FILE, CLAIMS = "timing.json", "section2.json"
 LEAST_ROUNDS = 5
 # Each row is a ratio to what was measured beside it, and says its commit.
 SAME_MACHINE = tuple(key for key in MUST_AGREE if key != "git_commit")
+WHOLE_RUN_HOURS = 0.5
+"""The longest run that is made again for its time."""
 # By method: its variant in benchmarks/step_variants.py. Other methods' steps do not follow from a boundary.
 VARIANTS = {"freeze": "frozen", "local": "local", "local-paper": "local"}
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,7 +91,10 @@ class Timings:
         return statistics.median(row["sgd_ms"] for row in rows) if rows else None
 
     def steps_of_sgd(self, result: Result) -> float | None:
-        """The whole run's time, in steps of SGD; ``None`` if some of its steps were not measured."""
+        """The whole run's time, in steps of SGD; ``None`` if some of it was not measured."""
+        if _only_whole(result.config):
+            row = self.rows.get(_run_key(result.config))
+            return None if row is None else row["ms"] / row["sgd_ms"] * result.steps * len(result.boundaries)
         refresh = 1 / result.config.refresh if result.config.refresh else 0.0
         total = 0.0
         for boundary in result.boundaries:
@@ -94,27 +105,63 @@ class Timings:
         return total
 
 
+def _only_whole(config: RunConfig) -> bool:
+    return config.method not in VARIANTS and config.method != "sgd"
+
+
+def _run_key(config: RunConfig) -> str:
+    """One run stands for those of all seeds."""
+    return f"run|{digest(config.replace(seed=0))}"
+
+
 def _key(shape: Shape, variant: str, boundary: int) -> str:
     return f"{shape.key}|{variant}|{boundary}"
 
 
-def measure(results: Iterable[Result], directory: Path, seconds: float, say: Any = print) -> None:
-    """Time every step that ``results`` made and that is not in the file yet, ``seconds`` each."""
-    todo: dict[str, tuple[Shape, str, int]] = {}
+def measure(results: Iterable[Result], directory: Path, seconds: float, root: str | None = None, say: Any = print) -> None:
+    """Time every step that ``results`` made and that is not in the file yet, ``seconds`` each; runs that are timed whole take theirs."""
+    todo: dict[str, Callable[[], dict[str, Any]]] = {}
+    devices = set()
     for result in results:
-        if result.config.method in VARIANTS and result.config.sample == 1:
+        config = result.config.replace(root=root)
+        devices.add(config.device)
+        if config.method in VARIANTS and config.sample == 1:
             for boundary in sorted(set(result.boundaries) - {0}):
-                wanted = (Shape.of(result.config), VARIANTS[result.config.method], boundary)
-                todo.setdefault(_key(*wanted), wanted)
+                wanted = (Shape.of(config), VARIANTS[config.method], boundary)
+                todo.setdefault(_key(*wanted), partial(_row, *wanted, seconds))
+        elif _only_whole(config) and config.seed == 0:
+            if result.hours > WHOLE_RUN_HOURS:
+                say(f"{config.model}, {config.method}: a run takes {result.hours:.1f} hours and is not made again for its time")
+            else:
+                todo.setdefault(_run_key(config), partial(_whole, config))
     if not todo:
         return
-    devices = {shape.device for shape, *_ in todo.values()}
     assert len(devices) == 1, devices  # a scale has one
     records = records_of(directory / FILE, devices.pop())
     for key in records.todo(todo):
-        row = _row(*todo[key], seconds) | {"commit": environment.git_commit()}
+        row = todo[key]() | {"commit": environment.git_commit(), "status": "ok"}
         records.add(key, row)
         say(f"{key}: {row['ms'] / row['sgd_ms']:.3f} of SGD's {row['sgd_ms']:.2f} ms; {len(records.left)} to go")
+
+
+def _whole(config: RunConfig) -> dict[str, Any]:
+    """A run and SGD's, epoch by epoch in turn."""
+    loaded = data.load(config)
+    quiet = Lines(1, lambda line: None)
+    spent = []
+    with tempfile.TemporaryDirectory() as directory:
+        both = [config.replace(method="sgd"), config]
+        places = [RunDirectory(Path(directory) / str(i), one, resume=False) for i, one in enumerate(both)]
+        trainers = [Trainer(one, loaded, place, quiet) for one, place in zip(both, places, strict=True)]
+        trainers[0].warm_up()
+        for epoch in range(config.epochs):
+            for trainer in trainers[:: -1 if epoch % 2 else 1]:
+                trainer.run_epoch()
+        for trainer in trainers:
+            trainer.finish()
+            spent.append(1e3 * trainer.metrics[-1]["elapsed_train_seconds"] / (loaded.steps * config.epochs))
+    shape = Shape.of(config).key
+    return {"shape": f"{shape}, whole run", "method": config.method, "sgd_ms": spent[0], "ms": spent[1]}
 
 
 def records_of(path: Path, device: str) -> Records:
@@ -154,7 +201,7 @@ def _row(shape: Shape, variant: str, boundary: int, seconds: float) -> dict[str,
     sgd_ms, ms = (1e3 * statistics.median(taken) for taken in times)
     return {
         "shape": shape.key, "variant": variant, "boundary": boundary, "layers": layers, "rounds": len(times[0]),
-        "sgd_ms": sgd_ms, "ms": ms, "status": "ok"
+        "sgd_ms": sgd_ms, "ms": ms
     }  # fmt: skip
 
 

@@ -98,6 +98,7 @@ def test_pareto_and_table2_from_end_to_end(tmp_path: Path, capsys: pytest.Captur
     assert paper.main([*command, "--timing", "0"]) == 0
     timed = capsys.readouterr().out
     assert "| at equal time" in timed
+    assert "A step of SGD took " in timed
     assert paper.main([*command, "--list"]) == 0
     assert "SGD" not in capsys.readouterr().out  # nothing is left, but what has no method yet
 
@@ -312,6 +313,24 @@ def test_imagenet_as_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     words = ["table1", "--scale", "smoke", "--data", "imagenet", "--root", str(tmp_path), "--only", "vgg/(SGD|freezing)/seed0"]
     assert paper.main([*words, *(word for size in sizes for word in ("--set", size)), *places(tmp_path)]) == 0
     assert "imagenet: 12 training and 6 test pictures, batch 4; seeds 0." in capsys.readouterr().out
+
+
+def test_a_method_without_a_boundary_is_timed_by_whole_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.experiments import timing
+
+    monkeypatch.delitem(timing.VARIANTS, "freeze")
+    words = ["table2", *QUICK, "--models", "small_vgg", "--seeds", "1", "--only", "vgg/(SGD|freezing)/", *places(tmp_path)]
+    assert paper.main(words) == 0
+    monkeypatch.setattr(timing, "WHOLE_RUN_HOURS", 0)
+    assert paper.main([*words, "--timing", "0"]) == 0
+    assert "small_vgg, freeze: a run takes 0.0 hours and is not made again" in capsys.readouterr().err
+    monkeypatch.setattr(timing, "WHOLE_RUN_HOURS", 1)
+    assert paper.main([*words, "--timing", "0"]) == 0
+    (row,) = json.loads((tmp_path / "out" / "smoke" / timing.FILE).read_text())["rows"].values()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| freezing")]
+    assert f"{row['sgd_ms'] / row['ms']:.2f}x" in line
 
 
 # ---------------------------------------------------------------- what tables say

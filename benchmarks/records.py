@@ -16,7 +16,9 @@ MUST_AGREE = ("torch", "cpu", "threads", "gpu", "cuda", "cudnn", "git_commit", "
 class Records:
     """Rows by key, beside what they were measured on. ``path=None`` keeps them in memory."""
 
-    def __init__(self, path: Path | None, header: Mapping[str, Any], *, resume: bool = False) -> None:
+    def __init__(
+        self, path: Path | None, header: Mapping[str, Any], *, resume: bool = False, must_agree: Iterable[str] = MUST_AGREE
+    ) -> None:
         """Raises ``ValueError`` if ``path`` exists and ``resume`` is off, or holds what was measured on something else."""
         self.path = path
         self.begin = time.monotonic()
@@ -29,7 +31,7 @@ class Records:
                 raise ValueError(f"{path} exists: --resume goes on with it, another --out leaves it alone")
             before = read_json(path)
             old, new = before.get("environment", {}), header.get("environment", {})
-            for key in MUST_AGREE:
+            for key in must_agree:
                 if old.get(key) != new.get(key):
                     raise ValueError(f"{path} was measured with {key} {old.get(key)!r}, this is {new.get(key)!r}")
             self.content["rows"] = before["rows"]

@@ -12,7 +12,7 @@ from localsgd_ext.train import presets
 METHODS = ("sgd", "freeze", "local", "local-paper")
 DATA_SETS = ("digits", "glyphs", "cifar10", "cifar100", "imagenet", "fake")
 LR_SCHEDULES = ("step", "cosine", "constant")
-SCHEDULES = ("dynamic", "quadratic", "linear", "exponential")
+SCHEDULES = ("dynamic", "quadratic", "linear", "exponential", "local-first")
 SUPERVISIONS = ("absolute", "toggle", "none")
 AMP = ("none", "bf16", "fp16")
 

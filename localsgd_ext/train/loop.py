@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, StepLR
 
-from localsgd_ext import LocalizedLearning, trace_layers
+from localsgd_ext import LocalizedLearning, StaticModeSelection, trace_layers
 from localsgd_ext.train import checkpoint, models
 from localsgd_ext.train.config import RunConfig
 from localsgd_ext.train.data import Data, derive_seed
@@ -264,7 +264,7 @@ def _localized_learning(trainer: Trainer) -> LocalizedLearning | None:
         trainer.optimizer,
         epochs=config.epochs,
         rule="frozen" if config.method == "freeze" else "hebbian",
-        schedule=config.schedule,
+        schedule=_local_first(config) if config.schedule == "local-first" else config.schedule,
         alpha=config.alpha,
         l_max=config.l_max,
         t_shift=config.t_shift,
@@ -276,6 +276,17 @@ def _localized_learning(trainer: Trainer) -> LocalizedLearning | None:
         supervision=None if config.supervision == "none" else config.supervision,
         on_boundary_move=lambda old, new: trainer.say(f"boundary {old} -> {new} of {trainer.num_layers} layers"),
     )
+
+
+def _local_first(config: RunConfig) -> StaticModeSelection:
+    """The linear schedule backwards: every boundary of it as often, the largest first (paper, section 2.2)."""
+
+    def boundary(epoch: int) -> int:
+        forwards = StaticModeSelection(schedule.num_layers, config.epochs, kind="linear", l_max=config.l_max)
+        return forwards.at(max(0, config.epochs - 1 - epoch))
+
+    schedule = StaticModeSelection(kind=boundary, l_max=config.l_max)
+    return schedule
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, config: RunConfig) -> LRScheduler:

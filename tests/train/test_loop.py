@@ -165,3 +165,20 @@ def test_warming_up_changes_nothing(tiny: Callable[..., RunConfig], trainer: Cal
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(before[name], value) for name, value in made.model.state_dict().items())
     assert made.run_epoch()["boundary"] == 0
+
+
+def test_local_first_is_the_linear_schedule_backwards(
+    tmp_path: Path, tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]
+) -> None:
+    forwards = _run(trainer(tiny("freeze", schedule="linear"), "forwards"))
+    boundaries = [m["boundary"] for m in forwards.metrics]
+    assert boundaries == sorted(boundaries)
+    config = tiny("freeze", schedule="local-first")
+    backwards = _run(trainer(config, "backwards"))
+    assert [m["boundary"] for m in backwards.metrics] == boundaries[::-1]
+    assert sum(m["multiply_adds"] for m in backwards.metrics) == sum(m["multiply_adds"] for m in forwards.metrics)
+
+    stopped = trainer(config, "resumed")
+    stopped.run_epoch()
+    resumed = _run(trainer(config, "resumed", resume=True))
+    assert [m["test_loss"] for m in resumed.metrics] == [m["test_loss"] for m in backwards.metrics]

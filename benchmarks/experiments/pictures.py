@@ -1,0 +1,107 @@
+"""The pictures of the figures, from finished runs."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.experiments import overtime
+from benchmarks.experiments.cells import Network
+from benchmarks.experiments.experiment import Runs
+from benchmarks.experiments.methods import FREEZING, LITERAL, REFRESH, SGD, changed, macs, relative
+from benchmarks.experiments.scales import Study
+from benchmarks.experiments.tuning import SWEEP_ALPHAS, SWEEP_CAPS, cap_sweep, lost, shift_sweep
+
+COLOURS = {SGD.label: "#0072B2", FREEZING.label: "#E69F00", LITERAL.label: "#CC79A7", REFRESH.label: "#009E73"}
+MARKS = {SGD.label: "o", FREEZING.label: "s", LITERAL.label: "v", REFRESH.label: "^"}
+
+
+def drawn(count: int, draw: Callable[[Sequence[Any]], None], columns: int = 2) -> bytes:
+    """A PNG of ``count`` panels, which ``draw`` fills."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(columns, max(1, count))
+    lines = -(-max(1, count) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.8 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    draw(axes)
+    for axis in axes:
+        axis.grid(color="#E0E0E0", lw=0.5)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=8)
+        else:
+            axis.set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _name(network: Network) -> str:
+    return f"{network[1]} on {network[0]}"
+
+
+def figure3(study: Study, networks: dict[Network, Runs]) -> bytes:
+    def draw(axes: Sequence[Any]) -> None:
+        for axis, (network, runs) in zip(axes, networks.items(), strict=False):
+            for label in (v.label for v in overtime.variants(study, network)[1:] if v.label in runs):
+                boundary = overtime.series(runs[label], "boundary")
+                axis.step(range(1, len(boundary) + 1), boundary, where="mid", color=COLOURS[label], label=label)
+            layers = next(iter(next(iter(runs.values())).values())).about["num_layers"]
+            axis.set(xlabel="epoch", ylabel="layers before the boundary", ylim=(-0.3, layers), title=_name(network))
+
+    return drawn(len(networks), draw)
+
+
+def figure4(study: Study, networks: dict[Network, Runs]) -> bytes:
+    def draw(axes: Sequence[Any]) -> None:
+        for axis, (network, runs) in zip(axes, networks.items(), strict=False):
+            for label in (v.label for v in overtime.variants(study, network) if v.label in runs):
+                columns = zip(*(overtime.memory(result) for result in runs[label].values()), strict=True)
+                means = [statistics.fmean(values) / overtime.MIB for values in columns]
+                axis.plot(range(1, len(means) + 1), means, MARKS[label] + "-", ms=4, color=COLOURS[label], label=label)
+            axis.set(xlabel="epoch", ylabel="memory of a step, MiB", ylim=(0, None), title=_name(network))
+
+    return drawn(len(networks), draw)
+
+
+def figure5(study: Study, networks: dict[Network, Runs]) -> bytes:
+    def draw(axes: Sequence[Any]) -> None:
+        for axis, (network, runs) in zip(axes, networks.items(), strict=False):
+            for method in (LITERAL, FREEZING, REFRESH):
+                labels = [changed(method, f"alpha {alpha}").label for alpha in SWEEP_ALPHAS]
+                points = _points(runs, labels)
+                if points:
+                    x, y = zip(*sorted(points), strict=True)
+                    axis.plot(x, y, MARKS[method.label], color=COLOURS[method.label], label=method.label)
+            axis.set(xlabel="points lost against SGD", ylabel="speed-up, multiply-adds", title=_name(network))
+
+    return drawn(len(networks), draw)
+
+
+def _points(runs: Runs, labels: Sequence[str]) -> list[tuple[float, float]]:
+    """Points lost and the speed-up."""
+    if SGD.label not in runs:
+        return []
+    shares = {label: relative(runs[label], runs[SGD.label], macs) for label in labels if label in runs}
+    return [(lost(runs, label), 1 / share) for label, share in shares.items() if share]
+
+
+def figure6(study: Study, networks: dict[Network, Runs]) -> bytes:
+    sweeps = (("t_shift", study.scale.sweep_shifts, shift_sweep), ("l_max", SWEEP_CAPS, cap_sweep))
+
+    def draw(axes: Sequence[Any]) -> None:
+        panels = [(network, runs, sweep) for network, runs in networks.items() for sweep in sweeps]
+        for axis, (network, runs, (name, values, sweep)) in zip(axes, panels, strict=False):
+            for method in (LITERAL, REFRESH):
+                swept = zip(values, sweep(study, method), strict=True)
+                points = [(value, lost(runs, v.label)) for value, v in swept if SGD.label in runs and v.label in runs]
+                if points:
+                    x, y = zip(*points, strict=True)
+                    axis.plot(x, y, MARKS[method.label] + "-", color=COLOURS[method.label], label=method.label)
+            axis.set(xlabel=name, ylabel="points lost against SGD", title=_name(network))
+
+    return drawn(2 * len(networks), draw)

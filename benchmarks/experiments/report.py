@@ -1,0 +1,64 @@
+"""What all tables have in common: the stamp of scale and cost, the spread over seeds, what is missing."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from benchmarks.experiments.cells import Cell, Network, digest
+from benchmarks.experiments.scales import Study
+from benchmarks.experiments.store import Result, Store
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and sample standard deviation."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def interval_note() -> str:
+    return (
+        "Accuracy after the last epoch, mean ± standard deviation; differences are taken seed by seed: mean [95 % confidence interval] "
+        "and p of the paired t-test, two-sided. At equal cost: a seed's reference is interpolated linearly between its own points; "
+        "where they do not reach the method's cost there is none."
+    )
+
+
+def stamp(study: Study, cells: Iterable[Cell], store: Store) -> str:
+    """Scale, what was used of how much, core- or GPU-hours, hardware."""
+    runs: dict[str, Result | None] = {digest(c.config): store.get(c) for c in cells if c.config is not None}
+    done = [result for result in runs.values() if result is not None]
+    if not done:
+        return f"Scale {study.scale.name}: none of {len(runs)} runs finished."
+    kind = "GPU-hours" if done[0].environment["gpu"] else "core-hours"
+    where = sorted({str(r.environment["gpu"] or r.environment["cpu"]) for r in done})
+    commits = sorted({str(r.environment["git_commit"])[:9] for r in done})
+    sizes = sorted(
+        {
+            f"{r.config.data}: {r.about['train_images']} training and {r.about['test_images']} test pictures, batch {r.config.batch_size}"
+            for r in done
+        }
+    )
+    changed = "".join(f", {name} {value}" for name, value in study.flags.items())
+    return (
+        f"Scale {study.scale.name}{changed}: {len(done)} of {len(runs)} runs finished, {sum(r.hours for r in done):.2f} {kind} of training. "
+        f"{'; '.join(sizes)}; seeds {', '.join(map(str, sorted({r.config.seed for r in done})))}. {'; '.join(where)}; "
+        f"commit {', '.join(commits)}."
+    )
+
+
+def missing(cells: Iterable[Cell], store: Store) -> str:
+    """What no table can show yet, by name; empty if there is nothing."""
+    absent: dict[str, str] = {}
+    pending: dict[Network, dict[str, int]] = {}
+    for cell in cells:
+        if cell.missing:
+            absent[f"{'/'.join(cell.network)}/{cell.variant.label}"] = cell.missing
+        elif store.get(cell) is None:
+            labels = pending.setdefault(cell.network, {})
+            labels[cell.variant.label] = labels.get(cell.variant.label, 0) + 1
+    lines = [f"Missing: {name}: {why}." for name, why in absent.items()]
+    for network, labels in pending.items():
+        named = "; ".join(f"{label} ({count} seed{'s' if count > 1 else ''})" for label, count in labels.items())
+        lines.append(f"Not trained yet, {network[1]} on {network[0]}: {named}.")
+    return "\n\n".join(lines)

@@ -1,0 +1,112 @@
+"""Trains the cells that are missing, seed by seed; a cell that was killed goes on from its last epoch."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiments.cells import Cell, digest
+from benchmarks.experiments.store import Store, line
+from localsgd_ext.train import data, environment
+from localsgd_ext.train.config import RunConfig
+from localsgd_ext.train.loop import Trainer
+from localsgd_ext.train.progress import Progress
+from localsgd_ext.train.rundir import CONFIG, RunDirectory, epochs_done
+
+
+def unfinished(cells: Sequence[Cell], store: Store, only: str = "") -> list[Cell]:
+    """Those of ``cells`` that can be trained and are not yet, each run once, all of the first seed first."""
+    pending: dict[str, Cell] = {}
+    for cell in sorted(cells, key=lambda cell: cell.seed):  # a stable sort
+        if cell.config is not None and re.search(only, cell.name) and store.get(cell) is None:
+            pending.setdefault(digest(cell.config), cell)
+    return list(pending.values())
+
+
+class Runner:
+    """``work`` is where the runs lie until they are finished, ``store`` where they go then."""
+
+    def __init__(self, store: Store, work: Path, make_progress: Callable[[int], Progress]) -> None:
+        self.store, self.work, self.make_progress = store, work, make_progress
+        self.failed: dict[str, str] = {}
+        self._data: tuple[tuple[Any, ...], data.Data] | None = None
+
+    def run(self, cells: Sequence[Cell], only: str = "", budget: float | None = None) -> list[Cell]:
+        """Train what is missing, starting no cell after ``budget`` seconds. Returns what is left."""
+        begin = time.monotonic()
+        left = unfinished(cells, self.store, only)
+        with self.make_progress(sum(self._images(cell) for cell in left)) as progress:
+            while left and (budget is None or time.monotonic() - begin <= budget):
+                cell = left.pop(0)
+                try:
+                    self._train(cell, progress)
+                except Exception as error:  # one bad cell must not cost a night's run
+                    self.failed[cell.name] = f"{type(error).__name__}: {error}"
+                    progress.say(f"{cell.name} failed: {self.failed[cell.name]}")
+        self.store.refresh()
+        return unfinished(cells, self.store, only)
+
+    def _images(self, cell: Cell) -> int:
+        """Training pictures that the cell still has to see, as far as that is known without its data."""
+        assert cell.config is not None
+        size = cell.config.train_size or {"imagenet": 1_281_167}.get(cell.config.data, 50_000)
+        return (cell.config.epochs - epochs_done(self._directory(cell.config))) * (size - size % cell.config.batch_size)
+
+    def _directory(self, config: RunConfig) -> Path:
+        return self.work / f"{config.data}-{config.model.replace(':', '-')}-{config.method}-seed{config.seed}-{digest(config)}"
+
+    def _train(self, cell: Cell, progress: Progress) -> None:
+        assert cell.config is not None
+        path = self._directory(cell.config)
+        with _locked(path) as mine:
+            if not mine:
+                progress.say(f"{cell.name}: another process is at it")
+                return
+            self.store.refresh()
+            if self.store.get(cell) is None:
+                metrics = self._finish(cell, path, progress)
+                self.store.add(cell.network, line(cell.config, metrics, environment.describe(cell.config.device)))
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _finish(self, cell: Cell, path: Path, progress: Progress) -> list[dict[str, Any]]:
+        assert cell.config is not None
+        resume = (path / CONFIG).exists()
+        loaded = self._load(cell.config, progress)
+        directory = RunDirectory(path, cell.config, resume=resume)
+        trainer = Trainer(cell.config, loaded, directory, progress, cell.name)
+        if resume:
+            trainer.restore()
+        while not trainer.done:
+            trainer.run_epoch()
+        trainer.finish()
+        return trainer.metrics
+
+    def _load(self, config: RunConfig, progress: Progress) -> data.Data:
+        """Runs of one seed share their data."""
+        names = ("data", "seed", "root", "train_size", "test_size", "image_size", "batch_size", "channels_last", "device")
+        key = tuple(getattr(config, name) for name in names)
+        if self._data is None or self._data[0] != key:
+            self._data = None  # both at once might not fit
+            self._data = (key, data.load(config, progress.say))
+        return self._data[1]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Whether this process alone works in ``path`` now. The system drops the lock of a process that dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(path.name + ".lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+        lock.unlink(missing_ok=True)

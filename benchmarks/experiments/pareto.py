@@ -16,7 +16,8 @@ from benchmarks.experiments.timing import Timings
 from benchmarks.tables import aligned
 
 DEFAULT_LOCAL_LR = 1e-4
-REFRESHES = (("quadratic", 2), ("quadratic", 4), ("quadratic", 8), ("dynamic", 4))
+REFRESHES = (("linear", 4, 0.9), ("quadratic", 4, 0.75), ("linear", 2, 0.9), ("quadratic", 4, 0.9), ("exponential", 4, 0.75))
+WITH_HEBB = 2  # of them, the first ones
 FREEZING = ("dynamic", "quadratic", "exponential")
 LITERAL = ("dynamic", "quadratic")
 SHARES = (7 / 8, 6 / 8, 5 / 8, 4 / 8)
@@ -39,13 +40,15 @@ def families(study: Study, network: Network) -> dict[str, list[Variant]]:
         PAPER_RULE: [Variant(f"{PAPER_RULE}, {schedule}", "local-paper", {"schedule": schedule}) for schedule in LITERAL],
     }
     for method, name in OURS.items():
+        rate = {"local_lr": DEFAULT_LOCAL_LR} if method == "local" else {}
+        chosen = REFRESHES[:WITH_HEBB] if method == "local" else REFRESHES
         curves[name] = [
             Variant(
-                f"{name} 1/{refresh}, {schedule}",
+                f"{name} 1/{refresh}, {schedule} to {100 * l_max:.0f} %",
                 method,
-                {"schedule": schedule, "refresh": refresh, "local_lr": DEFAULT_LOCAL_LR},
+                {"schedule": schedule, "refresh": refresh, "l_max": l_max, **rate},
             )
-            for schedule, refresh in REFRESHES
+            for schedule, refresh, l_max in chosen
         ]
     return curves
 
@@ -136,7 +139,7 @@ def table(study: Study, network: Network, results: dict[str, dict[int, Result]],
             parts.append(_at_equal_cost(name, Points(curves, results, cost)))
     hebb = [
         (on, paired.text(), str(paired.n))
-        for off, on in zip(*(curves[OURS[method]] for method in ("freeze", "local")), strict=True)
+        for off, on in zip(*(curves[OURS[method]] for method in ("freeze", "local")), strict=False)
         if off in results and on in results and (paired := difference(results[on], results[off])) is not None
     ]
     if hebb:

@@ -17,7 +17,8 @@ from benchmarks.experiments.store import Result
 from benchmarks.experiments.timing import Timings
 from benchmarks.tables import aligned
 
-REFRESHES = (("quadratic", 2), ("quadratic", 4), ("quadratic", 8), ("dynamic", 4))
+REFRESHES = (("linear", 4, 0.9), ("quadratic", 4, 0.75), ("linear", 2, 0.9), ("quadratic", 4, 0.9), ("exponential", 4, 0.75))
+WITH_HEBB = 2  # of them, the first ones
 FREEZING = ("dynamic", "quadratic", "exponential")
 LITERAL = ("dynamic", "quadratic")
 SGD, SHORT, FROZEN = "SGD", "SGD, fewer epochs", "freezing"
@@ -38,9 +39,14 @@ def families(study: Study, network: Network) -> dict[str, list[Variant]]:
     }
     for method, name in OURS.items():
         rate = methods.SMALL_STEPS.flags if method == "local" else {}
+        chosen = REFRESHES[:WITH_HEBB] if method == "local" else REFRESHES
         curves[name] = [
-            Variant(f"{name} 1/{refresh}, {schedule}", method, {"schedule": schedule, "refresh": refresh, **rate})
-            for schedule, refresh in REFRESHES
+            Variant(
+                f"{name} 1/{refresh}, {schedule} to {100 * l_max:.0f} %",
+                method,
+                {"schedule": schedule, "refresh": refresh, "l_max": l_max, **rate},
+            )
+            for schedule, refresh, l_max in chosen
         ]
     return curves
 
@@ -119,7 +125,7 @@ def table(study: Study, network: Network, results: dict[str, dict[int, Result]],
             parts.append(_at_equal_cost(name, Points(curves, results, cost)))
     hebb = [
         (on, paired.text(), str(paired.n))
-        for off, on in zip(*(curves[OURS[method]] for method in ("freeze", "local")), strict=True)
+        for off, on in zip(*(curves[OURS[method]] for method in ("freeze", "local")), strict=False)
         if off in results and on in results and (paired := difference(results[on], results[off])) is not None
     ]
     if hebb:

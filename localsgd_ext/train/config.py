@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from localsgd_ext.train import presets
+from localsgd_ext.train.models import RESIDUAL
 
-METHODS = ("sgd", "freeze", "local", "local-paper")
+METHODS = ("sgd", "freeze", "local", "local-paper", "stochastic-depth")
+NOT_PREFIX = ("sgd", "stochastic-depth")
+"""Those that treat all layers alike, without a boundary."""
 DATA_SETS = ("digits", "glyphs", "cifar10", "cifar100", "imagenet", "fake")
 LR_SCHEDULES = ("step", "cosine", "constant")
 SCHEDULES = ("dynamic", "quadratic", "linear", "exponential")
@@ -46,6 +49,7 @@ class RunConfig:
     supervision: str = "absolute"
     sample: float = 1.0
     refresh: int = 0
+    survival: float = 0.5
     preset: str | None = None
     seed: int = 0
     train_size: int | None = None
@@ -82,6 +86,7 @@ class RunConfig:
         _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
         _require(self, "sample", 0 < self.sample <= 1, "in (0, 1]")
         _require(self, "refresh", self.refresh >= 0, "at least 0")
+        _require(self, "survival", 0 < self.survival <= 1, "in (0, 1]")
         _require(self, "l_max", 0 < self.l_max < 1, "in (0, 1)")
         _require(self, "seed", self.seed >= 0, "at least 0")
         _require(self, "workers", self.workers >= 0, "at least 0")
@@ -89,6 +94,11 @@ class RunConfig:
             _require(self, "t_shift", self.t_shift == "auto", "a number of layers, a fraction of the depth, or auto")
         else:
             _require(self, "t_shift", self.t_shift > 0, "positive")
+        if self.method == "stochastic-depth" and self.model not in RESIDUAL:
+            known = ", ".join(RESIDUAL)
+            raise ValueError(
+                f"--method stochastic-depth needs a network with residual blocks: {known}; got --model {self.model}"
+            )
         if self.amp == "fp16" and not self.device.startswith("cuda"):
             raise ValueError(f"--amp fp16 needs a CUDA device, got --device {self.device}; use --amp bf16")
 

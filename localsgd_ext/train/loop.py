@@ -21,12 +21,13 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler,
 
 from localsgd_ext import LocalizedLearning, trace_layers
 from localsgd_ext.train import checkpoint, models
-from localsgd_ext.train.config import RunConfig
+from localsgd_ext.train.config import NOT_PREFIX, RunConfig
 from localsgd_ext.train.data import Data, derive_seed
 from localsgd_ext.train.files import write_atomically, write_json
-from localsgd_ext.train.measure import PhaseTimer, multiply_adds, saved_activations
+from localsgd_ext.train.measure import MultiplyAdds, PhaseTimer, SavedBytes, multiply_adds, saved_activations
 from localsgd_ext.train.progress import Progress
 from localsgd_ext.train.rundir import SUMMARY, RunDirectory
+from localsgd_ext.train.stochastic_depth import ResidualBranches
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,6 +57,11 @@ class Trainer:
         with self._logged_warnings():
             self.local = _localized_learning(self)
             self.num_layers = len(self.local.trace(example) if self.local else trace_layers(self.model, example))
+        self.branches: ResidualBranches | None = None
+        self.whole_cost: tuple[SavedBytes, MultiplyAdds] | None = None
+        if config.method == "stochastic-depth":
+            self.whole_cost = self._whole_cost()
+            self.branches = ResidualBranches(self.model, config.survival)
 
     @property
     def done(self) -> bool:
@@ -72,6 +78,16 @@ class Trainer:
         shape = (self.config.batch_size, 3, self.data.image_size, self.data.image_size)
         with torch.random.fork_rng(), self._autocast():
             model(torch.zeros(shape, device=self._device)).sum().backward()
+
+    def _whole_cost(self) -> tuple[SavedBytes, MultiplyAdds]:
+        """What a step of the whole network costs, measured on a copy."""
+        model = copy.deepcopy(self.model).train()
+        x = torch.zeros(self.config.batch_size, 3, self.data.image_size, self.data.image_size, device=self._device)
+        if self.config.channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        with self._autocast(), saved_activations(model) as saved, multiply_adds(model) as counted:
+            F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.int64, device=self._device))
+        return saved, counted
 
     def run_epoch(self) -> dict[str, Any]:
         """Train for an epoch, evaluate, record and save. Returns what was measured (see ``metrics.jsonl``)."""
@@ -135,17 +151,19 @@ class Trainer:
         self.model.train()
         timer = PhaseTimer(self._device)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        cost = Cost()
+        cost = Cost(self)
         timer.start()
         for x, y in self.data.train(self.epoch):
             refreshing = self.local is not None and self.local.refreshing
             timer.kind(refreshing)
             timer.mark("data")
-            with cost.of_step(self, refreshing):
+            with cost.of_step(refreshing):
                 loss = self._forward(x, y)
             timer.mark("forward")
             self.optimizer.zero_grad(set_to_none=True)
             self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            if self.branches:
+                self.branches.fill_gradients()
             timer.mark("backward")
             self._scaler.step(self.optimizer)
             self._scaler.update()
@@ -229,17 +247,33 @@ class Trainer:
 
 
 class Cost:
-    """What an epoch's steps cost: the first of each kind (a refresh or none) is counted, and stands for the others."""
+    """What an epoch's steps cost: the first of each kind (a refresh or none) is counted, and stands for the others.
 
-    def __init__(self) -> None:
+    With stochastic depth every step is of another kind: the whole network was counted beforehand, and a step costs that less the
+    branches that it left out. The memory is the whole network's, as any step may need it.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
         self.saved_bytes = 0
         """Saved for the backward pass, of the kind of step that saves most."""
         self.multiply_adds = 0.0
         """Of all steps together."""
+        self._trainer = trainer
         self._each: dict[bool, float] = {}
 
     @contextlib.contextmanager
-    def of_step(self, trainer: Trainer, refreshing: bool) -> Iterator[None]:
+    def of_step(self, refreshing: bool) -> Iterator[None]:
+        trainer = self._trainer
+        if trainer.branches and trainer.whole_cost:
+            trainer.branches.dropped.clear()
+            yield
+            saved, counted = trainer.whole_cost
+            left_out = trainer.branches.dropped
+            self.saved_bytes = saved.total
+            self.multiply_adds += sum(
+                n for layer, n in counted.by_layer.items() if trainer.branches.block_of(layer) not in left_out
+            )
+            return
         if refreshing not in self._each:
             local = trainer.local
             learning = local.local_layers if local and local.rule == "hebbian" and not refreshing else ()
@@ -257,7 +291,7 @@ class Cost:
 
 def _localized_learning(trainer: Trainer) -> LocalizedLearning | None:
     config = trainer.config
-    if config.method == "sgd":
+    if config.method in NOT_PREFIX:
         return None
     return LocalizedLearning(
         trainer.model,

@@ -16,17 +16,21 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
-        self.extra_channels = outputs - inputs
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
 
+    def branch(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return y
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        extra_channels = self.bn2.num_features - x.shape[1]  # both may be pruned while a run goes on
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, extra_channels))
+
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra_channels))
-        return F.relu(y + shortcut)
+        return F.relu(self.branch(x) + self.shortcut(x))
 
 
 class SmallResNet(nn.Sequential):
@@ -94,6 +98,9 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "resnet50": _torchvision("resnet50"),
     "mobilenet_v2": _torchvision("mobilenet_v2"),
 }
+
+RESIDUAL = ("small_resnet", "resnet18", "resnet34", "resnet50", "mobilenet_v2")
+"""Those with residual blocks, whose branches stochastic depth can drop."""
 
 
 def build(name: str, num_classes: int, seed: int) -> nn.Module:

@@ -20,6 +20,7 @@ _STYLE = {
     "freeze": {"color": "#E69F00", "linestyle": "-", "linewidth": 4.5, "marker": "s"},  # wide: local often lies on top of it
     "local": {"color": "#009E73", "linestyle": "-", "linewidth": 1.8, "marker": "^"},
     "local-paper": {"color": "#CC79A7", "linestyle": "--", "linewidth": 1.8, "marker": "D"},
+    "stochastic-depth": {"color": "#D55E00", "linestyle": "-.", "linewidth": 1.8, "marker": "v"},
 }
 
 
@@ -84,9 +85,12 @@ def draw(runs: Sequence[Run], title: str) -> dict[str, bytes]:
 
 
 def _name(config: RunConfig) -> str:
-    if config.method == "sgd":
-        return "SGD"
-    return "frozen prefix" if config.method == "freeze" else f"local prefix, learning rate {config.local_lr:g}"
+    names = {
+        "sgd": "SGD",
+        "freeze": "frozen prefix",
+        "stochastic-depth": f"stochastic depth, survival {config.survival:g}",
+    }
+    return names.get(config.method, f"local prefix, learning rate {config.local_lr:g}")
 
 
 def _series(runs: Sequence[Run], value: Callable[[dict[str, Any]], float]) -> npt.NDArray[np.float64]:

@@ -67,7 +67,7 @@ def test_kill_in_mid_epoch_then_resume(tmp_path: Path, tiny_flags: list[str]) ->
     assert read_json_lines(killed / "metrics.jsonl")[-1]["boundary"] > 0
 
 
-@pytest.mark.parametrize("method", ["sgd", "freeze", "local"])
+@pytest.mark.parametrize("method", ["sgd", "freeze", "local", "stochastic-depth"])
 def test_resuming_after_every_epoch(
     method: str, tmp_path: Path, tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]
 ) -> None:

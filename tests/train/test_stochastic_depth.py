@@ -1,0 +1,182 @@
+"""Stochastic depth against torchvision's own module, which computes every branch and multiplies it by 0 or 1 / p."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import stochastic_depth
+
+from localsgd_ext.train import data, models
+from localsgd_ext.train.config import RunConfig
+from localsgd_ext.train.loop import Trainer
+from localsgd_ext.train.measure import multiply_adds
+from localsgd_ext.train.stochastic_depth import ResidualBranches
+
+BLOCKS = {"small_resnet": 6, "resnet18": 8, "resnet34": 16, "resnet50": 16, "mobilenet_v2": 10}
+
+
+class Written(nn.Module):
+    """A residual block written out, with torchvision's function on the branch's output."""
+
+    def __init__(self, block: Any, survival: float) -> None:
+        super().__init__()
+        self.block, self.survival = block, survival
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = self.block
+        if isinstance(b, InvertedResidual):
+            return stochastic_depth(b.conv(x), 1 - self.survival, "batch", self.training) + x
+        y = F.relu(b.bn1(b.conv1(x)))
+        y = b.bn2(b.conv2(y))
+        if isinstance(b, Bottleneck):
+            y = b.bn3(b.conv3(F.relu(y)))
+        if isinstance(b, (BasicBlock, Bottleneck)):
+            shortcut = x if b.downsample is None else b.downsample(x)
+        else:
+            shortcut = F.pad(x[:, :, :: b.stride, :: b.stride], (0, 0, 0, 0, 0, b.conv1.out_channels - b.conv1.in_channels))
+        return F.relu(stochastic_depth(y, 1 - self.survival, "batch", self.training) + shortcut)
+
+
+def written(model: nn.Module, survivals: list[float]) -> nn.Module:
+    """A copy of ``model`` with its residual blocks replaced."""
+    model = copy.deepcopy(model)
+    rest = iter(survivals)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            kinds = (models.BasicBlock, BasicBlock, Bottleneck)
+            if isinstance(child, kinds) or (isinstance(child, InvertedResidual) and child.use_res_connect):
+                setattr(parent, name, Written(child, next(rest)))
+    assert next(rest, None) is None
+    return model
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_weights_after_some_steps_are_those_of_torchvisions_module(name: str) -> None:
+    """Bit for bit, with momentum and weight decay, which go on moving the branches that are left out."""
+    model = models.build(name, 5, seed=0)
+    number = BLOCKS[name]
+    reference = written(model, [1 - place / number * (1 - 0.4) for place in range(1, number + 1)])
+    branches = ResidualBranches(model, survival=0.4)
+    assert len(branches.blocks) == number
+    size = 16 if name == "small_resnet" else 32
+    x, y = torch.randn(6, 4, 3, size, size), torch.arange(4)
+    for network in (model, reference):
+        torch.manual_seed(7)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-2)
+        for batch in x:
+            optimizer.zero_grad()
+            F.cross_entropy(network(batch), y).backward()
+            if network is model:
+                branches.fill_gradients()
+            optimizer.step()
+    assert branches.dropped
+    for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_at_test_time_it_is_the_plain_network() -> None:
+    """Also its parameters' names: the trained weights load into it."""
+    plain = models.build("small_resnet", 5, seed=3).eval()
+    model = models.build("small_resnet", 5, seed=3)
+    ResidualBranches(model, survival=0.5)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), plain(x))
+
+
+def test_a_branch_left_out_is_not_computed() -> None:
+    model = models.build("small_resnet", 5, seed=0).train()
+    branches = ResidualBranches(model, survival=0.5)
+    called: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda m, a, z, name=name: called.append(name))
+    kept = 0
+    for _ in range(400):
+        called.clear()
+        branches.dropped.clear()
+        model(torch.randn(2, 3, 8, 8))
+        expected = [f"{b}.{c}" for b in branches.blocks if b not in branches.dropped for c in ("conv1", "conv2")]
+        assert called == ["0.0", *expected]
+        kept += "6" not in branches.dropped
+    assert 0.4 < kept / 400 < 0.6  # the last block's survival is 0.5: 4 standard deviations
+
+
+def test_first_weights_data_and_schedule_are_those_of_sgd(
+    tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]
+) -> None:
+    sgd, dropping = trainer(tiny("sgd"), "sgd"), trainer(tiny("stochastic-depth"), "dropping")
+    theirs, mine = sgd.model.state_dict(), dropping.model.state_dict()
+    assert theirs.keys() == mine.keys()
+    assert all(torch.equal(theirs[name], mine[name]) for name in theirs)
+    # With every branch kept it is SGD, bit for bit.
+    keeping = trainer(tiny("stochastic-depth", survival=1.0), "keeping")
+    for made in (sgd, keeping, dropping):
+        made.run_epoch()
+    same = ("train_loss", "test_accuracy", "lr", "multiply_adds", "saved_activation_bytes")
+    assert {name: keeping.metrics[0][name] for name in same} == {name: sgd.metrics[0][name] for name in same}
+    assert dropping.metrics[0]["train_loss"] != sgd.metrics[0]["train_loss"]
+
+
+def test_multiply_adds_are_those_of_all_steps(tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]) -> None:
+    made = trainer(tiny("stochastic-depth", train_size=480))
+    counted = 0.0
+    forward = made._forward
+
+    def counting(x: Tensor, y: Tensor) -> Tensor:
+        nonlocal counted
+        with multiply_adds(made.model) as step:
+            loss = forward(x, y)
+        counted += step.total
+        return loss
+
+    made._forward = counting  # type: ignore[method-assign]
+    entry = made.run_epoch()
+    assert entry["multiply_adds"] == pytest.approx(counted, rel=1e-12)
+    # The expected number: the whole network's less the branches' times their probability of being left out, 30 steps.
+    assert made.whole_cost is not None
+    assert made.branches is not None
+    layers = made.whole_cost[1].by_layer
+    blocks = list(made.branches.blocks)
+    drop = {block: (number + 1) / len(blocks) * 0.5 for number, block in enumerate(blocks)}
+    expected = sum(n * (1 - drop.get(made.branches.block_of(layer) or "", 0.0)) for layer, n in layers.items())
+    assert entry["multiply_adds"] / 30 == pytest.approx(expected, rel=0.15)
+    assert expected < 0.75 * made.whole_cost[1].total
+
+
+def test_projections_belong_to_no_branch() -> None:
+    branches = ResidualBranches(models.build("resnet18", 10, seed=0), 0.5)
+    assert branches.block_of("layer2.0.downsample.0") is None
+    assert branches.block_of("layer2.0.conv1") == "layer2.0"
+    assert branches.block_of("conv1") is None
+
+
+@pytest.mark.parametrize("model", ["small_vgg", "vgg13", "timm:resnet10t"])
+def test_networks_without_residual_blocks(model: str, tiny: Callable[..., RunConfig]) -> None:
+    with pytest.raises(
+        ValueError, match=f"--method stochastic-depth needs a network with residual blocks: .*got --model {model}"
+    ):
+        tiny("stochastic-depth").replace(model=model)
+    if not model.startswith("timm:"):
+        with pytest.raises(ValueError, match=r"needs residual blocks of a known kind, S.* has none"):
+            ResidualBranches(models.build(model, 10, seed=0), 0.5)
+
+
+def test_every_network_is_known() -> None:
+    assert set(models.RESIDUAL) == BLOCKS.keys() == models.MODELS.keys() - {"small_vgg", "vgg13"}
+
+
+def test_data_of_two_methods_is_the_same(tiny: Callable[..., RunConfig]) -> None:
+    one, other = (data.load(tiny(method)).train(1) for method in ("sgd", "stochastic-depth"))
+    for (x, y), (u, v) in zip(one, other, strict=True):
+        assert torch.equal(x, u)
+        assert torch.equal(y, v)

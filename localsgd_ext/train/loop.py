@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, StepLR
 
 from localsgd_ext import LocalizedLearning, trace_layers
-from localsgd_ext.train import checkpoint, models
+from localsgd_ext.train import checkpoint, models, prunetrain
 from localsgd_ext.train.config import NOT_PREFIX, RunConfig
 from localsgd_ext.train.data import Data, derive_seed
 from localsgd_ext.train.files import write_atomically, write_json
 from localsgd_ext.train.measure import MultiplyAdds, PhaseTimer, SavedBytes, multiply_adds, saved_activations
 from localsgd_ext.train.progress import Progress
+from localsgd_ext.train.prunetrain import GroupLasso
 from localsgd_ext.train.rundir import SUMMARY, RunDirectory
 from localsgd_ext.train.stochastic_depth import ResidualBranches
 
@@ -45,23 +46,24 @@ class Trainer:
         self.metrics: list[dict[str, Any]] = []
         self._device = torch.device(config.device)
         _set_determinism(config, self._device)
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = models.build(config.model, data.num_classes, config.seed).to(self._device)
-        self.model = self.model.to(memory_format=layout)
+        self.model = self.model.to(memory_format=self._layout)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
         self._scheduler = _scheduler(self.optimizer, config)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.amp == "fp16")
-        example = torch.zeros(2, 3, data.image_size, data.image_size, device=self._device)
+        self._example = torch.zeros(2, 3, data.image_size, data.image_size, device=self._device)
         with self._logged_warnings():
             self.local = _localized_learning(self)
-            self.num_layers = len(self.local.trace(example) if self.local else trace_layers(self.model, example))
+            self.num_layers = len(self.local.trace(self._example) if self.local else trace_layers(self.model, self._example))
         self.branches: ResidualBranches | None = None
         self.whole_cost: tuple[SavedBytes, MultiplyAdds] | None = None
         if config.method == "stochastic-depth":
             self.whole_cost = self._whole_cost()
             self.branches = ResidualBranches(self.model, config.survival)
+        self.lasso = GroupLasso(self.model, config.lasso_ratio) if config.method == "prunetrain" else None
 
     @property
     def done(self) -> bool:
@@ -83,8 +85,7 @@ class Trainer:
         """What a step of the whole network costs, measured on a copy."""
         model = copy.deepcopy(self.model).train()
         x = torch.zeros(self.config.batch_size, 3, self.data.image_size, self.data.image_size, device=self._device)
-        if self.config.channels_last:
-            x = x.to(memory_format=torch.channels_last)
+        x = x.to(memory_format=self._layout)
         with self._autocast(), saved_activations(model) as saved, multiply_adds(model) as counted:
             F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.int64, device=self._device))
         return saved, counted
@@ -96,6 +97,7 @@ class Trainer:
         self.progress.begin(f"{self.label} epoch {number}/{config.epochs}".strip())
         boundary = self.local.boundary if self.local else 0
         lr = self._scheduler.get_last_lr()[0]
+        parameters = _size(self.model)
         local_lr = self.local.sign * self.local.current_lr if self.local and self.local.rule == "hebbian" else None
 
         if self._device.type == "cuda":
@@ -107,6 +109,8 @@ class Trainer:
             with self._logged_warnings():
                 self.local.step(loss)
         self._scheduler.step()
+        if self.lasso and number % config.reconfigure_every == 0:
+            self._reconfigure()
         seconds = time.perf_counter() - start  # everything that training costs; evaluation and saving are not in it
         test_accuracy, test_loss = self.evaluate()
 
@@ -127,6 +131,7 @@ class Trainer:
             "step_ms": timer.medians(),
             "saved_activation_bytes": cost.saved_bytes,
             "multiply_adds": cost.multiply_adds,
+            "parameters": parameters,
             "peak_device_bytes": torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None,
             "lr": lr,
             "local_lr": local_lr,
@@ -164,6 +169,11 @@ class Trainer:
             self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             if self.branches:
                 self.branches.fill_gradients()
+            if self.lasso:
+                if self.lasso.coefficient is None:
+                    self.lasso.set_coefficient(float(loss.detach()))
+                self._scaler.unscale_(self.optimizer)
+                self.lasso.add_gradient_()
             timer.mark("backward")
             self._scaler.step(self.optimizer)
             self._scaler.update()
@@ -171,6 +181,10 @@ class Trainer:
             total += loss.detach()
             self.progress.advance(len(y))
         return float(total) / self.data.steps, timer, cost
+
+    def _reconfigure(self) -> None:
+        removed = prunetrain.reconfigure(self.model, self.optimizer, self._example, self._layout)
+        self.say(f"reconfigured: {removed} channels removed, {_size(self.model)} parameters left")
 
     def _forward(self, x: Tensor, y: Tensor) -> Tensor:
         with self._autocast():
@@ -198,6 +212,7 @@ class Trainer:
             "scheduler": self._scheduler.state_dict(),
             "scaler": self._scaler.state_dict(),
             "local": local,
+            "lasso": self.lasso.coefficient if self.lasso else None,
         }
         checkpoint.save(self.directory.path, self.epoch, self.config.identity(), state)
 
@@ -206,7 +221,13 @@ class Trainer:
         found = checkpoint.load_latest(self.directory.path, self.config.identity(), self.say)
         if found is not None:
             self.epoch, state = found
-            self.model.load_state_dict(state["model"])
+            if self.lasso:
+                before = dict(self.model.named_parameters())
+                prunetrain.load(self.model, state["model"], self._layout)
+                prunetrain.exchange(self.optimizer, before, dict(self.model.named_parameters()))
+                self.lasso.coefficient = state["lasso"]
+            else:
+                self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self._scheduler.load_state_dict(state["scheduler"])
             self._scaler.load_state_dict(state["scaler"])
@@ -220,7 +241,8 @@ class Trainer:
         self.say(f"resuming after epoch {self.epoch} of {self.config.epochs}")
 
     def finish(self) -> None:
-        """Write the summary and the trained weights (``model.pt``, a plain state dict); take the hooks off."""
+        """Write the summary and the trained weights (``model.pt``, a plain state dict; that of a pruned network is loaded by
+        :func:`localsgd_ext.train.prunetrain.load`); take the hooks off."""
         if self.local:
             self.local.remove()
         buffer = io.BytesIO()
@@ -333,6 +355,10 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  # the legacy generator is the global one
     torch.manual_seed(seed)
+
+
+def _size(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _finite(value: float) -> float | None:

@@ -26,7 +26,7 @@ Method = Annotated[
     str | None,
     typer.Option(
         help=f"{_listed(METHODS)}: local updates the prefix by the Hebbian rule, freeze leaves it as it is, stochastic-depth "
-        "leaves out residual branches."
+        "leaves out residual branches, prunetrain removes channels."
     ),
 ]
 Preset = Annotated[
@@ -70,6 +70,16 @@ Refresh = Annotated[
 Survival = Annotated[
     float | None,
     typer.Option(help="stochastic-depth: how often the last residual branch is kept.", rich_help_panel=_BASELINES),
+]
+LassoRatio = Annotated[
+    float | None,
+    typer.Option(help="prunetrain: the group lasso's share of the first mini-batch's loss.", rich_help_panel=_BASELINES),
+]
+ReconfigureEvery = Annotated[
+    int | None,
+    typer.Option(
+        help="prunetrain: epochs after which empty channels are removed (default: a ninth of all).", rich_help_panel=_BASELINES
+    ),
 ]
 
 Root = Annotated[str | None, typer.Option(help="Where cifar10, cifar100 or imagenet lie.", rich_help_panel=_DATA)]

@@ -21,6 +21,7 @@ _STYLE = {
     "local": {"color": "#009E73", "linestyle": "-", "linewidth": 1.8, "marker": "^"},
     "local-paper": {"color": "#CC79A7", "linestyle": "--", "linewidth": 1.8, "marker": "D"},
     "stochastic-depth": {"color": "#D55E00", "linestyle": "-.", "linewidth": 1.8, "marker": "v"},
+    "prunetrain": {"color": "#56B4E9", "linestyle": ":", "linewidth": 2.2, "marker": "P"},
 }
 
 
@@ -88,6 +89,7 @@ def _name(config: RunConfig) -> str:
     names = {
         "sgd": "SGD",
         "freeze": "frozen prefix",
+        "prunetrain": f"PruneTrain, lasso ratio {config.lasso_ratio:g}",
         "stochastic-depth": f"stochastic depth, survival {config.survival:g}",
     }
     return names.get(config.method, f"local prefix, learning rate {config.local_lr:g}")

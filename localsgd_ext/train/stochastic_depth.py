@@ -47,7 +47,7 @@ def _relu(block: Any, x: Tensor) -> Tensor:
 
 # A block computes end(branch(x) + shortcut(x)): its branch, its shortcut, its end.
 _PARTS: dict[type[nn.Module], tuple[_Part, _Part, _Part]] = {
-    BasicBlock: (BasicBlock.branch, BasicBlock.shortcut, _relu),
+    BasicBlock: (BasicBlock.branch, lambda block, x: block.shortcut(x), _relu),
     TorchvisionBasicBlock: (_basic_branch, _projection, _relu),
     Bottleneck: (_bottleneck_branch, _projection, _relu),
     InvertedResidual: (lambda block, x: block.conv(x), lambda block, x: x, lambda block, x: x),

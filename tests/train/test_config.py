@@ -15,7 +15,10 @@ def _config(**flags: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"method": "hebb"}, "--method must be one of sgd, freeze, local, local-paper, stochastic-depth, got 'hebb'"),
+        (
+            {"method": "hebb"},
+            "--method must be one of sgd, freeze, local, local-paper, stochastic-depth, prunetrain, got 'hebb'",
+        ),
         ({"lr_schedule": "linear"}, "--lr-schedule must be one of step, cosine, constant, got 'linear'"),
         ({"preset": "nature"}, "--preset must be paper, got 'nature'"),
         ({"epochs": 0}, "--epochs must be at least 1, got 0"),
@@ -24,6 +27,8 @@ def _config(**flags: Any) -> RunConfig:
         ({"momentum": 1.0}, r"--momentum must be in \[0, 1\), got 1.0"),
         ({"l_max": 1.5}, r"--l-max must be in \(0, 1\), got 1.5"),
         ({"sample": 0.0}, r"--sample must be in \(0, 1\], got 0.0"),
+        ({"lasso_ratio": 1.0}, r"--lasso-ratio must be in \(0, 1\), got 1.0"),
+        ({"reconfigure_every": 0}, "--reconfigure-every must be at least 1, got 0"),
         ({"survival": 0.0}, r"--survival must be in \(0, 1\], got 0.0"),
         ({"t_shift": 0}, "--t-shift must be positive, got 0"),
         ({"train_size": 0}, "--train-size must be at least 1, got 0"),

@@ -41,7 +41,9 @@ class Written(nn.Module):
         if isinstance(b, (BasicBlock, Bottleneck)):
             shortcut = x if b.downsample is None else b.downsample(x)
         else:
-            shortcut = F.pad(x[:, :, :: b.stride, :: b.stride], (0, 0, 0, 0, 0, b.conv1.out_channels - b.conv1.in_channels))
+            shortcut = F.pad(
+                x[:, :, :: b.conv1.stride[0], :: b.conv1.stride[1]], (0, 0, 0, 0, 0, b.conv1.out_channels - b.conv1.in_channels)
+            )
         return F.relu(stochastic_depth(y, 1 - self.survival, "batch", self.training) + shortcut)
 
 

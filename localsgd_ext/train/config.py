@@ -50,7 +50,7 @@ class RunConfig:
     sample: float = 1.0
     refresh: int = 0
     survival: float = 0.5
-    lasso_ratio: float = 0.25
+    lasso_ratio: float = 0.2
     reconfigure_every: int = 10
     preset: str | None = None
     seed: int = 0

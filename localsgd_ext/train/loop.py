@@ -245,6 +245,8 @@ class Trainer:
         :func:`localsgd_ext.train.prunetrain.load`); take the hooks off."""
         if self.local:
             self.local.remove()
+        if self.branches:
+            self.branches.fold_()
         buffer = io.BytesIO()
         torch.save(self.model.state_dict(), buffer)
         write_atomically(self.directory.path / "model.pt", buffer.getvalue())

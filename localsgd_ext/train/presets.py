@@ -22,6 +22,8 @@ class Hyperparameters:
     local_lr_decay_every: int = 30
     alpha: float = 0.95
     l_max: float = 0.75
+    survival: float = 0.5  # Huang et al. 2016
+    lasso_ratio: float = 0.2  # PruneTrain's published configurations, for runs of 90 epochs and more
 
 
 def _imagenet_resnet() -> Hyperparameters:

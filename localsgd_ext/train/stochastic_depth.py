@@ -1,15 +1,15 @@
 """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): a training step leaves out the branches of some residual blocks.
 
-A whole mini-batch shares the decision, so that a dropped branch is not computed at all, forward or backward. The scaling is that of
-torchvision, whose module makes the decision: a branch that survives is divided by its survival probability in training, and nothing
-is scaled at test time (the paper multiplies at test time instead; the expectation is the same). The trained network is thus the
-plain one, with the plain one's parameter names.
+A whole mini-batch shares the decision, which torchvision's module makes, so that a branch left out is not computed at all, forward or
+backward. The scaling is the paper's: none in training, and at test time a branch is multiplied by its survival probability.
+torchvision divides by it in training instead, for the same expectation; in short runs that learns less (see ``presets.py``).
 """
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,12 +45,23 @@ def _relu(block: Any, x: Tensor) -> Tensor:
     return F.relu(x)  # block.relu works in place: on the input itself, where the branch is left out
 
 
-# A block computes end(branch(x) + shortcut(x)): its branch, its shortcut, its end.
-_PARTS: dict[type[nn.Module], tuple[_Part, _Part, _Part]] = {
-    BasicBlock: (BasicBlock.branch, lambda block, x: block.shortcut(x), _relu),
-    TorchvisionBasicBlock: (_basic_branch, _projection, _relu),
-    Bottleneck: (_bottleneck_branch, _projection, _relu),
-    InvertedResidual: (lambda block, x: block.conv(x), lambda block, x: x, lambda block, x: x),
+@dataclass(frozen=True)
+class _Parts:
+    """A block computes ``end(branch(x) + shortcut(x))``; its branch ends with the normalisation ``last``."""
+
+    branch: _Part
+    shortcut: _Part
+    end: _Part
+    last: Callable[[Any], nn.BatchNorm2d]
+
+
+_PARTS: dict[type[nn.Module], _Parts] = {
+    BasicBlock: _Parts(BasicBlock.branch, lambda block, x: block.shortcut(x), _relu, lambda block: block.bn2),
+    TorchvisionBasicBlock: _Parts(_basic_branch, _projection, _relu, lambda block: block.bn2),
+    Bottleneck: _Parts(_bottleneck_branch, _projection, _relu, lambda block: block.bn3),
+    InvertedResidual: _Parts(
+        lambda block, x: block.conv(x), lambda block, x: x, lambda block, x: x, lambda block: block.conv[-1]
+    ),
 }
 
 
@@ -75,20 +86,27 @@ class ResidualBranches:
             block.stochastic_depth = StochasticDepth(number / len(blocks) * (1 - survival), "batch")
             block.forward = types.MethodType(self._forward(name, _PARTS[type(block)]), block)
 
-    def _forward(self, name: str, parts: tuple[_Part, _Part, _Part]) -> _Part:
-        branch, shortcut, end = parts
-
+    def _forward(self, name: str, parts: _Parts) -> _Part:
         def forward(block: Any, x: Tensor) -> Tensor:
-            scale = float(
-                block.stochastic_depth(torch.ones(1))
-            )  # 0 or 1 / p, 1 in evaluation; on the CPU: nothing waits for a GPU
-            if scale == 0:
+            keep = block.stochastic_depth
+            if not block.training:
+                return parts.end(block, parts.branch(block, x) * (1 - keep.p) + parts.shortcut(block, x))
+            if not keep(torch.ones(1)):  # 0 or 1 / p, on the CPU: nothing waits for a GPU
                 self.dropped.add(name)
-                return end(block, shortcut(block, x))
-            y = branch(block, x)
-            return end(block, (y if scale == 1 else y * scale) + shortcut(block, x))
+                return parts.end(block, parts.shortcut(block, x))
+            return parts.end(block, parts.branch(block, x) + parts.shortcut(block, x))
 
         return forward
+
+    @torch.no_grad()
+    def fold_(self) -> None:
+        """Scale the last normalisations instead of the branches, for good: the weights are then those of the plain network."""
+        for block in self.blocks.values():
+            keep: Any = block.stochastic_depth
+            last = _PARTS[type(block)].last(block)
+            last.weight.mul_(1 - keep.p)
+            last.bias.mul_(1 - keep.p)
+            keep.p = 0.0
 
     def block_of(self, layer: str) -> str | None:
         """The block whose branch has the layer of this name, ``None`` if it is in no branch."""
@@ -98,9 +116,8 @@ class ResidualBranches:
         return None
 
     def fill_gradients(self) -> None:
-        """Zero gradients for the branches left out, as if their outputs had been multiplied by 0.
-
-        Momentum and weight decay go on moving them: in the paper's code, and wherever torchvision's module does the dropping.
+        """Zero gradients for the branches left out, as if their outputs had been multiplied by 0: momentum and weight decay go on
+        moving them, as they do in the paper's code.
         """
         for block in self.blocks.values():
             for parameter in block.parameters():

@@ -1,4 +1,4 @@
-"""Stochastic depth against torchvision's own module, which computes every branch and multiplies it by 0 or 1 / p."""
+"""Stochastic depth against residual blocks written out, which compute every branch and multiply it by 0 or 1."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import stochastic_depth
 
 from localsgd_ext.train import data, models
 from localsgd_ext.train.config import RunConfig
@@ -24,16 +23,21 @@ BLOCKS = {"small_resnet": 6, "resnet18": 8, "resnet34": 16, "resnet50": 16, "mob
 
 
 class Written(nn.Module):
-    """A residual block written out, with torchvision's function on the branch's output."""
+    """A residual block written out: its branch times 0 or 1 in training, times the survival probability at test time."""
 
     def __init__(self, block: Any, survival: float) -> None:
         super().__init__()
         self.block, self.survival = block, survival
 
+    def scale(self) -> Tensor:
+        if not self.training:
+            return torch.tensor(self.survival)
+        return torch.empty(1).bernoulli_(self.survival)
+
     def forward(self, x: Tensor) -> Tensor:
         b = self.block
         if isinstance(b, InvertedResidual):
-            return stochastic_depth(b.conv(x), 1 - self.survival, "batch", self.training) + x
+            return b.conv(x) * self.scale() + x
         y = F.relu(b.bn1(b.conv1(x)))
         y = b.bn2(b.conv2(y))
         if isinstance(b, Bottleneck):
@@ -44,7 +48,7 @@ class Written(nn.Module):
             shortcut = F.pad(
                 x[:, :, :: b.conv1.stride[0], :: b.conv1.stride[1]], (0, 0, 0, 0, 0, b.conv1.out_channels - b.conv1.in_channels)
             )
-        return F.relu(stochastic_depth(y, 1 - self.survival, "batch", self.training) + shortcut)
+        return F.relu(y * self.scale() + shortcut)
 
 
 def written(model: nn.Module, survivals: list[float]) -> nn.Module:
@@ -61,7 +65,7 @@ def written(model: nn.Module, survivals: list[float]) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_weights_after_some_steps_are_those_of_torchvisions_module(name: str) -> None:
+def test_weights_after_some_steps_are_those_of_blocks_written_out(name: str) -> None:
     """Bit for bit, with momentum and weight decay, which go on moving the branches that are left out."""
     model = models.build(name, 5, seed=0)
     number = BLOCKS[name]
@@ -84,15 +88,43 @@ def test_weights_after_some_steps_are_those_of_torchvisions_module(name: str) ->
         assert torch.equal(mine, theirs)
 
 
-def test_at_test_time_it_is_the_plain_network() -> None:
+@pytest.mark.parametrize("name", BLOCKS)
+def test_at_test_time_branches_are_scaled_and_folded_that_is_the_plain_network(name: str) -> None:
     """Also its parameters' names: the trained weights load into it."""
-    plain = models.build("small_resnet", 5, seed=3).eval()
-    model = models.build("small_resnet", 5, seed=3)
-    ResidualBranches(model, survival=0.5)
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    unscaled = models.build(name, 5, seed=3).double()
+    for module in unscaled.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    unscaled.train()(x)  # running statistics with which the signal does not die away
+    model = copy.deepcopy(unscaled.eval())
+    number = BLOCKS[name]
+    reference = written(model, [1 - place / number * 0.5 for place in range(1, number + 1)]).eval()
+    branches = ResidualBranches(model, survival=0.5)
+    plain = models.build(name, 5, seed=4).double().eval()
     assert model.state_dict().keys() == plain.state_dict().keys()
-    x = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
-        assert torch.equal(model.eval()(x), plain(x))
+        expected = reference(x)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        branches.fold_()
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        plain.load_state_dict(model.state_dict())
+        torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(unscaled(x), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_the_weights_of_a_finished_run_give_its_accuracy(
+    tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]
+) -> None:
+    made = trainer(tiny("stochastic-depth"))
+    while not made.done:
+        made.run_epoch()
+    made.finish()
+    plain = models.build("small_resnet", 10, seed=1)
+    plain.load_state_dict(torch.load(made.directory.path / "model.pt", weights_only=True))
+    made.model, made.branches = plain, None
+    accuracy, loss = made.evaluate()
+    assert (accuracy, loss) == (made.metrics[-1]["test_accuracy"], pytest.approx(made.metrics[-1]["test_loss"], rel=1e-4))
 
 
 def test_a_branch_left_out_is_not_computed() -> None:
@@ -124,7 +156,7 @@ def test_first_weights_data_and_schedule_are_those_of_sgd(
     keeping = trainer(tiny("stochastic-depth", survival=1.0), "keeping")
     for made in (sgd, keeping, dropping):
         made.run_epoch()
-    same = ("train_loss", "test_accuracy", "lr", "multiply_adds", "saved_activation_bytes")
+    same = ("train_loss", "test_loss", "test_accuracy", "lr", "multiply_adds", "saved_activation_bytes")
     assert {name: keeping.metrics[0][name] for name in same} == {name: sgd.metrics[0][name] for name in same}
     assert dropping.metrics[0]["train_loss"] != sgd.metrics[0]["train_loss"]
 

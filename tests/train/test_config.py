@@ -61,3 +61,10 @@ def test_t_shift() -> None:
     assert isinstance(parse_t_shift("3"), int)
     with pytest.raises(ValueError, match="--t-shift must be auto, a number of layers or a fraction of the depth, got 'many'"):
         parse_t_shift("many")
+
+
+def test_the_other_methods_have_their_papers_values_in_the_papers_runs() -> None:
+    short, long = resolve("glyphs", "small_resnet", "prunetrain"), resolve("cifar10", "resnet18", "prunetrain", "paper")
+    assert (short.survival, short.lasso_ratio, short.reconfigure_every) == (0.8, 0.5, 1)
+    assert (long.survival, long.lasso_ratio, long.reconfigure_every) == (0.5, 0.2, 10)
+    assert resolve("cifar10", "resnet18", "stochastic-depth", "paper", survival=0.9).survival == 0.9

@@ -162,7 +162,7 @@ def test_first_weights_data_and_schedule_are_those_of_sgd(
 
 
 def test_multiply_adds_are_those_of_all_steps(tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]) -> None:
-    made = trainer(tiny("stochastic-depth", train_size=480))
+    made = trainer(tiny("stochastic-depth", train_size=480, survival=0.5))
     counted = 0.0
     forward = made._forward
 

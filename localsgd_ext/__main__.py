@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-_NEEDED = ("typer", "rich", "torchvision", "tensorboard", "matplotlib", "sklearn", "fontTools")
+_NEEDED = ("typer", "rich", "torchvision", "tensorboard", "matplotlib", "sklearn", "fontTools", "torch_pruning")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from localsgd_ext.train import presets
+from localsgd_ext.train.models import PRUNABLE, RESIDUAL
 
-METHODS = ("sgd", "freeze", "local", "local-paper")
+METHODS = ("sgd", "freeze", "local", "local-paper", "stochastic-depth", "prunetrain")
+NOT_PREFIX = ("sgd", "stochastic-depth", "prunetrain")
+"""Those that treat all layers alike, without a boundary."""
 DATA_SETS = ("digits", "glyphs", "cifar10", "cifar100", "imagenet", "fake")
 LR_SCHEDULES = ("step", "cosine", "constant")
 SCHEDULES = ("dynamic", "quadratic", "linear", "exponential", "local-first")
@@ -46,6 +49,9 @@ class RunConfig:
     supervision: str = "absolute"
     sample: float = 1.0
     refresh: int = 0
+    survival: float = 0.5
+    lasso_ratio: float = 0.2
+    reconfigure_every: int = 10
     preset: str | None = None
     seed: int = 0
     train_size: int | None = None
@@ -71,7 +77,7 @@ class RunConfig:
             if getattr(self, name) not in choices:
                 listed = ", ".join(str(c) for c in choices if c)
                 raise ValueError(f"--{_flag(name)} must be one of {listed}, got {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size", "lr_step", "local_lr_decay_every"):
+        for name in ("epochs", "batch_size", "lr_step", "local_lr_decay_every", "reconfigure_every"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("train_size", "test_size", "image_size"):
             _require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
@@ -82,6 +88,8 @@ class RunConfig:
         _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
         _require(self, "sample", 0 < self.sample <= 1, "in (0, 1]")
         _require(self, "refresh", self.refresh >= 0, "at least 0")
+        _require(self, "survival", 0 < self.survival <= 1, "in (0, 1]")
+        _require(self, "lasso_ratio", 0 < self.lasso_ratio < 1, "in (0, 1)")
         _require(self, "l_max", 0 < self.l_max < 1, "in (0, 1)")
         _require(self, "seed", self.seed >= 0, "at least 0")
         _require(self, "workers", self.workers >= 0, "at least 0")
@@ -89,6 +97,13 @@ class RunConfig:
             _require(self, "t_shift", self.t_shift == "auto", "a number of layers, a fraction of the depth, or auto")
         else:
             _require(self, "t_shift", self.t_shift > 0, "positive")
+        if self.method == "stochastic-depth" and self.model not in RESIDUAL:
+            known = ", ".join(RESIDUAL)
+            raise ValueError(
+                f"--method stochastic-depth needs a network with residual blocks: {known}; got --model {self.model}"
+            )
+        if self.method == "prunetrain" and self.model not in PRUNABLE:
+            raise ValueError(f"--method prunetrain needs one of the networks {', '.join(PRUNABLE)}; got --model {self.model}")
         if self.amp == "fp16" and not self.device.startswith("cuda"):
             raise ValueError(f"--amp fp16 needs a CUDA device, got --device {self.device}; use --amp bf16")
 
@@ -123,6 +138,7 @@ def resolve(data: str, model: str, method: str, preset: str | None = None, **fla
     if method == "local-paper":
         values |= {"local_lr": 0.01, "local_lr_decay": presets.paper_local_lr_decay(data), "local_lr_decay_every": 30}
     values |= {name: value for name, value in flags.items() if value is not None}
+    values.setdefault("reconfigure_every", max(1, values["epochs"] // 9))  # the paper's 10 of 90 epochs
     return RunConfig(data=data, model=model, method=method, preset=preset, **values)
 
 

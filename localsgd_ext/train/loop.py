@@ -20,13 +20,15 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, StepLR
 
 from localsgd_ext import LocalizedLearning, StaticModeSelection, trace_layers
-from localsgd_ext.train import checkpoint, models
-from localsgd_ext.train.config import RunConfig
+from localsgd_ext.train import checkpoint, models, prunetrain
+from localsgd_ext.train.config import NOT_PREFIX, RunConfig
 from localsgd_ext.train.data import Data, derive_seed
 from localsgd_ext.train.files import write_atomically, write_json
-from localsgd_ext.train.measure import PhaseTimer, multiply_adds, saved_activations
+from localsgd_ext.train.measure import MultiplyAdds, PhaseTimer, SavedBytes, multiply_adds, saved_activations
 from localsgd_ext.train.progress import Progress
+from localsgd_ext.train.prunetrain import GroupLasso
 from localsgd_ext.train.rundir import SUMMARY, RunDirectory
+from localsgd_ext.train.stochastic_depth import ResidualBranches
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,18 +46,24 @@ class Trainer:
         self.metrics: list[dict[str, Any]] = []
         self._device = torch.device(config.device)
         _set_determinism(config, self._device)
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = models.build(config.model, data.num_classes, config.seed).to(self._device)
-        self.model = self.model.to(memory_format=layout)
+        self.model = self.model.to(memory_format=self._layout)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
         self._scheduler = _scheduler(self.optimizer, config)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.amp == "fp16")
-        example = torch.zeros(2, 3, data.image_size, data.image_size, device=self._device)
+        self._example = torch.zeros(2, 3, data.image_size, data.image_size, device=self._device)
         with self._logged_warnings():
             self.local = _localized_learning(self)
-            self.num_layers = len(self.local.trace(example) if self.local else trace_layers(self.model, example))
+            self.num_layers = len(self.local.trace(self._example) if self.local else trace_layers(self.model, self._example))
+        self.branches: ResidualBranches | None = None
+        self.whole_cost: tuple[SavedBytes, MultiplyAdds] | None = None
+        if config.method == "stochastic-depth":
+            self.whole_cost = self._whole_cost()
+            self.branches = ResidualBranches(self.model, config.survival)
+        self.lasso = GroupLasso(self.model, config.lasso_ratio) if config.method == "prunetrain" else None
 
     @property
     def done(self) -> bool:
@@ -73,6 +81,15 @@ class Trainer:
         with torch.random.fork_rng(), self._autocast():
             model(torch.zeros(shape, device=self._device)).sum().backward()
 
+    def _whole_cost(self) -> tuple[SavedBytes, MultiplyAdds]:
+        """What a step of the whole network costs, measured on a copy."""
+        model = copy.deepcopy(self.model).train()
+        x = torch.zeros(self.config.batch_size, 3, self.data.image_size, self.data.image_size, device=self._device)
+        x = x.to(memory_format=self._layout)
+        with self._autocast(), saved_activations(model) as saved, multiply_adds(model) as counted:
+            F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.int64, device=self._device))
+        return saved, counted
+
     def run_epoch(self) -> dict[str, Any]:
         """Train for an epoch, evaluate, record and save. Returns what was measured (see ``metrics.jsonl``)."""
         config, number = self.config, self.epoch + 1
@@ -80,6 +97,7 @@ class Trainer:
         self.progress.begin(f"{self.label} epoch {number}/{config.epochs}".strip())
         boundary = self.local.boundary if self.local else 0
         lr = self._scheduler.get_last_lr()[0]
+        parameters = _size(self.model)
         local_lr = self.local.sign * self.local.current_lr if self.local and self.local.rule == "hebbian" else None
 
         if self._device.type == "cuda":
@@ -91,6 +109,8 @@ class Trainer:
             with self._logged_warnings():
                 self.local.step(loss)
         self._scheduler.step()
+        if self.lasso and number % config.reconfigure_every == 0:
+            self._reconfigure()
         seconds = time.perf_counter() - start  # everything that training costs; evaluation and saving are not in it
         test_accuracy, test_loss = self.evaluate()
 
@@ -111,6 +131,7 @@ class Trainer:
             "step_ms": timer.medians(),
             "saved_activation_bytes": cost.saved_bytes,
             "multiply_adds": cost.multiply_adds,
+            "parameters": parameters,
             "peak_device_bytes": torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None,
             "lr": lr,
             "local_lr": local_lr,
@@ -135,17 +156,24 @@ class Trainer:
         self.model.train()
         timer = PhaseTimer(self._device)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        cost = Cost()
+        cost = Cost(self)
         timer.start()
         for x, y in self.data.train(self.epoch):
             refreshing = self.local is not None and self.local.refreshing
             timer.kind(refreshing)
             timer.mark("data")
-            with cost.of_step(self, refreshing):
+            with cost.of_step(refreshing):
                 loss = self._forward(x, y)
             timer.mark("forward")
             self.optimizer.zero_grad(set_to_none=True)
             self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            if self.branches:
+                self.branches.fill_gradients()
+            if self.lasso:
+                if self.lasso.coefficient is None:
+                    self.lasso.set_coefficient(float(loss.detach()))
+                self._scaler.unscale_(self.optimizer)
+                self.lasso.add_gradient_()
             timer.mark("backward")
             self._scaler.step(self.optimizer)
             self._scaler.update()
@@ -153,6 +181,10 @@ class Trainer:
             total += loss.detach()
             self.progress.advance(len(y))
         return float(total) / self.data.steps, timer, cost
+
+    def _reconfigure(self) -> None:
+        removed = prunetrain.reconfigure(self.model, self.optimizer, self._example, self._layout)
+        self.say(f"reconfigured: {removed} channels removed, {_size(self.model)} parameters left")
 
     def _forward(self, x: Tensor, y: Tensor) -> Tensor:
         with self._autocast():
@@ -180,6 +212,7 @@ class Trainer:
             "scheduler": self._scheduler.state_dict(),
             "scaler": self._scaler.state_dict(),
             "local": local,
+            "lasso": self.lasso.coefficient if self.lasso else None,
         }
         checkpoint.save(self.directory.path, self.epoch, self.config.identity(), state)
 
@@ -188,7 +221,13 @@ class Trainer:
         found = checkpoint.load_latest(self.directory.path, self.config.identity(), self.say)
         if found is not None:
             self.epoch, state = found
-            self.model.load_state_dict(state["model"])
+            if self.lasso:
+                before = dict(self.model.named_parameters())
+                prunetrain.load(self.model, state["model"], self._layout)
+                prunetrain.exchange(self.optimizer, before, dict(self.model.named_parameters()))
+                self.lasso.coefficient = state["lasso"]
+            else:
+                self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self._scheduler.load_state_dict(state["scheduler"])
             self._scaler.load_state_dict(state["scaler"])
@@ -202,9 +241,12 @@ class Trainer:
         self.say(f"resuming after epoch {self.epoch} of {self.config.epochs}")
 
     def finish(self) -> None:
-        """Write the summary and the trained weights (``model.pt``, a plain state dict); take the hooks off."""
+        """Write the summary and the trained weights (``model.pt``, a plain state dict; that of a pruned network is loaded by
+        :func:`localsgd_ext.train.prunetrain.load`); take the hooks off."""
         if self.local:
             self.local.remove()
+        if self.branches:
+            self.branches.fold_()
         buffer = io.BytesIO()
         torch.save(self.model.state_dict(), buffer)
         write_atomically(self.directory.path / "model.pt", buffer.getvalue())
@@ -229,17 +271,33 @@ class Trainer:
 
 
 class Cost:
-    """What an epoch's steps cost: the first of each kind (a refresh or none) is counted, and stands for the others."""
+    """What an epoch's steps cost: the first of each kind (a refresh or none) is counted, and stands for the others.
 
-    def __init__(self) -> None:
+    With stochastic depth every step is of another kind: the whole network was counted beforehand, and a step costs that less the
+    branches that it left out. The memory is the whole network's, as any step may need it.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
         self.saved_bytes = 0
         """Saved for the backward pass, of the kind of step that saves most."""
         self.multiply_adds = 0.0
         """Of all steps together."""
+        self._trainer = trainer
         self._each: dict[bool, float] = {}
 
     @contextlib.contextmanager
-    def of_step(self, trainer: Trainer, refreshing: bool) -> Iterator[None]:
+    def of_step(self, refreshing: bool) -> Iterator[None]:
+        trainer = self._trainer
+        if trainer.branches and trainer.whole_cost:
+            trainer.branches.dropped.clear()
+            yield
+            saved, counted = trainer.whole_cost
+            left_out = trainer.branches.dropped
+            self.saved_bytes = saved.total
+            self.multiply_adds += sum(
+                n for layer, n in counted.by_layer.items() if trainer.branches.block_of(layer) not in left_out
+            )
+            return
         if refreshing not in self._each:
             local = trainer.local
             learning = local.local_layers if local and local.rule == "hebbian" and not refreshing else ()
@@ -257,7 +315,7 @@ class Cost:
 
 def _localized_learning(trainer: Trainer) -> LocalizedLearning | None:
     config = trainer.config
-    if config.method == "sgd":
+    if config.method in NOT_PREFIX:
         return None
     return LocalizedLearning(
         trainer.model,
@@ -310,6 +368,10 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  # the legacy generator is the global one
     torch.manual_seed(seed)
+
+
+def _size(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _finite(value: float) -> float | None:

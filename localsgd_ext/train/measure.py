@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,11 @@ def saved_activations(model: nn.Module) -> Iterator[SavedBytes]:
 class MultiplyAdds:
     """Of the convolutions and linear layers in a training step, forward and backward."""
 
-    total: float = 0
+    by_layer: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        return sum(self.by_layer.values())
 
 
 @contextmanager
@@ -130,16 +134,16 @@ def multiply_adds(model: nn.Module, local: Collection[str] = (), sample: float =
     """
     counted = MultiplyAdds()
 
-    def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, share: float) -> None:
+    def count(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor, share: float) -> None:
         weight: Tensor = module.weight  # type: ignore[assignment]
         products = 1 + weight.requires_grad + args[0].requires_grad + share
-        counted.total += output.numel() * weight[0].numel() * products
+        counted.by_layer[name] = counted.by_layer.get(name, 0) + output.numel() * weight[0].numel() * products
 
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, LAYER_TYPES):
             share = sample if name in local else 0.0
-            handles.append(module.register_forward_hook(lambda m, a, z, share=share: count(m, a, z, share)))
+            handles.append(module.register_forward_hook(lambda m, a, z, n=name, share=share: count(n, m, a, z, share)))
     try:
         yield counted
     finally:

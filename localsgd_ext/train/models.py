@@ -10,23 +10,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class PadShortcut(nn.Module):
+    """Every ``stride``-th pixel, with channels of zeros after those that there are."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.inputs, self.outputs, self.stride = inputs, outputs, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.outputs - self.inputs))
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut without parameters (He et al. 2015, section 4.2, option A)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.stride = stride
-        self.extra_channels = outputs - inputs
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = PadShortcut(inputs, outputs, stride)
+
+    def branch(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return y
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra_channels))
-        return F.relu(y + shortcut)
+        return F.relu(self.branch(x) + self.shortcut(x))
 
 
 class SmallResNet(nn.Sequential):
@@ -94,6 +105,12 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "resnet50": _torchvision("resnet50"),
     "mobilenet_v2": _torchvision("mobilenet_v2"),
 }
+
+RESIDUAL = ("small_resnet", "resnet18", "resnet34", "resnet50", "mobilenet_v2")
+"""Those with residual blocks, whose branches stochastic depth can drop."""
+
+PRUNABLE = tuple(MODELS)
+"""Those known to come out right when channels are removed; any of timm's may hold what is not."""
 
 
 def build(name: str, num_classes: int, seed: int) -> nn.Module:

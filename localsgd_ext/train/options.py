@@ -10,7 +10,8 @@ import typer
 from localsgd_ext.train.config import AMP, DATA_SETS, LR_SCHEDULES, METHODS, SCHEDULES, SUPERVISIONS
 from localsgd_ext.train.models import MODELS
 
-_TRAINING, _LOCAL, _DATA, _MACHINE = "Training", "Localized learning", "Data", "Machine"
+_TRAINING, _LOCAL, _BASELINES = "Training", "Localized learning", "Other methods"
+_DATA, _MACHINE = "Data", "Machine"
 
 
 def _listed(values: tuple[str, ...] | dict[str, object]) -> str:
@@ -23,7 +24,10 @@ Model = Annotated[
 ]
 Method = Annotated[
     str | None,
-    typer.Option(help=f"{_listed(METHODS)}: local updates the prefix by the Hebbian rule, freeze leaves it as it is."),
+    typer.Option(
+        help=f"{_listed(METHODS)}: local updates the prefix by the Hebbian rule, freeze leaves it as it is, stochastic-depth "
+        "leaves out residual branches, prunetrain removes channels."
+    ),
 ]
 Preset = Annotated[
     str | None, typer.Option(help="paper: section 6.1's values for this data set and network; options override.")
@@ -61,6 +65,21 @@ Sample = Annotated[
 Refresh = Annotated[
     int | None,
     typer.Option(help="One in every so many mini-batches goes through the prefix; 0: none.", rich_help_panel=_LOCAL),
+]
+
+Survival = Annotated[
+    float | None,
+    typer.Option(help="stochastic-depth: how often the last residual branch is kept.", rich_help_panel=_BASELINES),
+]
+LassoRatio = Annotated[
+    float | None,
+    typer.Option(help="prunetrain: the group lasso's share of the first mini-batch's loss.", rich_help_panel=_BASELINES),
+]
+ReconfigureEvery = Annotated[
+    int | None,
+    typer.Option(
+        help="prunetrain: epochs after which empty channels are removed (default: a ninth of all).", rich_help_panel=_BASELINES
+    ),
 ]
 
 Root = Annotated[str | None, typer.Option(help="Where cifar10, cifar100 or imagenet lie.", rich_help_panel=_DATA)]

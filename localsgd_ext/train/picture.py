@@ -20,6 +20,8 @@ _STYLE = {
     "freeze": {"color": "#E69F00", "linestyle": "-", "linewidth": 4.5, "marker": "s"},  # wide: local often lies on top of it
     "local": {"color": "#009E73", "linestyle": "-", "linewidth": 1.8, "marker": "^"},
     "local-paper": {"color": "#CC79A7", "linestyle": "--", "linewidth": 1.8, "marker": "D"},
+    "stochastic-depth": {"color": "#D55E00", "linestyle": "-.", "linewidth": 1.8, "marker": "v"},
+    "prunetrain": {"color": "#56B4E9", "linestyle": ":", "linewidth": 2.2, "marker": "P"},
 }
 
 
@@ -84,9 +86,13 @@ def draw(runs: Sequence[Run], title: str) -> dict[str, bytes]:
 
 
 def _name(config: RunConfig) -> str:
-    if config.method == "sgd":
-        return "SGD"
-    return "frozen prefix" if config.method == "freeze" else f"local prefix, learning rate {config.local_lr:g}"
+    names = {
+        "sgd": "SGD",
+        "freeze": "frozen prefix",
+        "prunetrain": f"PruneTrain, lasso ratio {config.lasso_ratio:g}",
+        "stochastic-depth": f"stochastic depth, survival {config.survival:g}",
+    }
+    return names.get(config.method, f"local prefix, learning rate {config.local_lr:g}")
 
 
 def _series(runs: Sequence[Run], value: Callable[[dict[str, Any]], float]) -> npt.NDArray[np.float64]:

@@ -182,3 +182,17 @@ def test_the_table_as_text(tiny: Callable[..., RunConfig]) -> None:
     assert "seeds 0, 1; mean ± standard deviation over seeds" in report.caption(summary)
     assert "small_resnet on fake: 96 training and 40 test pictures, 4 epochs, batch 16" in report.caption(summary)
     assert "A CPU, 2 threads" in report.caption(summary)
+
+
+def test_the_other_methods_can_be_compared_too(tmp_path: Path, tiny_flags: list[str]) -> None:
+    methods = ["sgd", "stochastic-depth", "prunetrain"]
+    out = tmp_path / "out"
+    assert main(["compare", *tiny_flags, "--epochs", "2", "--methods", ",".join(methods), "--out", str(out)]) == 0
+    rows = json.loads((out / "table.json").read_text())["methods"]
+    assert [row["method"] for row in rows] == methods
+    assert [row["boundary"] for row in rows] == [[0]] * 3
+    first = [json.loads((out / f"{method}-seed0" / "metrics.jsonl").read_text().splitlines()[0]) for method in methods]
+    assert [entry["lr"] for entry in first] == [0.02] * 3
+    assert first[1]["multiply_adds"] < first[0]["multiply_adds"] == first[2]["multiply_adds"]
+    svg = (out / "picture.svg").read_bytes()
+    assert svg.endswith(b"</svg>\n")

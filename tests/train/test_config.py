@@ -15,7 +15,10 @@ def _config(**flags: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"method": "hebb"}, "--method must be one of sgd, freeze, local, local-paper, got 'hebb'"),
+        (
+            {"method": "hebb"},
+            "--method must be one of sgd, freeze, local, local-paper, stochastic-depth, prunetrain, got 'hebb'",
+        ),
         ({"lr_schedule": "linear"}, "--lr-schedule must be one of step, cosine, constant, got 'linear'"),
         ({"preset": "nature"}, "--preset must be paper, got 'nature'"),
         ({"epochs": 0}, "--epochs must be at least 1, got 0"),
@@ -24,6 +27,9 @@ def _config(**flags: Any) -> RunConfig:
         ({"momentum": 1.0}, r"--momentum must be in \[0, 1\), got 1.0"),
         ({"l_max": 1.5}, r"--l-max must be in \(0, 1\), got 1.5"),
         ({"sample": 0.0}, r"--sample must be in \(0, 1\], got 0.0"),
+        ({"lasso_ratio": 1.0}, r"--lasso-ratio must be in \(0, 1\), got 1.0"),
+        ({"reconfigure_every": 0}, "--reconfigure-every must be at least 1, got 0"),
+        ({"survival": 0.0}, r"--survival must be in \(0, 1\], got 0.0"),
         ({"t_shift": 0}, "--t-shift must be positive, got 0"),
         ({"train_size": 0}, "--train-size must be at least 1, got 0"),
         ({"amp": "fp16"}, "--amp fp16 needs a CUDA device, got --device cpu"),
@@ -55,3 +61,10 @@ def test_t_shift() -> None:
     assert isinstance(parse_t_shift("3"), int)
     with pytest.raises(ValueError, match="--t-shift must be auto, a number of layers or a fraction of the depth, got 'many'"):
         parse_t_shift("many")
+
+
+def test_the_other_methods_have_their_papers_values_in_the_papers_runs() -> None:
+    short, long = resolve("glyphs", "small_resnet", "prunetrain"), resolve("cifar10", "resnet18", "prunetrain", "paper")
+    assert (short.survival, short.lasso_ratio, short.reconfigure_every) == (0.8, 0.5, 1)
+    assert (long.survival, long.lasso_ratio, long.reconfigure_every) == (0.5, 0.2, 10)
+    assert resolve("cifar10", "resnet18", "stochastic-depth", "paper", survival=0.9).survival == 0.9

@@ -30,14 +30,30 @@ def _assert_same_run(one: Path, other: Path) -> None:
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
-    deterministic = ("epoch", "boundary", "train_loss", "test_loss", "test_accuracy", "saved_activation_bytes", "local_lr")
+    deterministic = (
+        "epoch",
+        "boundary",
+        "train_loss",
+        "test_loss",
+        "test_accuracy",
+        "saved_activation_bytes",
+        "local_lr",
+        "parameters",
+    )
     metrics = [[{k: m[k] for k in deterministic} for m in read_json_lines(path / "metrics.jsonl")] for path in (one, other)]
     assert metrics[0] == metrics[1]
 
 
-def test_kill_in_mid_epoch_then_resume(tmp_path: Path, tiny_flags: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("method", "after"),
+    [
+        ("--method local --local-lr 0.001", 3),  # the boundary has moved after epoch 2
+        ("--method prunetrain --lasso-ratio 0.75", 4),  # the first channels go after epoch 4
+    ],
+)
+def test_kill_in_mid_epoch_then_resume(method: str, after: int, tmp_path: Path, tiny_flags: list[str]) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = [*tiny_flags, "--train-size", "960", "--epochs", "6", "--method", "local", "--local-lr", "0.001"]
+    options = [*tiny_flags, "--train-size", "960", "--epochs", "6", *method.split()]
 
     def command(out: str, *more: str) -> list[str]:
         return [sys.executable, "-W", "ignore", "-m", "localsgd_ext", "train", "--out", str(tmp_path / out), *more]
@@ -46,7 +62,7 @@ def test_kill_in_mid_epoch_then_resume(tmp_path: Path, tiny_flags: list[str]) ->
     victim = subprocess.Popen(command("killed", *options), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     killed = tmp_path / "killed"
     deadline = time.monotonic() + 300
-    while not checkpoint.path_of(killed, 3).exists():  # the boundary has moved after epoch 2, the fourth epoch begins
+    while not checkpoint.path_of(killed, after).exists():
         assert victim.poll() is None, victim.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -54,8 +70,8 @@ def test_kill_in_mid_epoch_then_resume(tmp_path: Path, tiny_flags: list[str]) ->
     victim.send_signal(signal.SIGKILL)
     victim.communicate()
     assert victim.returncode == -signal.SIGKILL
-    last = read_json_lines(killed / "metrics.jsonl")[-1]["epoch"]  # 3, unless this process was kept waiting
-    assert 3 <= last < 6
+    last = read_json_lines(killed / "metrics.jsonl")[-1]["epoch"]  # ``after``, unless this process was kept waiting
+    assert after <= last < 6
     assert not (killed / "model.pt").exists()
 
     resumed = subprocess.run(command("killed", "--resume"), env=environment, capture_output=True, text=True, timeout=300)
@@ -64,10 +80,14 @@ def test_kill_in_mid_epoch_then_resume(tmp_path: Path, tiny_flags: list[str]) ->
     undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0
     _assert_same_run(tmp_path / "undisturbed", killed)
-    assert read_json_lines(killed / "metrics.jsonl")[-1]["boundary"] > 0
+    metrics = read_json_lines(killed / "metrics.jsonl")
+    if "prunetrain" in method:
+        assert metrics[0]["parameters"] > metrics[after]["parameters"]
+    else:
+        assert metrics[-1]["boundary"] > 0
 
 
-@pytest.mark.parametrize("method", ["sgd", "freeze", "local"])
+@pytest.mark.parametrize("method", ["sgd", "freeze", "local", "stochastic-depth", "prunetrain"])
 def test_resuming_after_every_epoch(
     method: str, tmp_path: Path, tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]
 ) -> None:

@@ -130,6 +130,7 @@ SHARED = (  # by threads, in several parts of the positions or several strips of
 )
 
 
+@pytest.mark.skipif(not ops.is_compiled() or ops._C.gpu == "cpu", reason="the CPU kernels are what is tested here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP64], ids=["f32", "bf16", "f64"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", SHARED, ids=str)

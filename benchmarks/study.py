@@ -1,0 +1,257 @@
+"""What the local rule does to the filters, and what that costs: rules side by side behind the same moving boundary.
+
+python benchmarks/study.py --out results.json           # again with --resume if it was stopped
+python benchmarks/study.py --table results.json
+
+A seed's runs all go on from the same network, trained by SGD for the first epochs; then the boundary moves by two layers an epoch,
+the same way for every rule. So a rule is compared with a frozen prefix on the same weights, pictures and steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # in the place of this directory, whose modules are the package's
+    sys.path[:1] = [str(Path(__file__).resolve().parents[1] / where) for where in (".", "tests")]
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import study_measures, study_tables
+from benchmarks.records import Records
+from benchmarks.study_rules import LocalLayers, Variant
+from localsgd_ext import WeakSupervision, trace_layers
+from localsgd_ext.freezing import PrefixFreeze
+from localsgd_ext.train import config, data, environment, models
+from localsgd_ext.train.files import read_json
+
+RECIPES: dict[str, Callable[[int, int], float]] = {
+    "cosine": lambda epoch, epochs: 0.01 * (1 + math.cos(math.pi * epoch / epochs)) / 2,
+    "step": lambda epoch, epochs: 0.05 * 0.1 ** (epoch // 4),  # the paper's for CIFAR-10 in short: 0.05, cut tenfold early
+}
+_OTHERS = {"Oja": "oja", "subspace": "subspace", "centred": "centred", "BN output": "bn", "per filter": "per filter"}
+VARIANTS = {  # those that matter most first
+    "sgd": Variant("sgd"),
+    "frozen": Variant("frozen"),
+    **{f"literal {lr:g}": Variant(lr=lr) for lr in (1e-2, 1e-3, 1e-4)},
+    **{f"step: {name}": Variant(name, recipe="step") for name in ("sgd", "frozen")},
+    **{f"step: literal {lr:g}": Variant(lr=lr, recipe="step") for lr in (1e-2, 1e-3)},
+    "sign -1, 0.01": Variant(sign="minus"),
+    "sign in turn, 0.01": Variant(sign="alternating"),
+    "norm kept 0.01": Variant(step="preserving"),
+    **{f"{name} 0.01": Variant(rule) for name, rule in _OTHERS.items()},
+    "relative 0.001": Variant(step="relative", lr=1e-3),
+    "decay 10, 0.01": Variant(decay=10.0),
+    "sample 1/4, 0.01": Variant(sample=0.25),
+    "sign -1, 0.001": Variant(sign="minus", lr=1e-3),
+    **{f"{name} 0.001": Variant(rule, lr=1e-3) for name, rule in _OTHERS.items()},
+    "step: literal 0.0001": Variant(lr=1e-4, recipe="step"),
+    "decay 2, 0.01": Variant(decay=2.0),
+    "sign +1, 0.01": Variant(sign="plus"),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is trained, in pictures and epochs."""
+
+    train: int = 2000
+    test: int = 1000
+    start: int = 9
+    epochs: int = 14
+    last: int = 10
+
+    def boundary(self, epoch: int) -> int:
+        """0 while all is SGD, then two layers more in every epoch, at most ``last``."""
+        return min(self.last, 2 * max(0, epoch - self.start + 1))
+
+
+class Run:
+    """A network and its optimizer, taken further epoch by epoch."""
+
+    def __init__(self, sizes: Sizes, seed: int, pictures: data.Data) -> None:
+        self.sizes, self.data = sizes, pictures
+        self.model = models.build("small_resnet", pictures.num_classes, seed).to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        self.probe = next(iter(pictures.train(0)))[0]  # what the filters are measured on
+        self.plan = trace_layers(self.model, self.probe[:2])
+        self.supervision = WeakSupervision()
+
+    def fork(self) -> Run:
+        """A copy to take elsewhere, on the same data."""
+        other = copy.copy(self)
+        together = copy.deepcopy((self.model, self.optimizer, self.supervision))  # the optimizer's parameters stay the model's
+        other.model, other.optimizer, other.supervision = together
+        return other
+
+    def epochs(self, variant: Variant, first: int, end: int) -> list[dict[str, Any]]:
+        freeze = PrefixFreeze(self.model, self.plan, optimizers=[self.optimizer])
+        learns = variant.rule not in ("sgd", "frozen")
+        local = LocalLayers(self.model, self.plan.layers[: self.sizes.last] if learns else (), self._norms(), variant)
+        rows = []
+        for epoch in range(first, end):
+            freeze.set_boundary(0 if variant.rule == "sgd" else self.sizes.boundary(epoch))
+            local.active = frozenset(self.plan.layers[: freeze.boundary])
+            sign = variant.sign_at(self.supervision.sign, epoch)
+            local.lr = sign * variant.lr_at(epoch)
+            for group in self.optimizer.param_groups:
+                group["lr"] = RECIPES[variant.recipe](epoch, self.sizes.epochs)
+            before = self._weights()
+            loss = self._train(epoch, local)
+            self.supervision.step(loss)
+            moved = [float(f"{(w - b).norm() / b.norm():.4g}") for w, b in zip(self._weights(), before, strict=True)]
+            measured = self.plan.layers[: self.sizes.boundary(epoch) or self.sizes.last]
+            rows.append(
+                {
+                    "epoch": epoch,
+                    "boundary": freeze.boundary,
+                    "sign": sign,
+                    "loss": round(loss, 5),
+                    "accuracy": self._accuracy() if epoch == end - 1 else None,
+                    "moved": moved,
+                    "layers": study_measures.layers(self.model, measured, self.probe),
+                }
+            )
+        local.remove()
+        return rows
+
+    def _norms(self) -> dict[str, str]:
+        """The BatchNorm that follows each layer."""
+        norms = {position: name for name, position in self.plan.norms.items()}
+        places = dict(zip(self.plan.layers, self.plan.positions, strict=True))
+        return {layer: norms[min(p for p in norms if p > places[layer])] for layer in self.plan.layers[:-1]}
+
+    def _weights(self) -> list[Tensor]:
+        return [self.model.get_parameter(f"{name}.weight").detach().clone() for name in self.plan.layers]
+
+    def _train(self, epoch: int, local: LocalLayers) -> float:
+        self.model.train()
+        total = 0.0
+        for x, y in self.data.train(epoch):
+            loss = F.cross_entropy(self.model(x), y)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            local.turn += 1
+            total += loss.item()
+        return total / self.data.steps
+
+    @torch.no_grad()
+    def _accuracy(self) -> float:
+        self.model.eval()
+        correct = sum(int((self.model(x).argmax(1) == y).sum()) for x, y in self.data.test())
+        return correct / self.data.test_size
+
+
+class Runs:
+    """Rows by key; what a seed's runs have in common is computed once."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self._starts: dict[tuple[str, int], tuple[Run, list[dict[str, Any]]]] = {}
+        self._data: dict[int, data.Data] = {}
+
+    def row(self, variant: Variant | None, recipe: str, seed: int) -> dict[str, Any]:
+        """Of a variant; ``None``: of the epochs before the boundary moves, which all variants go on from."""
+        begin = time.perf_counter()
+        trained, rows = self._start(recipe, seed)
+        if variant is not None:
+            rows = trained.fork().epochs(variant, self.sizes.start, self.sizes.epochs)
+        about = {"recipe": recipe} if variant is None else asdict(variant)
+        return {**about, "seed": seed, "seconds": round(time.perf_counter() - begin, 1), "epochs": rows, "status": "ok"}
+
+    def _start(self, recipe: str, seed: int) -> tuple[Run, list[dict[str, Any]]]:
+        if seed not in self._data:
+            self._data[seed] = data.load(self._config(seed))
+        if (recipe, seed) not in self._starts:
+            run = Run(self.sizes, seed, self._data[seed])
+            self._starts[recipe, seed] = run, run.epochs(Variant("sgd", recipe=recipe), 0, self.sizes.start)
+        return self._starts[recipe, seed]
+
+    def _config(self, seed: int) -> config.RunConfig:
+        flags = {"train_size": self.sizes.train, "test_size": self.sizes.test, "channels_last": True}
+        return config.resolve("glyphs", "small_resnet", "sgd", None, seed=seed, **flags)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", default=";".join(VARIANTS), help=f"separated by semicolons, of {'; '.join(VARIANTS)}")
+    parser.add_argument("--seeds", type=int, default=3)
+    sizes = Sizes()
+    parser.add_argument("--train-size", type=int, default=sizes.train)
+    parser.add_argument("--test-size", type=int, default=sizes.test)
+    parser.add_argument("--start", type=int, default=sizes.start, metavar="EPOCHS", help="of SGD alone")
+    parser.add_argument("--epochs", type=int, default=sizes.epochs, help="in all")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--resume", action="store_true", help="go on with --out")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no further run after that")
+    parser.add_argument("--table", type=Path, metavar="FILE.json", help="only print the tables of a results file")
+    args = parser.parse_args(argv)
+    args.variants = args.variants.split(";")
+    for name in args.variants:
+        if name not in VARIANTS:
+            parser.error(f"--variants must be of {'; '.join(VARIANTS)}, got {name!r}")
+    if args.resume and args.out is None:
+        parser.error("--resume needs --out")
+    if not 0 < args.start < args.epochs:
+        parser.error(f"--start must be at least 1 and below --epochs, got {args.start} of {args.epochs}")
+    return args
+
+
+def measure(args: argparse.Namespace) -> Records:
+    torch.set_num_threads(1)
+    sizes = Sizes(args.train_size, args.test_size, args.start, args.epochs)
+    header = {
+        "command": shlex.join(["python", "benchmarks/study.py", *args.argv]),
+        "sizes": asdict(sizes),
+        "environment": environment.describe("cpu"),
+    }
+    records = Records(args.out, header, resume=args.resume)
+    records.save()
+    runs = Runs(sizes)
+    recipes = dict.fromkeys(VARIANTS[name].recipe for name in args.variants)
+    seeds = range(args.seeds)
+    # A variant at a time: when the budget ends, those begun have all their seeds.
+    tasks: dict[str, tuple[Variant | None, str, int]] = {
+        **{f"start: {recipe}|{seed}": (None, recipe, seed) for recipe in recipes for seed in seeds},
+        **{f"{name}|{seed}": (VARIANTS[name], VARIANTS[name].recipe, seed) for name in args.variants for seed in seeds},
+    }
+    begin = time.monotonic()
+    for done, key in enumerate(records.todo(tasks, args.budget), start=1):
+        row = runs.row(*tasks[key])
+        records.add(key, row)
+        minutes = (time.monotonic() - begin) / done * len(records.left) / 60
+        left = f"{len(records.left)} left, about {minutes:.0f} min"
+        print(f"{key}: {100 * row['epochs'][-1]['accuracy']:.1f} %, {row['seconds']} s; {left}", file=sys.stderr, flush=True)
+    return records
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: done; 2: wrong arguments or file; 3: the budget ran out."""
+    args = arguments(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        records = None if args.table else measure(args)
+        content = records.content if records else read_json(args.table)
+        print(study_tables.report(content), end="")
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if records and records.left:
+        print(f"{len(records.left)} runs are left: go on with --resume", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

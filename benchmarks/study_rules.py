@@ -95,7 +95,7 @@ class Variant:
     """Divides ``lr`` every ``DECAY_EVERY`` epochs, counted from the start of training."""
     sample: float = 1.0
     recipe: str = "cosine"
-    """Learning rate of SGD, see ``RECIPES`` in benchmarks/study.py."""
+    """``"cosine"``, or ``"stopped"``: SGD's learning rate all but 0 once the boundary moves."""
 
     def lr_at(self, epoch: int) -> float:
         return self.lr / self.decay ** (epoch // DECAY_EVERY)

@@ -1,10 +1,12 @@
 """What the local rule does to the filters, and what that costs: rules side by side behind the same moving boundary.
 
 python benchmarks/study.py --out results.json           # again with --resume if it was stopped
-python benchmarks/study.py --table results.json
+python benchmarks/study.py --table results.json --picture study.png
+python benchmarks/study.py --theory                     # one linear layer, and the paper's recipes by arithmetic: no training
 
 A seed's runs all go on from the same network, trained by SGD for the first epochs; then the boundary moves, the same way
-for every rule. So a rule is compared with a frozen prefix on the same weights, pictures and steps.
+for every rule. So a rule is compared with a frozen prefix on the same weights, pictures and steps. benchmarks/STUDY.md says what
+was found.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import study_measures, study_tables
+from benchmarks import study_measures, study_tables, study_theory
 from benchmarks.records import Records
 from benchmarks.study_rules import LocalLayers, Variant
 from localsgd_ext import WeakSupervision, trace_layers
 from localsgd_ext.freezing import PrefixFreeze
 from localsgd_ext.train import config, data, environment, models
-from localsgd_ext.train.files import read_json
+from localsgd_ext.train.files import read_json, write_atomically
 
 RECIPES = ("cosine", "stopped")
 # A hundredth of where it began. Of the paper's CIFAR-10 recipe a tenth is left when its first layers turn local, a thousandth when a
@@ -199,6 +201,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on with --out")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no further run after that")
     parser.add_argument("--table", type=Path, metavar="FILE.json", help="only print the tables of a results file")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw one as well")
+    parser.add_argument("--theory", action="store_true", help="only print what follows without training")
     args = parser.parse_args(argv)
     args.variants = args.variants.split(";")
     for name in args.variants:
@@ -242,10 +246,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 2: wrong arguments or file; 3: the budget ran out."""
     args = arguments(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
+    if args.theory:
+        print(study_theory.report(), end="")
+        return 0
     try:
         records = None if args.table else measure(args)
         content = records.content if records else read_json(args.table)
         print(study_tables.report(content), end="")
+        if args.picture:
+            write_atomically(args.picture, study_tables.picture(content))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

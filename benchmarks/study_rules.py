@@ -78,8 +78,15 @@ def batch_norm(seen: Seen) -> Tensor:
     return seen.correlated(F.batch_norm(seen.z, None, None, scale, shift, training=True, eps=seen.norm.eps))
 
 
+def random(seen: Seen) -> Tensor:
+    """A direction drawn once for every shape: a straight way that has nothing to do with the data, as a control."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(seen.weight.shape, generator=generator).to(seen.weight)
+
+
 DIRECTIONS: dict[str, Callable[[Seen], Tensor]] = {
-    "hebb": hebb, "per filter": per_filter, "oja": oja, "subspace": subspace, "centred": centred, "bn": batch_norm
+    "hebb": hebb, "per filter": per_filter, "oja": oja, "subspace": subspace, "centred": centred, "bn": batch_norm,
+    "random": random,
 }  # fmt: skip
 
 
@@ -128,6 +135,10 @@ class LocalLayers:
         self._handles = [
             modules[name].register_forward_hook(partial(self._after, name, modules.get(norms.get(name, "")))) for name in layers
         ]
+        self._handles.append(model.register_forward_hook(self._next))
+
+    def _next(self, module: nn.Module, *_: Any) -> None:
+        self.turn += module.training
 
     def remove(self) -> None:
         for handle in self._handles:

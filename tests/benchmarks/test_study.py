@@ -66,6 +66,7 @@ def expected(rule: str, seen: Seen) -> Tensor:
         "subspace": y.T @ p - y.T @ y @ w,
         "centred": centred_y.T @ (p - p.mean(0)),
         "bn": (centred_y * scale + seen.norm.bias.detach()).T @ p,
+        "random": DIRECTIONS["random"](Seen(seen.module, None, -seen.x, -seen.z)).double(),  # whatever the data
     }[rule]
 
 
@@ -149,6 +150,7 @@ def test_a_run_end_to_end_and_again_from_its_file(tmp_path: Path, capsys: pytest
     assert drawn.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(file.read_text())["rows"]
     assert list(rows) == ["start|0", "sgd|0", "frozen|0", "literal 0.01|0", "BN output 0.01|0"]
+    assert all(0 <= row[key] <= 1 for name, row in rows.items() if name != "start|0" for key in ("fresh", "settled"))
     assert [epoch["boundary"] for epoch in rows["literal 0.01|0"]["epochs"]] == [4, 6]
     assert [epoch["boundary"] for epoch in rows["sgd|0"]["epochs"]] == [0, 0]
     moved = {key: rows[key]["epochs"][0]["moved"] for key in ("frozen|0", "literal 0.01|0", "sgd|0")}

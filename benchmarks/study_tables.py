@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.tables import aligned
@@ -75,12 +76,14 @@ def report(content: Row) -> str:
         f"{about['threads']} thread; torch {about['torch']}; commit {about['git_commit']}. Mean ± standard deviation over seeds."
     )
     moving = f"mean of the {sizes['last']} layers that turn local"
-    tables = {"Layers as SGD left them before the boundary moves": _layers(study)}
+    tables = {"The layers as SGD left them before the boundary moves": _layers(study)} if study.starts else {}
     if study.runs:
         tables = {
             "What it costs: test accuracy, %": _costs(study),
             "What it does to the filters of the local layers, at the end": _filters(study),
-            f"Effective rank by epoch, % of the beginning, first {FIRST} layers": _by_epoch(study),
+            f"Epoch by epoch: sign, training loss, effective rank of the first {FIRST} layers in % of the beginning": _losses(
+                study
+            ),
             f"How far SGD moves the weights in an epoch, % of their norm, {moving}": _moved(study),
             **tables,
         }
@@ -89,21 +92,39 @@ def report(content: Row) -> str:
 
 
 def _costs(study: Study) -> list[Sequence[str]]:
-    table: list[Sequence[str]] = [("rule", "accuracy", "minus frozen", "by seed", "epochs with sign -1")]
+    heading = ("rule", "accuracy", "minus frozen", "by seed", "with fresh BatchNorm, minus frozen", "settled, minus frozen")
+    table: list[Sequence[str]] = [heading]
     for name, runs in study.runs.items():
-        pairs = [(accuracy(run), accuracy(frozen)) for run in runs if (frozen := study.frozen(run))]
-        over = [mine - theirs for mine, theirs in pairs]
-        signs = [epoch["sign"] for run in runs for epoch in run["epochs"]]
-        learns = runs[0]["rule"] not in ("sgd", "frozen")
-        shown = f"{signs.count(-1)}/{len(signs)}" if learns else "-"
+        pairs = [(run, frozen) for run in runs if (frozen := study.frozen(run))]
+        over = [accuracy(run) - accuracy(frozen) for run, frozen in pairs]
+        later = [
+            spread([100 * (run[key] - frozen[key]) for run, frozen in pairs if key in run], sign="+")
+            for key in ("fresh", "settled")
+        ]
         by_seed = " / ".join(f"{each:+.1f}" for each in over)
-        table.append((name, spread([accuracy(run) for run in runs]), spread(over, sign="+"), by_seed, shown))
+        table.append((name, spread([accuracy(run) for run in runs]), spread(over, sign="+"), by_seed, *later))
+    return table
+
+
+def _losses(study: Study) -> list[Sequence[str]]:
+    """Of single seeds: the sign follows the loss, so that a mean would hide what happens."""
+    epochs = next(iter(study.runs.values()))[0]["epochs"]
+    table: list[Sequence[str]] = [("rule, seed", *(f"epoch {epoch['epoch'] + 1}" for epoch in epochs))]
+    for name, runs in study.runs.items():
+        for run in runs:
+            learns = run["rule"] not in ("sgd", "frozen")
+            ranks = [100 * study.kept(run, "rank", place, FIRST) for place in range(len(run["epochs"]))]
+            shown = [
+                f"{epoch['sign']:+d}: {epoch['loss']:.2f}, {rank:.0f} %" if learns else f"{epoch['loss']:.2f}"
+                for epoch, rank in zip(run["epochs"], ranks, strict=True)
+            ]
+            table.append((f"{name}, {run['seed']}", *shown))
     return table
 
 
 def _filters(study: Study) -> list[Sequence[str]]:
     heading = ("rule", "rank kept, %", f"first {FIRST} layers", "outputs' rank kept, %", "norm, times", "cos with top")
-    table: list[Sequence[str]] = [(*heading, "with top, centred", "filters' mean cos")]
+    table: list[Sequence[str]] = [(*heading, "with top, centred", "filters' mean cos", "moved in the last epoch, %")]
     begin = [{"epochs": [row["epochs"][-1]]} for row in study.starts.values()]
     cosines = ("top", "top_centred", "filters_top")
 
@@ -111,9 +132,13 @@ def _filters(study: Study) -> list[Sequence[str]]:
         return f"{statistics.fmean(value(run) for run in runs):.{digits}f}"
 
     def cells(runs: Sequence[Row]) -> list[str]:
-        return [over(runs, lambda run, m=measure: mean_layers(run, m), 2) for measure in cosines]  # type: ignore[misc]
+        return [over(runs, partial(mean_layers, measure=measure), 2) for measure in cosines]
 
-    table.append(("at the beginning", "100", "100", "100", "1.00", *cells(begin)))
+    def moved(run: Row) -> float:
+        last = run["epochs"][-1]
+        return 100 * statistics.fmean(last["moved"][: len(last["layers"]["rank"])])
+
+    table.append(("at the beginning", "100", "100", "100", "1.00", *cells(begin), over(begin, moved, 1)))
     for name, runs in study.runs.items():
         ranks = [
             over(runs, lambda run: 100 * study.kept(run, "rank"), 0),
@@ -121,23 +146,7 @@ def _filters(study: Study) -> list[Sequence[str]]:
             over(runs, lambda run: 100 * study.kept(run, "output_rank"), 0),
             over(runs, lambda run: study.kept(run, "norm"), 2),
         ]
-        table.append((name, *ranks, *cells(runs)))
-    return table
-
-
-def _by_epoch(study: Study) -> list[Sequence[str]]:
-    epochs = max((run["epochs"] for runs in study.runs.values() for run in runs), key=len)
-    table: list[Sequence[str]] = [("rule", *(f"epoch {epoch['epoch'] + 1}" for epoch in epochs))]
-    for name, runs in study.runs.items():
-        table.append(
-            (
-                name,
-                *(
-                    f"{100 * statistics.fmean(study.kept(run, 'rank', place, FIRST) for run in runs):.0f}"
-                    for place in range(len(epochs))
-                ),
-            )
-        )
+        table.append((name, *ranks, *cells(runs), over(runs, moved, 1)))
     return table
 
 
@@ -190,10 +199,16 @@ def picture(content: Row) -> bytes:
             x = [100 * study.kept(run, "rank") for run, _ in pairs]
             y = [accuracy(run) - accuracy(frozen) for run, frozen in pairs]
             right.plot(statistics.fmean(x), statistics.fmean(y), "o", color=colour or "#BBBBBB", ms=6)
+            if "settled" in runs[0]:
+                y = [100 * (run["settled"] - frozen["settled"]) for run, frozen in pairs]
+                right.plot(statistics.fmean(x), statistics.fmean(y), "x", color=colour or "#BBBBBB", ms=6)
     left.set(xlabel="epoch", ylabel=f"effective rank, % of epoch {start}'s\n(first {FIRST} layers)")
     left.xaxis.get_major_locator().set_params(integer=True)
     left.legend(fontsize=7, frameon=False)
-    right.set(xlabel="effective rank kept at the end, %\n(all local layers)", ylabel="test accuracy minus frozen, points")
+    right.set(
+        xlabel="effective rank kept at the end, %\n(all local layers)",
+        ylabel="test accuracy minus frozen, points\n(o at the end, x after the head has settled)",
+    )
     for axis in (left, right):
         axis.grid(color="#E0E0E0", lw=0.5)
     buffer = io.BytesIO()

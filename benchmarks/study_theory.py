@@ -157,7 +157,7 @@ def rule_after(start: Tensor, x: Tensor, rule: str, step: str, lr: float, steps:
     for _ in range(steps):
         seen = Seen(module, norm, pictures, module(pictures))
         module.weight.copy_(stepped(seen.weight, DIRECTIONS[rule](seen), lr, step)[:, :, None, None])
-    return module.weight.flatten(1)
+    return module.weight.detach().flatten(1)
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def test_a_run_end_to_end_and_again_from_its_file(tmp_path: Path, capsys: pytest
 
 def row(rule: str, seed: int, accuracy: float, rank: float, **more: Any) -> dict[str, Any]:
     measures = dict.fromkeys(("norm", "top", "top_centred", "filters_top", "output_rank"), [0.5] * 4)
-    epoch = {"epoch": 1, "boundary": 4, "sign": 1, "accuracy": accuracy, "moved": [0.1] * 14}
+    epoch = {"epoch": 1, "boundary": 4, "sign": 1, "accuracy": accuracy, "moved": [0.1] * 14, "loss": 1.0}
     return {"rule": rule, "recipe": "cosine", "seed": seed, "status": "ok", **more,
             "epochs": [{**epoch, "layers": {"rank": [rank] * 4, **measures}}]}  # fmt: skip
 
@@ -172,15 +172,16 @@ def row(rule: str, seed: int, accuracy: float, rank: float, **more: Any) -> dict
 def test_a_rule_is_compared_with_the_frozen_run_of_its_seed() -> None:
     rows = {
         "start|0": row("", 0, 0.5, 10), "start|1": row("", 1, 0.5, 10),
-        "frozen|0": row("frozen", 0, 0.8, 10), "frozen|1": row("frozen", 1, 0.9, 10),
-        "literal|0": row("hebb", 0, 0.7, 5), "literal|1": row("hebb", 1, 0.7, 5),
+        "frozen|0": row("frozen", 0, 0.8, 10, fresh=0.8), "frozen|1": row("frozen", 1, 0.9, 10, fresh=0.9),
+        "literal|0": row("hebb", 0, 0.7, 5, fresh=0.5), "literal|1": row("hebb", 1, 0.7, 5, fresh=0.6),
     }  # fmt: skip
     sizes = {"train": 64, "test": 32, "start": 1, "epochs": 2, "last": 10}
     about = {"cpu": "a CPU", "threads": 1, "torch": "2", "git_commit": "abc"}
     printed = study_tables.report({"rows": rows, "sizes": sizes, "environment": about})
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| literal")]
-    assert cells[0] == ["literal", "70.0 ± 0.0", "-15.0 ± 7.1", "-10.0 / -20.0", "0/2"]
+    assert cells[0] == ["literal", "70.0 ± 0.0", "-15.0 ± 7.1", "-10.0 / -20.0", "-30.0 ± 0.0", "-"]
     assert cells[1][:3] == ["literal", "50", "50"]
+    assert cells[3] == ["literal, 1", "+1: 1.00, 50 %"]
 
 
 @pytest.mark.parametrize("wrong", [["--variants", "nope"], ["--resume"], ["--start", "0"], ["--start", "14"]])

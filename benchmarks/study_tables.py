@@ -16,6 +16,7 @@ FIRST = 4  # layers that are local from the first epoch of a moving boundary on
 DRAWN = {
     "frozen": "#000000", "sgd": "#999999", "literal 0.01": "#D55E00", "literal 0.001": "#E69F00", "sign -1, 0.01": "#CC79A7",
     "sign in turn, 0.01": "#F0E442", "centred 0.01": "#56B4E9", "BN output 0.01": "#0072B2", "subspace 0.01": "#009E73",
+    "random 0.01": "#8C564B",
 }  # fmt: skip
 
 

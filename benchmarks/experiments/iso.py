@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from benchmarks.experiments.cells import Network, Variant
 from benchmarks.experiments.experiment import Runs
@@ -25,10 +26,10 @@ SHARES = (7 / 8, 6 / 8, 5 / 8, 4 / 8)
 METHODS = (LITERAL, SMALL_STEPS, FREEZING, REFRESH)
 
 
-def shorter(study: Study, network: Network) -> dict[int, Variant]:
+def shorter(study: Study, network: Network, shares: Sequence[float] = SHARES) -> dict[int, Variant]:
     """SGD with fewer epochs, the most first."""
     whole = study.epochs(network)
-    fewer = sorted({round(share * whole) for share in SHARES} - {0, whole}, reverse=True)
+    fewer = sorted({round(share * whole) for share in shares} - {0, whole}, reverse=True)
     return {epochs: Variant(f"SGD, {epochs} epochs", "sgd", study.shortened(network, epochs)) for epochs in fewer}
 
 

@@ -17,10 +17,11 @@ from benchmarks.experiments.store import Result
 from benchmarks.experiments.timing import Timings
 from benchmarks.tables import aligned
 
-REFRESHES = (("linear", 4, 0.9), ("quadratic", 4, 0.75), ("linear", 2, 0.9), ("quadratic", 4, 0.9), ("exponential", 4, 0.75))
-WITH_HEBB = 2  # of them, the first ones
-FREEZING = ("dynamic", "quadratic", "exponential")
-LITERAL = ("dynamic", "quadratic")
+REFRESHES = (("quadratic", 4, 0.9), ("linear", 4, 0.9), ("quadratic", 8, 0.9))
+WITH_HEBB = 1  # of them, the first ones
+SHARES = (7 / 8, 6 / 8, 5 / 8)  # of SGD's epochs
+FREEZING = (("linear", 0.75), ("quadratic", 0.75), ("dynamic", 0.75))
+LITERAL = ("dynamic",)
 SGD, SHORT, FROZEN = "SGD", "SGD, fewer epochs", "freezing"
 OURS = {"freeze": "refresh", "local": "refresh + Hebb"}
 PAPER_RULE = "literal LoCal+SGD"
@@ -33,8 +34,11 @@ def families(study: Study, network: Network) -> dict[str, list[Variant]]:
     """The curves, by name."""
     curves = {
         SGD: [methods.SGD],
-        SHORT: list(shorter(study, network).values()),
-        FROZEN: [Variant(f"{FROZEN}, {schedule}", "freeze", {"schedule": schedule}) for schedule in FREEZING],
+        SHORT: list(shorter(study, network, SHARES).values()),
+        FROZEN: [
+            Variant(f"{FROZEN}, {schedule} to {100 * l_max:.0f} %", "freeze", {"schedule": schedule, "l_max": l_max})
+            for schedule, l_max in FREEZING
+        ],
         PAPER_RULE: [Variant(f"{PAPER_RULE}, {schedule}", "local-paper", {"schedule": schedule}) for schedule in LITERAL],
     }
     for method, name in OURS.items():

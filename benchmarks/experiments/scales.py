@@ -46,7 +46,15 @@ SCALES = {
             seeds=2,
             pareto_seeds=2,
         ),
-        Scale("cpu", _SMALL, _SMALL, {"train_size": 4000, "test_size": 2000, "epochs": 8, "device": "cpu"}, seeds=3, pareto_seeds=10),
+        # SGD is more accurate at this rate than at 0.01 (the default of localsgd train) and at 0.1, on both networks.
+        Scale(
+            "cpu",
+            _SMALL,
+            _SMALL,
+            {"train_size": 4000, "test_size": 2000, "epochs": 16, "lr": 0.03, "device": "cpu", "channels_last": True},
+            seeds=3,
+            pareto_seeds=10,
+        ),
         Scale(
             "gpu",
             _LARGE,

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 TEST_FLAGS ?=
 BENCH_FLAGS ?= --benchmark-disable-gc
-DEMO_FLAGS ?= --data glyphs --methods sgd,freeze,local --seeds 1 --train-size 4000 --test-size 1000
+DEMO_FLAGS ?= --data glyphs --methods sgd,freeze,refresh,local --seeds 1 --train-size 4000 --test-size 1000
 
 # What runs a second time with the CUDA kernels, on an emulated GPU.
 EMULATED_TESTS := tests/emulated tests/test_ops.py tests/test_ops_update.py tests/test_ops_errors.py tests/test_ops_compile.py \

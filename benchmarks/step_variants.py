@@ -155,6 +155,7 @@ def make(name: str, start: nn.Module, x: Tensor, boundary: int, lr: float = LOCA
         lr=lr,
         sample=SAMPLES.get(name, 1.0),
         supervision=None,
+        refresh=None,
         bn_stats="freeze" if name == "frozen eval" else "update",
     )
     variant.learning.trace(x)

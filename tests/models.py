@@ -265,7 +265,7 @@ def with_boundary(
     model: nn.Module, optimizer: torch.optim.Optimizer, boundary: int, data: Sequence[Batch] | None = None, **kwargs: object
 ) -> LocalizedLearning:
     """Attach localized learning and train until the first ``boundary`` layers are local (one epoch of SGD)."""
-    local = LocalizedLearning(model, optimizer, epochs=20, schedule=at(boundary), **kwargs)  # type: ignore[arg-type]
+    local = LocalizedLearning(model, optimizer, epochs=20, preset="paper", schedule=at(boundary), **kwargs)  # type: ignore[arg-type]
     local.step(run_epoch(model, optimizer, data or batches(1, seed=99)))
     assert local.boundary == boundary, f"the schedule asked for {boundary}, the boundary is {local.boundary}"
     return local

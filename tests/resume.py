@@ -56,7 +56,7 @@ SCENARIOS = {
     "callable": Scenario(
         PlainCNN, adamw, lambda: {"schedule": StaticModeSelection(kind=lambda epoch: (0, 2, 3, 1, 3, 2, 0)[epoch]), "lr": 0.01}
     ),
-    "frozen": Scenario(PlainCNN, adamw, lambda: quick_moves(rule="frozen")),
+    "frozen": Scenario(PlainCNN, adamw, lambda: quick_moves(rule="frozen", supervision="absolute")),
     "deferred": Scenario(
         twice_used,
         momentum_sgd,
@@ -65,7 +65,10 @@ SCENARIOS = {
     ),
     "refresh": Scenario(PlainCNN, momentum_sgd, lambda: quick_moves(refresh=4, momentum=0.5), cuts=tuple(range(1, STEPS))),
     "refresh by epoch": Scenario(
-        PlainCNN, adamw, lambda: quick_moves(rule="frozen", refresh=lambda epoch: 1 + epoch), cuts=tuple(range(1, STEPS, 2))
+        PlainCNN,
+        adamw,
+        lambda: quick_moves(rule="frozen", supervision="absolute", refresh=lambda epoch: 1 + epoch),
+        cuts=tuple(range(1, STEPS, 2)),
     ),
     # t_shift 3 gives K = 3 and one move, after epoch 3: the norm of the last epoch stays in the history, where it is compared.
     "mid-epoch": Scenario(
@@ -84,7 +87,7 @@ class Run:
         torch.manual_seed(0)
         self.model = self.scenario.build().train()
         self.optimizer = self.scenario.optimizer(self.model.parameters())
-        self.local = LocalizedLearning(self.model, self.optimizer, epochs=EPOCHS, **self.scenario.options())
+        self.local = LocalizedLearning(self.model, self.optimizer, epochs=EPOCHS, preset="paper", **self.scenario.options())
         self.data = batches(BATCHES, seed=3)
         self.boundaries: list[int] = []
 

@@ -38,7 +38,9 @@ def learner(use_reentrant: bool | None, boundary: int, normalize: bool = True) -
     model = Checkpointed(use_reentrant).double()
     schedule = StaticModeSelection(kind=lambda epoch: boundary)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    local = LocalizedLearning(model, optimizer, epochs=4, schedule=schedule, lr=0.05, supervision=None, normalize=normalize)
+    local = LocalizedLearning(
+        model, optimizer, epochs=4, preset="paper", schedule=schedule, lr=0.05, supervision=None, normalize=normalize
+    )
     return model, local
 
 

@@ -31,7 +31,13 @@ def train(compiled: bool, refresh: int | None = None) -> list[torch.Tensor]:
     x, y = torch.randn(4, 3, 8, 8, generator=generator), torch.randint(4, (4,), generator=generator)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     local = LocalizedLearning(
-        model, optimizer, epochs=8, schedule=StaticModeSelection(kind=lambda epoch: epoch // 2), lr=0.05, refresh=refresh
+        model,
+        optimizer,
+        epochs=8,
+        preset="paper",
+        schedule=StaticModeSelection(kind=lambda epoch: epoch // 2),
+        lr=0.05,
+        refresh=refresh,
     )
     local.trace(x)
     forward = torch.compile(model, backend="aot_eager") if compiled else model

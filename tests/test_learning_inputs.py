@@ -123,7 +123,7 @@ def test_low_precision_weights():
     model = seeded(PlainCNN).bfloat16()
     optimizer = sgd(model)
     data = [(x.bfloat16(), y) for x, y in batches(2)]
-    local = LocalizedLearning(model, optimizer, epochs=10, schedule=at(2), lr=0.5)
+    local = LocalizedLearning(model, optimizer, epochs=10, preset="paper", schedule=at(2), lr=0.5)
     local.step(run_epoch(model, optimizer, data))
     before = snapshot(model)
     run_epoch(model, optimizer, data[:1])
@@ -152,7 +152,7 @@ def test_a_model_moved_to_another_dtype_between_epochs():
     """What a device move does, on one device: parameters are re-typed in place under the hooks."""
     model = seeded(PlainCNN)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    local = LocalizedLearning(model, optimizer, epochs=6, t_shift=1, alpha=100.0, lr=0.1)
+    local = LocalizedLearning(model, optimizer, epochs=6, preset="paper", t_shift=1, alpha=100.0, lr=0.1)
     local.step(run_epoch(model, optimizer, batches(1)))
     model.double()
     data = [(x.double(), y) for x, y in batches(1)]

@@ -68,7 +68,7 @@ def test_context_manager(fail):
     model = seeded(PlainCNN)
     optimizer = sgd(model)
     try:
-        with LocalizedLearning(model, optimizer, epochs=20, schedule=at(2)) as local:
+        with LocalizedLearning(model, optimizer, epochs=20, preset="paper", schedule=at(2)) as local:
             local.step(run_epoch(model, optimizer, batches(1)))
             assert local.boundary == 2
             assert hooks(model) > 0
@@ -82,7 +82,7 @@ def test_context_manager(fail):
 
 def test_removed_in_the_middle_of_a_failed_first_forward():
     model = seeded(PlainCNN)
-    local = LocalizedLearning(model, sgd(model), epochs=20)
+    local = LocalizedLearning(model, sgd(model), epochs=20, preset="paper")
     with pytest.raises(RuntimeError):
         model(torch.randn(2, 5, 8, 8))  # wrong number of channels
     with pytest.raises(RuntimeError, match="forward"):
@@ -122,7 +122,7 @@ def test_copies_carry_no_live_hooks(removed):
 
 def test_a_copy_made_before_the_first_forward_is_not_traced():
     model = seeded(PlainCNN)
-    local = LocalizedLearning(model, sgd(model), epochs=20)
+    local = LocalizedLearning(model, sgd(model), epochs=20, preset="paper")
     copy.deepcopy(model)(batches(1)[0][0])
     with pytest.raises(RuntimeError, match="forward"):
         _ = local.layers
@@ -149,6 +149,7 @@ def test_boundary_move_callback():
         model,
         optimizer,
         epochs=20,
+        preset="paper",
         schedule=StaticModeSelection(kind=lambda epoch: (0, 0, 2, 2, 3, 1)[epoch]),
         on_boundary_move=lambda old, new: moves.append((old, new, local.boundary)),
     )
@@ -160,14 +161,14 @@ def test_boundary_move_callback():
 def test_warns_at_the_start_if_the_boundary_can_never_move():
     model = seeded(PlainCNN)  # L = 5, cap 3
     # K = floor(2 * 1 / 3.75) = 0, so 1: the first move is after epoch 1, which is the last of two.
-    LocalizedLearning(model, sgd(model), epochs=2, t_shift=1)
+    LocalizedLearning(model, sgd(model), epochs=2, preset="paper", t_shift=1)
     with pytest.warns(UserWarning, match="epochs"):
         model(batches(1)[0][0])
 
 
 def test_does_not_warn_if_it_can():
     model = seeded(PlainCNN)
-    local = LocalizedLearning(model, sgd(model), epochs=3, t_shift=1)
+    local = LocalizedLearning(model, sgd(model), epochs=3, preset="paper", t_shift=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
@@ -176,7 +177,7 @@ def test_does_not_warn_if_it_can():
 
 def test_nothing_is_known_before_the_first_training_forward():
     model = seeded(PlainCNN)
-    local = LocalizedLearning(model, sgd(model), epochs=20)
+    local = LocalizedLearning(model, sgd(model), epochs=20, preset="paper")
     model.eval()
     model(batches(1)[0][0])
     with torch.no_grad():
@@ -189,7 +190,7 @@ def test_nothing_is_known_before_the_first_training_forward():
 
 def test_trace_fixes_the_order_and_changes_nothing():
     model = seeded(TwoBlockResNet)
-    local = LocalizedLearning(model, sgd(model), epochs=20, t_shift=1)
+    local = LocalizedLearning(model, sgd(model), epochs=20, preset="paper", t_shift=1)
     before, state = snapshot(model), torch.get_rng_state()
     model.eval()
     local.trace(batches(1)[0][0])
@@ -232,7 +233,7 @@ def test_trace_fixes_the_order_and_changes_nothing():
 def test_bad_arguments_are_named_and_leave_no_hooks(kwargs, name):
     model = seeded(PlainCNN)
     with pytest.raises(ValueError, match=name):
-        LocalizedLearning(model, sgd(model), **{"epochs": 20, **kwargs})
+        LocalizedLearning(model, sgd(model), **{"epochs": 20, "preset": "paper", **kwargs})
     assert hooks(model) == 0
 
 
@@ -253,7 +254,7 @@ def test_bad_arguments_are_named_and_leave_no_hooks(kwargs, name):
 def test_arguments_of_a_wrong_type_are_named_at_once(kwargs, message):
     model = seeded(PlainCNN)
     with pytest.raises(TypeError, match=message):
-        LocalizedLearning(model, sgd(model), **{"epochs": 20, **kwargs})
+        LocalizedLearning(model, sgd(model), **{"epochs": 20, "preset": "paper", **kwargs})
     assert hooks(model) == 0
 
 
@@ -261,7 +262,7 @@ def test_arguments_of_a_wrong_type_are_named_at_once(kwargs, message):
 def test_an_optimizer_must_be_an_optimizer(wrong):
     model = seeded(PlainCNN)
     with pytest.raises(TypeError, match="optimizer"):
-        LocalizedLearning(model, wrong, epochs=20)
+        LocalizedLearning(model, wrong, epochs=20, preset="paper")
     assert hooks(model) == 0
 
 
@@ -376,7 +377,7 @@ def test_freeze_prefix_alone():
 
 def test_a_schedule_made_for_another_depth_is_refused():
     model = seeded(PlainCNN)
-    LocalizedLearning(model, sgd(model), epochs=20, schedule=DynamicModeSelection(9, 20, t_shift=1))
+    LocalizedLearning(model, sgd(model), epochs=20, preset="paper", schedule=DynamicModeSelection(9, 20, t_shift=1))
     with pytest.raises(ValueError, match="num_layers"):
         model(batches(1)[0][0])
 
@@ -385,13 +386,13 @@ def test_a_second_object_on_the_same_model_is_refused_until_the_first_is_removed
     model = seeded(PlainCNN)
     local = with_boundary(model, sgd(model), 1)
     count = hooks(model)
-    for second in (lambda: LocalizedLearning(model, sgd(model), epochs=20), lambda: HebbianUpdater(model)):
+    for second in (lambda: LocalizedLearning(model, sgd(model), epochs=20, preset="paper"), lambda: HebbianUpdater(model)):
         with pytest.raises(ValueError, match=r"'features\.0'.*remove"):
             second()
     assert hooks(model) == count
-    LocalizedLearning(copy.deepcopy(model), sgd(model), epochs=20)  # a copy is another model
+    LocalizedLearning(copy.deepcopy(model), sgd(model), epochs=20, preset="paper")  # a copy is another model
     local.remove()
-    LocalizedLearning(model, sgd(model), epochs=20)
+    LocalizedLearning(model, sgd(model), epochs=20, preset="paper")
 
 
 def test_updater_refuses_a_rate_that_would_overwrite_the_weights():

@@ -71,7 +71,7 @@ def test_left_out_with_one_warning_that_names_it(case):
     model = seeded(build)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        local = LocalizedLearning(model, sgd(model), epochs=20, schedule=at(1), t_shift=1)
+        local = LocalizedLearning(model, sgd(model), epochs=20, preset="paper", schedule=at(1), t_shift=1)
         for _ in range(3):
             local.step(run_epoch(model, sgd(model), batches(2)))
     ours = [w for w in caught if issubclass(w.category, UserWarning) and any(name in str(w.message) for name in names)]
@@ -86,7 +86,7 @@ def test_supported_without_a_warning(build):
     model = seeded(build)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        local = LocalizedLearning(model, sgd(model), epochs=20, schedule=at(2), t_shift=1, lr=0.01)
+        local = LocalizedLearning(model, sgd(model), epochs=20, preset="paper", schedule=at(2), t_shift=1, lr=0.01)
         optimizer = sgd(model)
         local.step(run_epoch(model, optimizer, batches(2)))
     before = snapshot(model)
@@ -100,7 +100,7 @@ def test_supported_without_a_warning(build):
 def test_what_is_left_out_learns_by_sgd_and_freezes_when_the_boundary_passes(case):
     model = seeded(LEFT_OUT[case][0])
     optimizer = sgd(model)
-    local = LocalizedLearning(model, optimizer, epochs=20, schedule=at(1), lr=0.01)
+    local = LocalizedLearning(model, optimizer, epochs=20, preset="paper", schedule=at(1), lr=0.01)
     inside = {name for name, _ in model.named_parameters() if name.startswith("middle")}
     before = snapshot(model)
     with pytest.warns(UserWarning, match="middle"):
@@ -198,7 +198,7 @@ def test_include_and_skip(kwargs, expected):
     model = seeded(PlainCNN)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # what the user left out needs no warning
-        local = LocalizedLearning(model, sgd(model), epochs=20, t_shift=1, **kwargs)
+        local = LocalizedLearning(model, sgd(model), epochs=20, preset="paper", t_shift=1, **kwargs)
         run_epoch(model, sgd(model), batches(1))
     assert list(local.layers) == expected
     assert local.num_layers == len(expected)
@@ -209,18 +209,18 @@ def test_include_and_skip(kwargs, expected):
 def test_a_pattern_that_matches_nothing_is_named(option, pattern):
     model = seeded(PlainCNN)
     with pytest.raises(ValueError, match=rf"{option}.*(nothing|features\.1|x\+)"):
-        LocalizedLearning(model, sgd(model), epochs=20, **{option: pattern})
+        LocalizedLearning(model, sgd(model), epochs=20, preset="paper", **{option: pattern})
 
 
 def test_a_model_without_layers_is_refused():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten())
     with pytest.raises(ValueError, match="model must have a convolution or linear"):
-        LocalizedLearning(model, torch.optim.SGD(model.parameters(), lr=0.1), epochs=20)
+        LocalizedLearning(model, torch.optim.SGD(model.parameters(), lr=0.1), epochs=20, preset="paper")
 
 
 def test_a_model_whose_layers_are_all_left_out_is_refused():
     model = nn.Sequential(parametrized().middle, nn.Flatten())
-    LocalizedLearning(model, torch.optim.SGD(model.parameters(), lr=0.1), epochs=20)
+    LocalizedLearning(model, torch.optim.SGD(model.parameters(), lr=0.1), epochs=20, preset="paper")
     with pytest.raises(ValueError, match="'0'"):
         model(torch.randn(2, 4, 4, 4))
 
@@ -228,7 +228,7 @@ def test_a_model_whose_layers_are_all_left_out_is_refused():
 def test_data_parallel_is_refused():
     model = nn.DataParallel(seeded(PlainCNN))
     with pytest.raises(TypeError, match="DataParallel"):
-        LocalizedLearning(model, sgd(model), epochs=20)
+        LocalizedLearning(model, sgd(model), epochs=20, preset="paper")
     with pytest.raises(TypeError, match="DataParallel"):
         HebbianUpdater(model)
 
@@ -249,7 +249,7 @@ def test_distributed_wrappers_are_refused(wrapper):
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     else:
         model = nn.parallel.DistributedDataParallel(model)
-    for attach in (lambda: LocalizedLearning(model, sgd(model), epochs=20), lambda: HebbianUpdater(model)):
+    for attach in (lambda: LocalizedLearning(model, sgd(model), epochs=20, preset="paper"), lambda: HebbianUpdater(model)):
         with pytest.raises(TypeError, match="FSDP" if wrapper == "fully_shard" else wrapper):
             attach()
 
@@ -292,7 +292,7 @@ def transformers_model(layer_type):
 def test_t_shift_auto_is_the_recurring_block(name, build, size, layers):
     torch.manual_seed(0)
     model = build(name)
-    local = LocalizedLearning(model, torch.optim.SGD(model.parameters(), lr=0.1), epochs=1000)
+    local = LocalizedLearning(model, torch.optim.SGD(model.parameters(), lr=0.1), epochs=1000, preset="paper")
     local.trace(torch.randn(2, 3, 32, 32))
     assert local.schedule.shift == size
     if layers is not None:

@@ -59,7 +59,7 @@ def test_boundary_moves_to_the_right_and_to_the_left(kind):
     model = seeded(TwoBlockResNet)
     optimizer = OPTIMIZERS[kind](model.parameters())
     path = (0, 2, 5, 3, 0, 1)
-    local = LocalizedLearning(model, optimizer, epochs=6, schedule=steps(*path), lr=0.01)
+    local = LocalizedLearning(model, optimizer, epochs=6, preset="paper", schedule=steps(*path), lr=0.01)
     groups = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
     for boundary in path[:-1]:
         assert local.boundary == boundary
@@ -78,7 +78,7 @@ def test_boundary_moves_to_the_right_and_to_the_left(kind):
 def test_local_first_goes_on_as_plain_sgd_with_fresh_state_for_the_thawed_layers():
     model = seeded(TwoBlockResNet)
     optimizer = sgd(model)
-    local = LocalizedLearning(model, optimizer, epochs=4, schedule=steps(3, 3, 0), lr=0.01)
+    local = LocalizedLearning(model, optimizer, epochs=4, preset="paper", schedule=steps(3, 3, 0), lr=0.01)
     local.trace(batches(1)[0][0])
     assert local.boundary == 3, "a static schedule holds from the first epoch on"
     for _ in range(2):
@@ -113,7 +113,7 @@ def test_learning_rate_schedulers(kind, scheduler_first):
         optimizer = sgd(model)
         scheduler = SCHEDULERS[kind](optimizer)
         if attach:
-            local = LocalizedLearning(model, optimizer, epochs=6, schedule=steps(0, 1, 2, 2, 1, 3, 3))
+            local = LocalizedLearning(model, optimizer, epochs=6, preset="paper", schedule=steps(0, 1, 2, 2, 1, 3, 3))
         history = []
         for loss in (1.0, 0.9, 1.1, 1.0, 1.2, 0.8):
             weight = model.fc.weight.detach().clone()
@@ -179,7 +179,7 @@ def test_several_parameter_groups():
         lr=0.05,
         momentum=0.9,
     )
-    local = LocalizedLearning(model, optimizer, epochs=6, schedule=steps(0, 2, 3), lr=0.01)
+    local = LocalizedLearning(model, optimizer, epochs=6, preset="paper", schedule=steps(0, 2, 3), lr=0.01)
     for _ in range(3):
         local.step(run_epoch(model, optimizer, batches(2)))
         assert [len(group["params"]) for group in optimizer.param_groups] == [1, len(decay), len(rest)]
@@ -193,7 +193,7 @@ def test_several_optimizers():
     model = seeded(PlainCNN)
     convs = torch.optim.SGD(model.features.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
     head = torch.optim.AdamW(model.fc.parameters(), lr=1e-2)
-    local = LocalizedLearning(model, [convs, head], epochs=6, schedule=at(4), lr=0.01)
+    local = LocalizedLearning(model, [convs, head], epochs=6, preset="paper", schedule=at(4), lr=0.01)
     for epoch in range(3):
         before = snapshot(model)
         for x, y in batches(2):

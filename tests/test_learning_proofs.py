@@ -163,7 +163,7 @@ def test_the_whole_network_trains_as_plain_sgd_until_the_boundary_moves():
     for net, attach in ((model, True), (plain, False)):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
         if attach:
-            LocalizedLearning(net, optimizer, epochs=50)
+            LocalizedLearning(net, optimizer, epochs=50, preset="paper")
         run_epoch(net, optimizer, batches(4))
     assert changed(model, snapshot(plain)) == set()
 

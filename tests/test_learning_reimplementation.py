@@ -12,10 +12,10 @@ SPOILED = (3, 7, 9)  # epochs with other labels, so that the loss rises
 RESTARTS = (4, 5)  # epochs with a larger learning rate, so that the norm of the update rises
 
 VARIANTS = {
-    "default": ({}, {}),
+    "small lr": ({"lr": 1e-4}, {}),
     "larger lr": ({"lr": 0.003}, {"local_lr": 0.003}),
-    "paper": ({"preset": "paper"}, {"local_lr": 0.01}),
-    "frozen": ({"rule": "frozen"}, {"rule": "frozen"}),
+    "paper": ({}, {"local_lr": 0.01}),
+    "frozen": ({"rule": "frozen", "supervision": "absolute"}, {"rule": "frozen", "local_lr": 0.01}),
     "momentum": ({"lr": 0.003, "momentum": 0.9}, {"local_lr": 0.003, "local_momentum": 0.9}),
     "un-normalised": ({"lr": 1e-6, "normalize": False}, {"local_lr": 1e-6, "normalize": False}),
     "post-activation": ({"lr": 0.003, "activation": torch.relu}, {"local_lr": 0.003, "activation": torch.relu}),
@@ -28,8 +28,8 @@ VARIANTS = {
     "frozen BatchNorm": ({"lr": 0.003, "bn_stats": "freeze"}, {"local_lr": 0.003, "bn_update": False}),
     "refresh": ({"lr": 0.003, "refresh": 2}, {"local_lr": 0.003, "refresh": 2}),
     "refresh of a frozen prefix": (
-        {"rule": "frozen", "refresh": 5, "bn_stats": "freeze"},
-        {"rule": "frozen", "refresh": 5, "bn_update": False},
+        {"rule": "frozen", "supervision": "absolute", "refresh": 5, "bn_stats": "freeze"},
+        {"rule": "frozen", "local_lr": 0.01, "refresh": 5, "bn_update": False},
     ),
     "t_shift 2": ({"lr": 0.003, "t_shift": 2, "alpha": 0.99}, {"local_lr": 0.003, "t_shift": 2, "alpha": 0.99}),
 }
@@ -56,7 +56,7 @@ def test_agrees_epoch_by_epoch(variant, operations, monkeypatch):
     model = seeded(TwoBlockResNet).double()
     paper = StraightLine({n: t.detach().clone() for n, t in model.state_dict().items()}, epochs=EPOCHS, **paper_options)
     optimizer = torch.optim.SGD(model.parameters(), lr=sgd_lr(0), momentum=0.9, weight_decay=5e-4)
-    local = LocalizedLearning(model, optimizer, epochs=EPOCHS, **{"t_shift": 1, **package_options})
+    local = LocalizedLearning(model, optimizer, epochs=EPOCHS, preset="paper", **{"t_shift": 1, **package_options})
 
     boundaries, signs, held = [0], [1], False
     for epoch in range(EPOCHS):

@@ -75,7 +75,7 @@ def test_the_runs_compared_do_move_the_boundary_and_learn_locally(runs, name):
 def test_a_state_is_a_copy():
     model = seeded(PlainCNN)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    local = LocalizedLearning(model, optimizer, epochs=6, t_shift=1, alpha=100, momentum=0.5)
+    local = LocalizedLearning(model, optimizer, epochs=6, preset="paper", t_shift=1, alpha=100, momentum=0.5)
     for _ in range(3):
         local.step(run_epoch(model, optimizer, batches()))
     state = local.state_dict()
@@ -135,7 +135,7 @@ def test_the_state_of_another_network_is_refused_by_name():
     model = seeded(PlainCNN)
     state = with_boundary(model, torch.optim.SGD(model.parameters(), lr=0.05), 2).state_dict()
     other = seeded(TwoBlockResNet)
-    local = LocalizedLearning(other, torch.optim.SGD(other.parameters(), lr=0.05), epochs=20)
+    local = LocalizedLearning(other, torch.optim.SGD(other.parameters(), lr=0.05), epochs=20, preset="paper")
     with pytest.raises(ValueError, match=r"features\.0"):
         local.load_state_dict(state)
     assert local.boundary == 0
@@ -146,7 +146,7 @@ def test_the_state_of_a_wider_network_is_refused_by_name():
     model = seeded(PlainCNN)
     state = with_boundary(model, torch.optim.SGD(model.parameters(), lr=0.05), 2).state_dict()
     other = PlainCNN(widths=(4, 5, 8, 7))
-    local = LocalizedLearning(other, torch.optim.SGD(other.parameters(), lr=0.05), epochs=20)
+    local = LocalizedLearning(other, torch.optim.SGD(other.parameters(), lr=0.05), epochs=20, preset="paper")
     with pytest.raises(ValueError, match=r"features\.6"):
         local.load_state_dict(state)
 
@@ -154,7 +154,7 @@ def test_the_state_of_a_wider_network_is_refused_by_name():
 def fresh():
     model = seeded(PlainCNN)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    local = LocalizedLearning(model, optimizer, epochs=20, t_shift=1)
+    local = LocalizedLearning(model, optimizer, epochs=20, preset="paper", t_shift=1)
     local.step(run_epoch(model, optimizer, batches(1)))
     return local
 
@@ -182,7 +182,9 @@ def test_another_format_is_refused():
 def test_the_state_of_other_options_is_refused(kwargs, message):
     state = fresh().state_dict()
     model = seeded(PlainCNN)
-    local = LocalizedLearning(model, torch.optim.SGD(model.parameters(), lr=0.05), epochs=20, **{"t_shift": 1, **kwargs})
+    local = LocalizedLearning(
+        model, torch.optim.SGD(model.parameters(), lr=0.05), epochs=20, preset="paper", **{"t_shift": 1, **kwargs}
+    )
     with pytest.raises(ValueError, match=message):
         local.load_state_dict(state)
 

@@ -19,7 +19,7 @@ def fixed(boundary):
 def plain_cnn(boundary=3, momentum=0.9, **options):
     model = seeded(PlainCNN)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=5e-4)
-    local = LocalizedLearning(model, optimizer, epochs=10, schedule=fixed(boundary), **options)
+    local = LocalizedLearning(model, optimizer, epochs=10, preset="paper", schedule=fixed(boundary), **options)
     local.trace(torch.zeros(2, 3, 8, 8))
     return model, optimizer, local
 
@@ -69,8 +69,8 @@ def test_refuses_what_is_no_period(every):
 
 
 def test_needs_an_optimizer_to_count():
-    with pytest.raises(ValueError, match="refresh needs the optimizer"):
-        LocalizedLearning(PlainCNN(), None, epochs=10, refresh=4)
+    with pytest.raises(ValueError, match="refresh=4 needs the optimizer"):
+        LocalizedLearning(PlainCNN(), None, epochs=10, preset="paper", refresh=4)
 
 
 @pytest.mark.parametrize("rule", ["hebbian", "frozen"])
@@ -141,7 +141,7 @@ def test_several_optimizers_must_all_have_stepped():
     model = seeded(PlainCNN)
     halves = list(model.features.parameters()), list(model.fc.parameters())
     optimizers = [torch.optim.SGD(half, lr=0.05) for half in halves]
-    local = LocalizedLearning(model, optimizers, epochs=10, schedule=fixed(3), rule="frozen", refresh=2)
+    local = LocalizedLearning(model, optimizers, epochs=10, preset="paper", schedule=fixed(3), rule="frozen", refresh=2)
     local.trace(torch.zeros(2, 3, 8, 8))
     moved = []
     for (x, y), order in zip(batches(6, seed=1), itertools.cycle([(0, 1), (1, 0)]), strict=False):

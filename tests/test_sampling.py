@@ -195,7 +195,9 @@ def test_resumes_bit_for_bit(build, cut: int) -> None:
         model = seeded(build)
         schedule = StaticModeSelection(kind=lambda epoch: 2, l_max=1.0)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        return model, LocalizedLearning(model, optimizer, epochs=2, schedule=schedule, lr=0.01, sample=0.3, momentum=0.5)
+        return model, LocalizedLearning(
+            model, optimizer, epochs=2, preset="paper", schedule=schedule, lr=0.01, sample=0.3, momentum=0.5
+        )
 
     def train(model, steps):
         for _ in range(steps):
@@ -221,7 +223,7 @@ def test_resumes_bit_for_bit(build, cut: int) -> None:
 def test_the_traced_forward_takes_no_turn() -> None:
     model = seeded(PlainCNN)
     schedule = StaticModeSelection(kind=lambda epoch: 2)
-    local = LocalizedLearning(model, None, epochs=2, schedule=schedule, sample=0.5)
+    local = LocalizedLearning(model, None, epochs=2, preset="paper", schedule=schedule, sample=0.5)
     local.trace(batch())
     assert local.state_dict()["updater"]["turn"] == -1
     model(batch())
@@ -277,7 +279,7 @@ def test_the_operator_is_registered_properly() -> None:
 def test_a_fraction_out_of_range_is_refused(sample: float) -> None:
     for make in (
         lambda: HebbianUpdater(PlainCNN(), sample=sample),
-        lambda: LocalizedLearning(PlainCNN(), None, epochs=1, sample=sample),
+        lambda: LocalizedLearning(PlainCNN(), None, epochs=1, preset="paper", sample=sample),
     ):
         with pytest.raises(ValueError, match=r"sample must be in \(0, 1\], got"):
             make()

@@ -76,7 +76,7 @@ def train(
             out = _require_out(out)
             config = rundir.read_config(out).replace(**flags)
         else:
-            flags.setdefault("method", "local")
+            flags.setdefault("method", "local" if preset == "paper" else "refresh")
             config = _new_config(flags)
             out = out or Path("runs") / f"{config.data}-{_file_name(config.model)}-{config.method}-seed{config.seed}"
             rundir.require_empty(out)
@@ -100,7 +100,7 @@ def train(
 def compare(
     data: o.DataSet = None,
     model: o.Model = None,
-    methods: Annotated[str | None, typer.Option(help="Methods, comma-separated (default: sgd,freeze,local).")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, comma-separated (default: sgd,freeze,refresh,local).")] = None,
     seeds: Annotated[int | None, typer.Option(help="How many seeds, from --seed upwards (default: 1).")] = None,
     preset: o.Preset = None,
     out: o.Out = None,
@@ -145,7 +145,7 @@ def compare(
             out = _require_out(out)
             comparison = _resumed_comparison(out, methods, seeds, flags)
         else:
-            names = comparing.parse_methods(methods if methods is not None else "sgd,freeze,local")
+            names = comparing.parse_methods(methods if methods is not None else "sgd,freeze,refresh,local")
             configs = {name: _new_config({**flags, "method": name}) for name in names}
             first_seed = flags.get("seed", 0)
             comparison = comparing.Comparison(configs, tuple(range(first_seed, first_seed + (1 if seeds is None else seeds))))

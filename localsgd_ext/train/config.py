@@ -7,10 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from localsgd_ext.learning import PRESETS as LIBRARY_PRESETS
 from localsgd_ext.train import presets
 from localsgd_ext.train.models import PRUNABLE, RESIDUAL
 
-METHODS = ("sgd", "freeze", "local", "local-paper", "stochastic-depth", "prunetrain")
+METHODS = ("sgd", "freeze", "refresh", "local", "local-paper", "stochastic-depth", "prunetrain")
 NOT_PREFIX = ("sgd", "stochastic-depth", "prunetrain")
 """Those that treat all layers alike, without a boundary."""
 DATA_SETS = ("digits", "glyphs", "cifar10", "cifar100", "imagenet", "fake")
@@ -97,6 +98,8 @@ class RunConfig:
             _require(self, "t_shift", self.t_shift == "auto", "a number of layers, a fraction of the depth, or auto")
         else:
             _require(self, "t_shift", self.t_shift > 0, "positive")
+        if self.method == "refresh":
+            _require(self, "refresh", self.refresh >= 1, "at least 1 for --method refresh")
         if self.method == "stochastic-depth" and self.model not in RESIDUAL:
             known = ", ".join(RESIDUAL)
             raise ValueError(
@@ -135,6 +138,8 @@ def resolve(data: str, model: str, method: str, preset: str | None = None, **fla
         raise ValueError(f"--preset must be paper, got {preset!r}")
     base = presets.paper(data, model) if preset == "paper" else presets.DEFAULTS
     values = {name: getattr(base, name) for name in _HYPERPARAMETERS}
+    if method == "refresh":
+        values |= {name: LIBRARY_PRESETS["default"][name] for name in ("schedule", "l_max", "refresh")}
     if method == "local-paper":
         values |= {"local_lr": 0.01, "local_lr_decay": presets.paper_local_lr_decay(data), "local_lr_decay_every": 30}
     values |= {name: value for name, value in flags.items() if value is not None}

@@ -321,7 +321,7 @@ def _localized_learning(trainer: Trainer) -> LocalizedLearning | None:
         trainer.model,
         trainer.optimizer,
         epochs=config.epochs,
-        rule="frozen" if config.method == "freeze" else "hebbian",
+        rule="frozen" if config.method in ("freeze", "refresh") else "hebbian",
         schedule=_local_first(config) if config.schedule == "local-first" else config.schedule,
         alpha=config.alpha,
         l_max=config.l_max,

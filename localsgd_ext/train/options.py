@@ -25,8 +25,8 @@ Model = Annotated[
 Method = Annotated[
     str | None,
     typer.Option(
-        help=f"{_listed(METHODS)}: local updates the prefix by the Hebbian rule, freeze leaves it as it is, stochastic-depth "
-        "leaves out residual branches, prunetrain removes channels."
+        help=f"{_listed(METHODS)}: freeze leaves the prefix as it is, refresh trains it with one in 4 mini-batches, local by the "
+        "Hebbian rule; stochastic-depth leaves out residual branches, prunetrain removes channels."
     ),
 ]
 Preset = Annotated[

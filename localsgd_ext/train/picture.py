@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _STYLE = {
     "sgd": {"color": "#0072B2", "linestyle": "-", "linewidth": 2.0, "marker": "o"},
     "freeze": {"color": "#E69F00", "linestyle": "-", "linewidth": 4.5, "marker": "s"},  # wide: local often lies on top of it
+    "refresh": {"color": "#000000", "linestyle": "--", "linewidth": 2.0, "marker": "X"},
     "local": {"color": "#009E73", "linestyle": "-", "linewidth": 1.8, "marker": "^"},
     "local-paper": {"color": "#CC79A7", "linestyle": "--", "linewidth": 1.8, "marker": "D"},
     "stochastic-depth": {"color": "#D55E00", "linestyle": "-.", "linewidth": 1.8, "marker": "v"},

@@ -7,6 +7,7 @@ import pytest
 
 from localsgd_ext import __main__ as entry
 from localsgd_ext.__main__ import main
+from localsgd_ext.train import cli
 
 
 def test_train_says_what_it_does_and_where_things_are(
@@ -17,7 +18,7 @@ def test_train_says_what_it_does_and_where_things_are(
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 4  # not a terminal: one line per epoch
-    for part in ("epoch 4/4", "accuracy", "prefix 2/14", "images/s", "left 0 s"):
+    for part in ("epoch 4/4", "accuracy", "prefix 11/14", "images/s", "left 0 s"):
         assert part in lines[-1]
     assert f"Everything is in {out}" in shown
     assert (out / "picture.png").exists()
@@ -29,13 +30,28 @@ def test_train_says_what_it_does_and_where_things_are(
     assert (out / "model.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize(("options", "method"), [([], "refresh"), (["--preset", "paper"], "local")])
+def test_the_default_method_is_the_preset_s(options: list[str], method: str, tmp_path: Path) -> None:
+    """Nothing is trained: the CIFAR archives are not there."""
+    out = tmp_path / "run"
+    flags = ["--data", "cifar10", "--model", "resnet18", "--root", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        resolved: list[str] = []
+        patch.setattr(cli, "_check_machine", lambda config: resolved.append(config.method))
+        assert main(["train", *flags, *options, "--out", str(out)]) == 2
+    assert resolved == [method]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["train"], "--data is required"),
         (["train", "--data", "mnist", "--model", "vgg13"], "--data must be one of digits, glyphs, cifar10"),
         (["train", "--data", "fake", "--model", "lenet"], "--model must be one of small_resnet"),
-        (["train", "--data", "fake", "--model", "vgg13", "--method", "hebb"], "--method must be one of sgd, freeze, local"),
+        (
+            ["train", "--data", "fake", "--model", "vgg13", "--method", "hebb"],
+            "--method must be one of sgd, freeze, refresh, local",
+        ),
         (["train", "--data", "fake", "--model", "vgg13", "--t-shift", "far"], "--t-shift must be auto, a number of layers"),
         (
             ["train", "--data", "fake", "--model", "vgg13", "--preset", "paper"],

@@ -17,7 +17,7 @@ def _config(**flags: Any) -> RunConfig:
     [
         (
             {"method": "hebb"},
-            "--method must be one of sgd, freeze, local, local-paper, stochastic-depth, prunetrain, got 'hebb'",
+            "--method must be one of sgd, freeze, refresh, local, local-paper, stochastic-depth, prunetrain, got 'hebb'",
         ),
         ({"lr_schedule": "linear"}, "--lr-schedule must be one of step, cosine, constant, got 'linear'"),
         ({"preset": "nature"}, "--preset must be paper, got 'nature'"),

@@ -1,0 +1,77 @@
+"""What ``LocalizedLearning`` does when little is said."""
+
+import pytest
+import torch
+from models import PlainCNN, batches, run_epoch, seeded
+
+from localsgd_ext import DynamicModeSelection, LocalizedLearning, StaticModeSelection, WeakSupervision
+from localsgd_ext.learning import PRESETS
+
+EPOCHS = 6
+
+
+def trained(**options):
+    """A network after all epochs, and the boundaries it had."""
+    model = seeded(PlainCNN)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    local = LocalizedLearning(model, optimizer, epochs=EPOCHS, **options)
+    boundaries = []
+    for epoch in range(EPOCHS):
+        loss = run_epoch(model, optimizer, batches(5, seed=epoch))
+        boundaries.append(local.boundary)
+        local.step(loss)
+    return model.state_dict(), boundaries, local
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.values(), other.values(), strict=True))
+
+
+def test_by_default_one_mini_batch_in_four_refreshes_a_frozen_prefix_that_grows_quadratically_to_nine_tenths():
+    state, boundaries, local = trained()
+    written_out, same_boundaries, _ = trained(rule="frozen", schedule="quadratic", l_max=0.9, refresh=4)
+    assert boundaries == same_boundaries
+    assert boundaries[0] == 0
+    assert boundaries[-1] > 0
+    assert same(state, written_out)
+    assert isinstance(local.schedule, StaticModeSelection)
+    assert local.supervision is None  # so that step() needs no loss
+    local.step()
+
+
+def test_the_paper_s_preset_is_what_the_paper_says():
+    state, _, local = trained(preset="paper", t_shift=1)
+    options = {"rule": "hebbian", "schedule": "dynamic", "l_max": 0.75, "lr": 0.01, "supervision": "absolute", "refresh": None}
+    assert same(state, trained(t_shift=1, **options)[0])
+    assert isinstance(local.schedule, DynamicModeSelection)
+    assert isinstance(local.supervision, WeakSupervision)
+    assert local.current_lr == 0.01
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("rule", "hebbian"), ("schedule", "linear"), ("l_max", 0.5), ("refresh", None), ("refresh", 2), ("preset", "paper")],
+)
+def test_each_option_overrides_the_preset(option, value):
+    default = trained()[0]
+    assert not same(default, trained(**{option: value})[0])
+
+
+def test_the_hebbian_rule_is_supervised_and_takes_small_steps_unless_told_otherwise():
+    *_, local = trained(rule="hebbian")
+    assert isinstance(local.supervision, WeakSupervision)
+    assert local.current_lr == PRESETS["default"]["lr"] == 1e-4
+    with pytest.raises(ValueError, match="epoch_loss"):
+        local.step()
+
+
+def test_without_an_optimizer_the_default_says_what_to_do():
+    with pytest.raises(ValueError, match=r"refresh=4 needs the optimizer.*refresh=None does without"):
+        LocalizedLearning(seeded(PlainCNN), None, epochs=2)
+    LocalizedLearning(seeded(PlainCNN), None, epochs=2, refresh=None)
+
+
+def test_refresh_must_be_a_period():
+    model = seeded(PlainCNN)
+    with pytest.raises(TypeError, match="refresh must be an int, a callable of the epoch or None, got 'often'"):
+        LocalizedLearning(model, torch.optim.SGD(model.parameters(), lr=0.1), epochs=2, refresh="often")

@@ -1,0 +1,316 @@
+"""Ways to train a prefix for less than SGD's cost, side by side: what was tried before the default was chosen.
+
+python benchmarks/tradeoff.py --model small_resnet --out results.json      # again with --resume if it was stopped
+python benchmarks/tradeoff.py --table results.json [MORE.json ...]
+
+All ways share first weights, pictures and SGD's learning rate (a cosine over the run). What survived is in the library
+(`refresh`), and benchmarks/paper.py measures it over more seeds; benchmarks/STUDY.md says what was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # in the place of this directory, whose modules are the package's
+    sys.path[:1] = [str(Path(__file__).resolve().parents[1] / where) for where in (".", "tests")]
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.experiments import student
+from benchmarks.experiments.pareto import interpolated
+from benchmarks.records import Records
+from benchmarks.tables import aligned
+from localsgd_ext import trace_layers
+from localsgd_ext.freezing import PrefixFreeze
+from localsgd_ext.train import config, data, environment, models
+from localsgd_ext.train.files import read_json
+from localsgd_ext.train.measure import multiply_adds
+
+AVERAGE = 0.98  # of weights, from one step to the next: a horizon of 50
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a prefix of at most ``l_max`` of the layers grows from epoch ``start`` on, and what it learns."""
+
+    growth: str = "none"
+    """``"linear"``, ``"quadratic"``, ``"exponential"`` from 0 on, ``"jump"``: all of it at once; ``"none"``: SGD alone."""
+    l_max: float = 0.9
+    start: float = 0.0
+    """Share of the run."""
+    epochs: float = 1.0
+    """Share of SGD's: the learning rate makes all its steps in them."""
+    every: int = 0
+    """One in so many mini-batches back-propagates through the prefix; 0: none."""
+    nested: bool = False
+    """Twice as many back-propagate through the prefix's second half."""
+    held: bool = False
+    """In between, the optimizer goes on with the prefix's last gradient ("linear drift", Vlaar & Leimkuhler 2022)."""
+    power: float = 0.0
+    """The prefix's gradients are multiplied by ``every ** power`` (1: Vlaar & Leimkuhler's larger steps)."""
+    averaged: bool = False
+    """Layers enter the prefix with a moving average of their weights."""
+    annealed: bool = False
+    """The learning rate of a layer reaches 0, by a cosine, when it enters the prefix (FreezeOut, Brock et al. 2017)."""
+
+    def boundary(self, epoch: int, epochs: int, layers: int) -> int:
+        done = (epoch / epochs - self.start) / (1 - self.start)
+        if self.growth == "none" or done < 0:
+            return 0
+        share = {"linear": done, "quadratic": 1 - (1 - done) ** 2, "exponential": 1 - math.exp(-5 * done), "jump": 1.0}[
+            self.growth
+        ]
+        return min(math.floor(self.l_max * layers * share + 1e-9), layers - 1)
+
+    def cut(self, step: int, boundary: int) -> int:
+        """The first layer that learns in ``step``."""
+        if self.every and (step + 1) % self.every == 0:
+            return 0
+        return boundary // 2 if self.nested and (step + 1) % (self.every // 2) == 0 else boundary
+
+
+WAYS = {  # those that matter most first
+    "SGD": Way(),
+    **{f"SGD, {share:g} of the epochs": Way(epochs=share) for share in (0.875, 0.75, 0.625)},
+    "frozen, linear": Way("linear"),
+    "frozen, quadratic to 75 %": Way("quadratic", l_max=0.75),
+    "1/4, quadratic": Way("quadratic", every=4),
+    "1/4, linear": Way("linear", every=4),
+    "1/4, jump at 3/8": Way("jump", start=0.375, every=4),
+    "1/2, jump at 1/4": Way("jump", start=0.25, every=2),
+    "1/2, jump at 0": Way("jump", every=2),
+    "1/4, linear from 1/4 on": Way("linear", l_max=0.95, start=0.25, every=4),
+    "1/3, quadratic": Way("quadratic", every=3),
+    "1/8, quadratic": Way("quadratic", every=8),
+    "1/4, quadratic, held": Way("quadratic", every=4, held=True),
+    "1/4, linear, held": Way("linear", every=4, held=True),
+    "1/4, linear, larger steps": Way("linear", every=4, power=1.0),
+    "1/4 and 1/8, quadratic": Way("quadratic", every=8, nested=True),
+    "1/4, exponential to 75 %": Way("exponential", l_max=0.75, every=4),
+    "1/4, exponential to 75 %, held": Way("exponential", l_max=0.75, every=4, held=True),
+    "frozen, linear, averaged": Way("linear", averaged=True),
+    "frozen, linear, annealed": Way("linear", annealed=True),
+}
+
+
+class Run:
+    """A network on its way."""
+
+    def __init__(self, way: Way, seed: int, epochs: int, lr: float, pictures: data.Data, model: str) -> None:
+        self.way, self.lr, self.data = way, lr, pictures
+        self.epochs = max(1, round(way.epochs * epochs))
+        self.model = models.build(model, pictures.num_classes, seed).to(memory_format=torch.channels_last)
+        self.plan = trace_layers(self.model, next(iter(pictures.train(0)))[0][:2])
+        self.parameters = dict(self.model.named_parameters())
+        entered: dict[str, int] = {}  # parameter -> the least boundary that has it in the prefix
+        for boundary in range(1, len(self.plan)):
+            for name in self.plan.prefix(self.plan.parameters, boundary):
+                entered.setdefault(name, boundary)
+        self.groups = [
+            {"params": [p for n, p in self.parameters.items() if entered.get(n) == boundary], "boundary": boundary}
+            for boundary in [*range(1, len(self.plan)), None]
+        ]
+        self.optimizer = torch.optim.SGD(self.groups, lr=lr, momentum=0.9, weight_decay=5e-4)
+        self.freeze = PrefixFreeze(self.model, self.plan, optimizers=[self.optimizer], keep_state=True)
+        self._costs: dict[int, float] = {}
+        self._held: dict[Tensor, Tensor] = {}
+        self._average: dict[Tensor, Tensor] = {}
+
+    def boundary(self, epoch: int) -> int:
+        return self.way.boundary(epoch, self.epochs, len(self.plan))
+
+    def prefix(self, boundary: int) -> list[Tensor]:
+        groups = [group for group in self.optimizer.param_groups if group["boundary"] is not None]
+        return [p for group in groups if group["boundary"] <= boundary for p in group["params"]]
+
+    def train(self) -> dict[str, Any]:
+        total, step, before = 0.0, 0, 0
+        for epoch in range(self.epochs):
+            self.model.train()
+            boundary = self.boundary(epoch)
+            if self.way.averaged and boundary > before:
+                self._enter_averaged(before, boundary)
+            before = boundary
+            for x, y in self.data.train(epoch):
+                self._set_lr(step / self.data.steps)
+                total += self._step(x, y, step, boundary)
+                step += 1
+        return {"accuracy": self._accuracy(), "multiply_adds": total}
+
+    def _step(self, x: Tensor, y: Tensor, step: int, boundary: int) -> float:
+        """Returns its multiply-adds."""
+        cut = self.way.cut(step, boundary)
+        self.freeze.set_boundary(cut)
+        if cut in self._costs:
+            loss = F.cross_entropy(self.model(x), y)
+        else:
+            with multiply_adds(self.model) as counted:
+                loss = F.cross_entropy(self.model(x), y)
+            self._costs[cut] = counted.total
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        prefix = self.prefix(boundary)
+        if cut < boundary and self.way.power:
+            torch._foreach_mul_([p.grad for p in prefix if p.grad is not None], self.way.every**self.way.power)
+        if self.way.held:
+            for p in prefix:
+                if p.grad is not None:
+                    self._held[p] = p.grad.clone()
+                elif p in self._held:
+                    p.grad = self._held[p].clone()
+        self.optimizer.step()
+        if self.way.averaged:
+            with torch.no_grad():
+                for p in self.parameters.values():
+                    self._average.setdefault(p, p.detach().clone()).lerp_(p, 1 - AVERAGE)
+        return self._costs[cut]
+
+    def _set_lr(self, epoch: float) -> None:
+        """Once per epoch, as a scheduler would; a layer's own, where it is annealed, in every step."""
+        whole = self.lr * (1 + math.cos(math.pi * math.floor(epoch) / self.epochs)) / 2
+        for group in self.optimizer.param_groups:
+            group["lr"] = whole
+            end = next((e for e in range(self.epochs) if self.boundary(e) >= (group["boundary"] or math.inf)), None)
+            if self.way.annealed and end:
+                group["lr"] = self.lr * (1 + math.cos(math.pi * min(1.0, epoch / end))) / 2
+
+    @torch.no_grad()
+    def _enter_averaged(self, before: int, boundary: int) -> None:
+        already = set(self.prefix(before))
+        for p in self.prefix(boundary):
+            if p not in already and p in self._average:
+                p.copy_(self._average[p])
+
+    @torch.no_grad()
+    def _accuracy(self) -> float:
+        self.model.eval()
+        correct = sum(int((self.model(x).argmax(1) == y).sum()) for x, y in self.data.test())
+        return correct / self.data.test_size
+
+
+def report(contents: Sequence[dict[str, Any]]) -> str:
+    """Of results files, the tables by model and length of the run."""
+    return "\n\n".join(map(_table, contents)) + "\n"
+
+
+def _table(content: dict[str, Any]) -> str:
+    rows: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in content["rows"].values():
+        rows.setdefault(row["way"], {})[row["seed"]] = row
+    sgd = rows.get("SGD", {})
+    table = [
+        ("way", "seeds", "accuracy, %", "minus SGD", "multiply-adds, % of SGD's", "minus SGD with fewer epochs at that cost")
+    ]
+    for name, mine in rows.items():
+        accuracies = [100 * row["accuracy"] for row in mine.values()]
+        both = sorted(mine.keys() & sgd.keys())
+        minus = [100 * (mine[s]["accuracy"] - sgd[s]["accuracy"]) for s in both]
+        cost = [100 * mine[s]["multiply_adds"] / sgd[s]["multiply_adds"] for s in both]
+        shorter = []
+        for seed in both:
+            curve = [
+                (r[seed]["multiply_adds"], r[seed]["accuracy"]) for n, r in rows.items() if n.startswith("SGD") and seed in r
+            ]
+            reference = interpolated(curve, mine[seed]["multiply_adds"])
+            if reference is not None and not name.startswith("SGD"):
+                shorter.append(100 * (mine[seed]["accuracy"] - reference))
+        table.append(
+            (
+                name,
+                " ".join(map(str, sorted(mine))),
+                " / ".join(f"{a:.2f}" for a in accuracies),
+                student.paired(minus).text() if minus and name != "SGD" else "-",
+                f"{statistics.fmean(cost):.1f}" if cost else "-",
+                student.paired(shorter).text() if shorter else "-",
+            )
+        )
+    asked = content["asked"]
+    head = f"{asked['model']}, {asked['train_size']} letters, {asked['epochs']} epochs, SGD's learning rate {asked['lr']:g}"
+    return f"### {head}\n\n{aligned(table)}"
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ways", default=";".join(WAYS), help=f"separated by semicolons, of {'; '.join(WAYS)}")
+    parser.add_argument("--model", choices=("small_resnet", "small_vgg"), default="small_resnet")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--train-size", type=int, default=4000)
+    parser.add_argument("--test-size", type=int, default=2000)
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=0.03)
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--resume", action="store_true", help="go on with --out")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no further run after that")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE.json", help="only print the tables of results files")
+    args = parser.parse_args(argv)
+    args.ways = args.ways.split(";")
+    for name in args.ways:
+        if name not in WAYS:
+            parser.error(f"--ways must be of {'; '.join(WAYS)}, got {name!r}")
+    if args.resume and args.out is None:
+        parser.error("--resume needs --out")
+    for name in ("seeds", "train_size", "test_size", "epochs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    return args
+
+
+def measure(args: argparse.Namespace) -> Records:
+    """Raises ``ValueError`` if ``--out`` holds runs of other options."""
+    torch.set_num_threads(1)
+    asked = {name: getattr(args, name) for name in ("model", "train_size", "test_size", "epochs", "lr")}
+    header = {
+        "command": shlex.join(["python", "benchmarks/tradeoff.py", *args.argv]),
+        "asked": asked,
+        "environment": environment.describe("cpu"),
+    }
+    if args.resume and args.out.exists() and read_json(args.out)["asked"] != asked:
+        raise ValueError(f"{args.out} is of other options: {read_json(args.out)['asked']}, these are {asked}")
+    records = Records(args.out, header, resume=args.resume, must_agree=("torch", "threads", "compiled_kernels"))
+    records.save()
+    loaded: dict[int, data.Data] = {}
+    keys = {f"{name}|{seed}": (name, seed) for seed in range(args.seeds) for name in args.ways}
+    for key in records.todo(keys, args.budget):
+        name, seed = keys[key]
+        if seed not in loaded:
+            flags = {"train_size": args.train_size, "test_size": args.test_size, "channels_last": True}
+            loaded = {seed: data.load(config.resolve("glyphs", args.model, "sgd", None, seed=seed, **flags))}
+        begin = time.perf_counter()
+        row = Run(WAYS[name], seed, args.epochs, args.lr, loaded[seed], args.model).train()
+        about = {"way": name, "seed": seed, **asdict(WAYS[name]), "seconds": round(time.perf_counter() - begin, 1)}
+        records.add(key, {**about, **row, "status": "ok"})
+        print(
+            f"{key}: {100 * row['accuracy']:.2f} %, {about['seconds']} s; {len(records.left)} left", file=sys.stderr, flush=True
+        )
+    return records
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: done; 2: wrong arguments or file; 3: the budget ran out."""
+    args = arguments(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        records = None if args.table else measure(args)
+        print(report([records.content] if records else [read_json(path) for path in args.table]), end="")
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if records and records.left:
+        print(f"{len(records.left)} runs are left: go on with --resume", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,7 @@ from localsgd_ext.train.files import read_json
 
 BENCHMARKS = Path(__file__).resolve().parent
 SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
-TRAIN = ("--data", "glyphs", "--methods", "sgd,freeze,local", "--seeds", "1", "--epochs", "4", "--train-size", "4000")
+TRAIN = ("--data", "glyphs", "--methods", "sgd,freeze,refresh,local", "--seeds", "1", "--epochs", "4", "--train-size", "4000")
 
 
 class Unavailable(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train networks with LoCal+SGD: a growing prefix learns locally during the forward pass, the rest by SGD.",
 )
+
+# A full disk or quota, a file size limit, no permission, a read-only file system, a failing disk, a file where a folder should be.
+_DISK_TROUBLES = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EIO, errno.ENOTDIR, errno.ENAMETOOLONG),
+}
 
 
 @app.command()
@@ -235,8 +243,9 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, CheckpointError) as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        raise _failed(str(error)) from None
+    except OSError as error:
+        raise _failed(_disk_trouble(error)) from None
 
 
 @contextlib.contextmanager
@@ -246,3 +255,20 @@ def _interruptible(out: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         Console(stderr=True).print(f"Interrupted. Continue with --resume --out {out}", soft_wrap=True)
         raise typer.Exit(130) from None
+    except OSError as error:
+        trouble = _disk_trouble(error)
+        raise _failed(
+            f"{trouble}. What was saved before is whole; when that is put right, continue with --resume --out {out}"
+        ) from None
+
+
+def _disk_trouble(error: OSError) -> str:
+    """What the system refused and for which file. Raises ``error`` again if it is not about writing or reading files."""
+    if error.errno not in _DISK_TROUBLES or error.filename is None:
+        raise error
+    return f"{error.strerror}: {error.filename}"
+
+
+def _failed(message: str) -> typer.Exit:
+    Console(stderr=True).print(f"Error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    return typer.Exit(2)

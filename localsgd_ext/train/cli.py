@@ -14,7 +14,7 @@ from rich.console import Console
 
 from localsgd_ext.train import compare as comparing
 from localsgd_ext.train import data as data_sets
-from localsgd_ext.train import models, progress, report, rundir
+from localsgd_ext.train import archives, models, progress, report, rundir
 from localsgd_ext.train import options as o
 from localsgd_ext.train.checkpoint import CheckpointError
 from localsgd_ext.train.config import DATA_SETS, RunConfig, resolve
@@ -28,11 +28,11 @@ app = typer.Typer(
     help="Train networks with LoCal+SGD: a growing prefix learns locally during the forward pass, the rest by SGD.",
 )
 
-# A full disk or quota, a file size limit, no permission, a read-only file system, a failing disk, a file where a folder should be.
+# A full disk or quota, a file size limit; no permission, a read-only file system; a failing disk, a path that is wrong.
 _DISK_TROUBLES = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.EIO, errno.ENOTDIR, errno.ENAMETOOLONG),
+    *(errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 }
 
 
@@ -71,6 +71,7 @@ def train(
     test_size: o.TestSize = None,
     image_size: o.ImageSize = None,
     workers: o.Workers = None,
+    bad_images: o.BadImages = None,
     device: o.Device = None,
     channels_last: o.ChannelsLast = None,
     amp: o.Amp = None,
@@ -140,6 +141,7 @@ def compare(
     test_size: o.TestSize = None,
     image_size: o.ImageSize = None,
     workers: o.Workers = None,
+    bad_images: o.BadImages = None,
     device: o.Device = None,
     channels_last: o.ChannelsLast = None,
     amp: o.Amp = None,
@@ -181,6 +183,17 @@ def report_command(
             runs = [report.read_run(directory)]
         summary = report.write(runs, directory)
     report.show(summary, console)
+
+
+@app.command()
+def unpack(
+    archive: Annotated[Path, typer.Argument(help="A tar or zip archive.")],
+    folder: Annotated[Path, typer.Argument(help="Where to: a new or empty folder.")],
+) -> None:
+    """Unpack a data set's archive; one that holds links, or names that lead out of the folder, is refused."""
+    with _clear_errors():
+        files = archives.unpack(archive, folder)
+    Console().print(f"{files} files are in {folder}", soft_wrap=True)
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -255,6 +268,8 @@ def _interruptible(out: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         Console(stderr=True).print(f"Interrupted. Continue with --resume --out {out}", soft_wrap=True)
         raise typer.Exit(130) from None
+    except data_sets.UnreadablePictures as error:
+        raise _failed(str(error)) from None
     except OSError as error:
         trouble = _disk_trouble(error)
         raise _failed(

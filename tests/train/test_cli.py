@@ -45,7 +45,7 @@ def test_train_says_what_it_does_and_where_things_are(
         (["train", "--data", "fake", "--model", "vgg13", "--device", "abacus"], "--device abacus cannot be used here"),
         (
             ["train", "--data", "cifar10", "--model", "vgg13", "--root", "/nowhere"],
-            "data_batch_1 is missing; the folder that holds",
+            "batches.meta is missing; download https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
         ),
         (["train", "--resume"], "--resume needs --out"),
         (["train", "--resume", "--out", "/nowhere"], "--resume: there is no run in /nowhere"),

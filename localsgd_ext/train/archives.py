@@ -88,7 +88,7 @@ def _members(archive: Path) -> Iterator[Iterator[Member]]:
             yield _in_zip(file)
         return
     try:
-        tar = tarfile.open(archive)
+        tar = tarfile.open(archive)  # noqa: SIM115  # closed below; errors inside are another's
     except tarfile.TarError as error:
         raise ValueError(f"{archive} is neither a tar nor a zip archive: {error}") from None
     with tar:
@@ -110,7 +110,9 @@ def _in_tar(archive: tarfile.TarFile, path: Path) -> Iterator[Member]:
 
     try:
         for info in archive:
-            kind = "file" if info.isreg() else "folder" if info.isdir() else "link" if info.issym() or info.islnk() else "device"
+            kind = (
+                "file" if info.isreg() else "folder" if info.isdir() else "link" if info.issym() or info.islnk() else "device"
+            )
             yield Member(info.name, info.size, kind, lambda info=info: opened(info))  # type: ignore[misc]
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None

@@ -103,7 +103,7 @@ def _members(content: bytes, folder: str, archive: Path) -> dict[str, bytes]:
     return members
 
 
-class _ArraysAlone(pickle.Unpickler):  # noqa: S301
+class _ArraysAlone(pickle.Unpickler):
     """Makes numbers, strings, containers and numpy arrays of them; everything else is refused."""
 
     def find_class(self, module: str, name: str) -> Any:

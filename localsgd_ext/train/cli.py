@@ -12,9 +12,9 @@ import torch
 import typer
 from rich.console import Console
 
+from localsgd_ext.train import archives, models, progress, report, rundir
 from localsgd_ext.train import compare as comparing
 from localsgd_ext.train import data as data_sets
-from localsgd_ext.train import archives, models, progress, report, rundir
 from localsgd_ext.train import options as o
 from localsgd_ext.train.checkpoint import CheckpointError
 from localsgd_ext.train.config import DATA_SETS, RunConfig, resolve

@@ -32,7 +32,11 @@ def _batch(pixels: npt.NDArray[np.uint8], labels: list[int], key: str = "labels"
     array = (
         b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + _text(b"b") + b"tR"
         b"(K\x01(J" + rows + b"M\x00\x0ct"  # version 1, shape (rows, 3072)
-        b"cnumpy\ndtype\n(" + _text(b"u1") + b"K\x00K\x01tR(K\x03" + _text(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        b"cnumpy\ndtype\n("
+        + _text(b"u1")
+        + b"K\x00K\x01tR(K\x03"
+        + _text(b"|")
+        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
         b"\x89" + _text(pixels.tobytes()) + b"tb"
     )
     listed = b"(" + b"".join(b"K" + bytes([label]) for label in labels) + b"l"
@@ -101,9 +105,7 @@ def test_the_published_files_or_their_archive(
         assert arrays.train_y.tolist() == theirs.targets[:90]
 
 
-def test_cifar100_takes_the_fine_labels(
-    tmp_path: Path, pixels: npt.NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cifar100_takes_the_fine_labels(tmp_path: Path, pixels: npt.NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch) -> None:
     made = {name: _batch(pixels[i], [i + 90] * 20, "fine_labels") for i, name in enumerate(("train", "test"))}
     made["meta"] = _meta("fine_label_names", [str(i) for i in range(100)])
     (tmp_path / CIFAR100.base_folder).mkdir()
@@ -169,7 +171,9 @@ def test_archives_that_are_not_the_published_one(
 ) -> None:
     archive = tmp_path / CIFAR10.filename
     archive.write_bytes(_archive({f"{CIFAR10.base_folder}/{name}": content for name, content in files.items()}))
-    with pytest.raises(ValueError, match=r"cifar-10-python.tar.gz is damaged \(its MD5 is not c58f30108f718f92721af3b95e74349a\)"):
+    with pytest.raises(
+        ValueError, match=r"cifar-10-python.tar.gz is damaged \(its MD5 is not c58f30108f718f92721af3b95e74349a\)"
+    ):
         data.load(_config("cifar10", root=str(tmp_path)))
     # With the right checksum, but with the files elsewhere: nothing outside the folder is taken for one of them.
     archive.write_bytes(_archive({f"elsewhere/{name}": content for name, content in files.items()}))

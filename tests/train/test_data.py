@@ -206,7 +206,7 @@ def test_a_file_that_vanishes_is_no_damaged_picture(folders: Path) -> None:
     config = resolve("imagenet", "resnet50", "sgd", device="cpu", root=str(folders), image_size=32, batch_size=4, workers=0)
     loaded = data.load(config)
     (folders / "val" / "n01443537" / "1.png").unlink()
-    with pytest.raises(FileNotFoundError, match="1.png"):
+    with pytest.raises(FileNotFoundError, match=r"1\.png"):
         list(loaded.test())
 
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .freezing import BN_STATS, PrefixFreeze, as_optimizers
-from .hooks import CallHook, Hook
+from .hooks import CallHook, Hook, under_transform
 from .layers import ExecutionPlan, Patterns, Tracer, recurring_block_size, report_left_out, select_names, trace_layers
 from .nonfinite import NonFiniteGuard
 from .refresh import Every, Refresh
 from .sampling import check_sample
 from .selection import DynamicModeSelection, ModeSelection, StaticModeSelection
 from .supervision import WeakSupervision
-from .updater import Activation, HebbianUpdater, refuse_wrappers
+from .updater import NO_TRANSFORM, Activation, HebbianUpdater, refuse_wrappers
 
 RULES = ("hebbian", "frozen")
 PRESETS: dict[str, dict[str, float]] = {
@@ -395,6 +395,8 @@ class LocalizedLearning:
 
     def _before_forward(self, module: nn.Module) -> None:
         if self._plan is None and self._stop_tracing is None and module.training and torch.is_grad_enabled():
+            if under_transform() or not all(isinstance(p, nn.Parameter) for p in self.model.parameters()):
+                raise RuntimeError(f"the first training forward finds the order of the layers, {NO_TRANSFORM}")
             self._tracer = Tracer(self.model, include=self._include, skip=self._skip)
             self._stop_tracing = self._tracer.start()
 

@@ -179,6 +179,7 @@ class LocalizedLearning:
                 algorithm=algorithm,
             )
         self._removed = False
+        self._loads = 0  # states loaded so far
         self._handles: list[Any] = []
         if self._refresh is not None:
             self._handles += [each.register_step_post_hook(self._after_optimizer_step) for each in self._optimizers]
@@ -359,6 +360,7 @@ class LocalizedLearning:
         unknown = sorted(set(plan.layers) - select_names(self.model, self._include, self._skip)) if plan is not None else []
         if unknown:
             raise ValueError(f"the state's layer {unknown[0]!r} is excluded here by include or skip")
+        self._loads += 1
         self.schedule.load_state_dict(state["schedule"])  # may refuse the state, so before anything is changed
         if self._updater is not None:
             self._updater.discard()  # deferred updates of the weights that the loaded ones replace
@@ -383,6 +385,56 @@ class LocalizedLearning:
             self._epoch_start = None if state["epoch_start"] is None else state["epoch_start"].to(weight.device, copy=True)
         if self._updater is not None:
             self._updater.load_state_dict(state["updater"])
+
+    # ---------------------------------------------------------------- for CUDA graphs
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """Those given."""
+        return self._optimizers
+
+    def require_capturable(self) -> None:
+        """Check that a training step can be captured in a CUDA graph.
+
+        Raises:
+            ValueError: an option that decides something on the host in every step.
+        """
+        if self._updater is not None and self._updater.sample < 1:
+            raise ValueError(
+                f"sample must be 1 in a CUDA graph, which would see the same slice for ever; got {self._updater.sample}"
+            )
+        if self._guard.policy == "skip":
+            raise ValueError(
+                "nan_policy must be 'report' or 'raise' in a CUDA graph, as 'skip' waits for the device in every step"
+            )
+
+    def capture_key(self) -> tuple[Any, ...]:
+        """What a captured step holds fast: it must be captured again where this changes."""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        settings = tuple(
+            tuple((k, id(v) if isinstance(v, Tensor) else v) for k, v in group.items() if k != "params") for group in groups
+        )
+        return self._plan is None, self.boundary, self.model.training, self._loads, settings
+
+    def require_written(self) -> None:
+        """Check that no update waits for the next forward.
+
+        Raises:
+            RuntimeError: one does; its layers are named.
+        """
+        waiting = self._updater.waiting if self._updater is not None else []
+        if waiting:
+            raise RuntimeError(
+                f"a CUDA graph would lose the deferred updates of {', '.join(waiting)}: layers used several times in a forward, "
+                "under activation checkpointing, or with gradients flowing through them"
+            )
+
+    def mini_batch_passed(self) -> None:
+        """Count a mini-batch for ``refresh``; done by the optimizers' hooks, but where a graph makes their steps."""
+        self._stepped.clear()
+        if self._refresh is not None and self.boundary > 0:
+            self._refresh.advance(self.epoch)
+            self._open_if_due()
 
     # ---------------------------------------------------------------- inside
 
@@ -444,12 +496,8 @@ class LocalizedLearning:
 
     def _after_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._stepped.add(optimizer)
-        if len(self._stepped) < len(self._optimizers):
-            return
-        self._stepped.clear()
-        if self._refresh is not None and self.boundary > 0:
-            self._refresh.advance(self.epoch)
-            self._open_if_due()
+        if len(self._stepped) == len(self._optimizers):
+            self.mini_batch_passed()
 
     def _open_if_due(self) -> None:
         """Whether the next mini-batch goes through the prefix."""

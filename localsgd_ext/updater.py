@@ -119,6 +119,11 @@ class HebbianUpdater:
         """Names of the layers that are updated."""
         return [name for name, hook in self._hooks.items() if hook.enabled]
 
+    @property
+    def waiting(self) -> list[str]:
+        """Names of the layers with a deferred update."""
+        return list(self._pending)
+
     def enable(self, names: Iterable[str], *, deferred: Iterable[str] = ()) -> None:
         """From now on update exactly the layers in ``names``; those also in ``deferred`` always with a deferred write.
 

@@ -268,7 +268,7 @@ def _interruptible(out: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         Console(stderr=True).print(f"Interrupted. Continue with --resume --out {out}", soft_wrap=True)
         raise typer.Exit(130) from None
-    except data_sets.UnreadablePictures as error:
+    except (data_sets.UnreadablePictures, rundir.DirectoryInUse, CheckpointError) as error:
         raise _failed(str(error)) from None
     except OSError as error:
         trouble = _disk_trouble(error)

@@ -25,6 +25,10 @@ CONFIG, ENVIRONMENT, LOG, METRICS, SUMMARY = "config.json", "environment.json", 
 LOCK = ".lock"
 
 
+class DirectoryInUse(ValueError):
+    """Another process is at work in a directory; the message names both."""
+
+
 def read_config(path: Path) -> RunConfig:
     """The configuration of a run that was started before. Raises ``ValueError`` if there is none or it is damaged."""
     file = path / CONFIG
@@ -116,7 +120,7 @@ def lock(path: Path) -> int:
     that outlives its killed parent by a moment does not stand in the way. Within one process it keeps nobody out.
 
     Raises:
-        ValueError: another process holds it; it is named.
+        DirectoryInUse: another process holds it; it is named.
     """
     descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -127,7 +131,7 @@ def lock(path: Path) -> int:
     except BlockingIOError:
         holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
         os.close(descriptor)
-        raise ValueError(f"{path} is in use by {holder or 'another process'}: wait for it, or stop it first") from None
+        raise DirectoryInUse(f"{path} is in use by {holder or 'another process'}: wait for it, or stop it first") from None
     except BaseException:
         os.close(descriptor)
         raise

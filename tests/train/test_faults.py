@@ -6,8 +6,7 @@ import contextlib
 import errno
 import os
 import resource
-import subprocess
-import sys
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -148,37 +147,46 @@ def test_a_directory_that_cannot_be_written_to(tiny_flags: list[str], capsys: py
         assert contents(shelf) == before
 
 
-HOLDER = """
-import sys
-from pathlib import Path
-from localsgd_ext.train import rundir
-rundir.lock(Path(sys.argv[1]))
-print("locked", flush=True)
-sys.stdin.read()
-"""
+@contextlib.contextmanager
+def _locked_by_another_process(path: Path) -> Iterator[int]:
+    ready, done = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            rundir.lock(path)
+            os.write(done, b"locked")
+            signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        os.close(done)
+        assert os.read(ready, 10) == b"locked"
+        yield child
+    finally:
+        os.close(ready)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
-@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize("what", ["run", "comparison", "run of a comparison"])
 def test_a_second_process_in_the_same_directory_is_refused(
-    command: str, tmp_path: Path, tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+    what: str, tmp_path: Path, tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    method = ["--method", "sgd"] if command == "train" else ["--methods", "sgd"]
-    assert main([command, *tiny_flags, *method, "--epochs", "1", "--out", str(out)]) == 0
+    command, method = ("train", "--method") if what == "run" else ("compare", "--methods")
+    assert main([command, *tiny_flags, method, "sgd", "--epochs", "1", "--out", str(out)]) == 0
+    locked = out
+    if what == "run of a comparison":
+        locked = out / "sgd-seed0"
+        (locked / rundir.SUMMARY).unlink()  # so that there is something left to do in it
     before = {path: content for path, content in contents(out).items() if path.name != rundir.LOCK}
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "locked\n"
+    with _locked_by_another_process(locked) as process:
         capsys.readouterr()
         assert main([command, "--resume", "--out", str(out)]) == 2
-        assert f"Error: {out} is in use by process {holder.pid} on " in capsys.readouterr().err
+        shown = capsys.readouterr().err
+        assert f"Error: {locked} is in use by process {process} on " in shown
+        assert "Traceback" not in shown
         assert {path: content for path, content in contents(out).items() if path.name != rundir.LOCK} == before
-    finally:
-        holder.kill()
-        holder.communicate()
     assert main([command, "--resume", "--out", str(out)]) == 0  # the lock went with the process that held it
 
 
@@ -189,3 +197,27 @@ def test_a_directory_in_which_only_a_lock_was_left_can_be_used(tmp_path: Path, t
     rundir.RunDirectory(run, tiny("sgd"), resume=False).close()
     with pytest.raises(ValueError, match="exists and is not empty"):
         rundir.RunDirectory(run, tiny("sgd"), resume=False)
+
+
+def test_a_run_none_of_whose_checkpoints_is_whole(
+    tmp_path: Path, tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A flipped bit in one and an end cut off the other: both are named, and nothing is trained over them."""
+    out = tmp_path / "run"
+    assert main(["train", *tiny_flags, "--method", "sgd", "--epochs", "2", "--out", str(out)]) == 0
+    flipped, cut = sorted(out.glob("*.ckpt"))
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 3] ^= 4
+    flipped.write_bytes(content)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    capsys.readouterr()
+    before = contents(out)
+    assert main(["train", "--resume", "--out", str(out)]) == 2
+    shown = capsys.readouterr().err
+    assert f"Error: no checkpoint can be used: {cut} is damaged: " in shown
+    assert f"; {flipped} is damaged: " in shown
+    assert "Traceback" not in shown
+    after = contents(out)
+    noted = {out / name for name in (rundir.LOG, rundir.LOCK, rundir.ENVIRONMENT)}  # when and where it was tried
+    assert {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} <= noted
+    assert after[out / rundir.LOG].startswith(before[out / rundir.LOG])

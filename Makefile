@@ -17,11 +17,14 @@ SANITIZED_TESTS := tests/test_ops.py tests/test_ops_update.py tests/test_ops_err
 # Loaded before Python, whose own allocations (leaks at exit) are not what is tested.
 SANITIZERS = $(shell $${CXX:-c++} -print-file-name=libasan.so) $(shell $${CXX:-c++} -print-file-name=libubsan.so)
 
+# What `make soak` repeats many times, and `make test` a few.
+SOAK_TESTS := tests/train/test_resume.py::test_killed_at_random_moments tests/test_soak.py
+
 CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py localsgd_ext/_cuda_toolkit.py csrc/sources.txt $(wildcard $(shell find csrc -type f))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test native mutants emulated sanitized lint format bench clean
+.PHONY: help venv build demo test native mutants emulated sanitized soak lint format bench clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +63,9 @@ sanitized: venv ## Build the CPU half under AddressSanitizer and UBSan and run t
 	$(BIN)/ctest --test-dir build/sanitized --output-on-failure --no-tests=error
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(BIN)/python -m pytest -n $(TEST_WORKERS) --benchmark-disable --sanitized --fuzz-share 0.15 $(SANITIZED_TESTS) $(TEST_FLAGS)
+
+soak: venv ## Kill 50 runs at random moments, make a million updates and look at the memory (a quarter of an hour)
+	$(BIN)/python -m pytest --benchmark-disable --soak --timeout 7200 -s $(SOAK_TESTS) $(TEST_FLAGS)
 
 native: venv ## Build the kernels without Python or PyTorch and run their C++ tests
 	$(BIN)/cmake -S . -B build/native -DLOCALSGD_CUDA=OFF # the extension's build has compiled those; here they are emulated

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from . import ops
 from .explain import explain
 from .freezing import freeze_prefix
+from .graphs import GraphedStep
 from .layers import ExecutionPlan, trace_layers
 from .learning import LocalizedLearning
 from .ops import apply_update_, correlation, hebbian_update_
@@ -38,6 +39,7 @@ sys.modules[__name__].__class__ = _Package
 __all__ = [
     "DynamicModeSelection",
     "ExecutionPlan",
+    "GraphedStep",
     "HebbianUpdater",
     "LocalizedLearning",
     "ModeSelection",

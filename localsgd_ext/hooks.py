@@ -50,3 +50,8 @@ def under_checkpoint() -> bool:
     """Whether a non-reentrant ``torch.utils.checkpoint`` is recording: its pack hook is the innermost one then."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+
+
+def under_transform() -> bool:
+    """Whether a ``torch.func`` transform (vmap, grad, jvp, functionalize, ...) is active: tensors are wrappers without memory."""
+    return bool(torch._C._are_functorch_transforms_active())

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .freezing import BN_STATS, PrefixFreeze, as_optimizers
-from .hooks import CallHook, Hook
+from .hooks import CallHook, Hook, under_transform
 from .layers import ExecutionPlan, Patterns, Tracer, recurring_block_size, report_left_out, select_names, trace_layers
+from .nonfinite import NonFiniteGuard
 from .refresh import Every, Refresh
 from .sampling import check_sample
 from .selection import DynamicModeSelection, ModeSelection, StaticModeSelection
 from .supervision import WeakSupervision
-from .updater import Activation, HebbianUpdater, refuse_wrappers
+from .updater import NO_TRANSFORM, Activation, HebbianUpdater, refuse_wrappers
 
 RULES = ("hebbian", "frozen")
 AUTO = "auto"
@@ -84,6 +85,11 @@ class LocalizedLearning:
             prefix too, which makes no local update then; an int, a callable of the epoch, or ``None`` for never (``"auto"``:
             the preset's). A mini-batch ends when every optimizer has made its step; their state for the prefix is kept.
         bn_stats: ``"update"`` or ``"freeze"``, see :class:`PrefixFreeze`.
+        nan_policy: what a mini-batch with NaN or infinity in its data, activations or loss may do. Local weights never take it
+            up. ``"report"``: it goes its way, as in plain PyTorch, and :meth:`step` warns of every layer with skipped updates,
+            running statistics or parameters that are not finite. ``"skip"``: neither statistics nor the optimizer take it up
+            either (:class:`NonFiniteGuard`), which :meth:`step` counts and reports; the optimizer waits for the device in every
+            step. ``"raise"``: :meth:`step` raises instead of warning, before it changes anything.
         include, skip: names or regular expressions (matched in full) of the modules that may, may not, be layers.
         on_boundary_move: called as ``on_boundary_move(old, new)`` after the boundary has moved.
     Raises:
@@ -112,6 +118,7 @@ class LocalizedLearning:
         sample: float = 1.0,
         refresh: Every | str | None = AUTO,
         bn_stats: str = "update",
+        nan_policy: str = "report",
         include: Patterns = None,
         skip: Patterns = None,
         algorithm: str = "auto",
@@ -170,6 +177,7 @@ class LocalizedLearning:
                 f"refresh={refresh} needs the optimizer, whose steps it counts, got optimizer=None (refresh=None does without)"
             )
         self._bn_stats = bn_stats
+        self._guard = NonFiniteGuard(model, self._optimizers, nan_policy)
         self._include, self._skip = include, skip
         self._plan: ExecutionPlan | None = None
         self._freeze: PrefixFreeze | None = None
@@ -191,12 +199,13 @@ class LocalizedLearning:
                 sample=sample,
                 algorithm=algorithm,
             )
-        self._handles = [
-            model.register_forward_pre_hook(CallHook(self._before_forward), prepend=True),
-            model.register_forward_hook(_AfterForward(self._after_forward), always_call=True),
-        ]
+        self._removed = False
+        self._loads = 0  # states loaded so far
+        self._handles: list[Any] = []
         if self._refresh is not None:
             self._handles += [each.register_step_post_hook(self._after_optimizer_step) for each in self._optimizers]
+        self._tracing_handles: list[Any] = []
+        self._await_forward()
 
     # ---------------------------------------------------------------- what can be asked
 
@@ -253,6 +262,17 @@ class LocalizedLearning:
         """Layer name to the updates skipped in the present epoch (``||D||_2`` zero or not finite). Waits for the device."""
         return self._updater.skipped() if self._updater is not None else {}
 
+    @property
+    def kept_statistics(self) -> dict[str, int]:
+        """Normalisation layer to how often ``nan_policy="skip"`` put its statistics back in the present epoch. Waits for the
+        device."""
+        return self._guard.kept_statistics()
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that ``nan_policy="skip"`` left out in the present epoch."""
+        return self._guard.skipped_steps
+
     # ---------------------------------------------------------------- the run
 
     def trace(self, *example_args: Any, **example_kwargs: Any) -> ExecutionPlan:
@@ -274,8 +294,9 @@ class LocalizedLearning:
         Raises:
             RuntimeError: no training forward was seen yet, or :meth:`remove` was called.
             ValueError: ``epoch_loss`` is missing or has more than one element.
+            FloatingPointError: with ``nan_policy="raise"``, a loss, parameters or running statistics that are not finite.
         """
-        if not self._handles:
+        if self._removed:
             raise RuntimeError("step() was called after remove()")
         freeze = self._prefix()
         if epoch_loss is None and self.supervision is not None:
@@ -284,7 +305,7 @@ class LocalizedLearning:
             )
         if isinstance(epoch_loss, Tensor) and epoch_loss.numel() != 1:
             raise ValueError(f"epoch_loss must have one element, got shape {tuple(epoch_loss.shape)}")
-        self._report_trouble(freeze)
+        self._report_trouble(freeze, None if epoch_loss is None else float(torch.as_tensor(epoch_loss).detach()))
         norm = self._update_norm() if self.schedule.needs_update_norm else None
         if self.supervision is not None and epoch_loss is not None:
             self.supervision.step(float(torch.as_tensor(epoch_loss).detach()))
@@ -292,16 +313,19 @@ class LocalizedLearning:
         old, new = freeze.boundary, self.schedule.step(norm)
         if self._updater is not None:
             self._updater.reset_counters()
+        self._guard.reset()
         self._apply_boundary(new)
         if self.on_boundary_move is not None and old != new:
             self.on_boundary_move(old, new)
 
     def remove(self) -> None:
         """Take the hooks off and give the frozen parameters back to SGD; deferred updates are made first."""
-        for handle in self._handles:
+        self._removed = True
+        for handle in (*self._handles, *self._tracing_handles):
             handle.remove()
-        self._handles = []
+        self._handles, self._tracing_handles = [], []
         self._end_tracing()
+        self._guard.remove()
         if self._updater is not None:
             self._updater.remove()
         if self._freeze is not None:
@@ -331,6 +355,7 @@ class LocalizedLearning:
             "updater": None if self._updater is None else self._updater.state_dict(),
             "epoch_start": None if self._epoch_start is None else self._epoch_start.detach().clone(),
             "refresh": None if self._refresh is None else self._refresh.state_dict(),
+            "guard": self._guard.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -356,6 +381,7 @@ class LocalizedLearning:
         unknown = sorted(set(plan.layers) - select_names(self.model, self._include, self._skip)) if plan is not None else []
         if unknown:
             raise ValueError(f"the state's layer {unknown[0]!r} is excluded here by include or skip")
+        self._loads += 1
         self.schedule.load_state_dict(state["schedule"])  # may refuse the state, so before anything is changed
         if self._updater is not None:
             self._updater.discard()  # deferred updates of the weights that the loaded ones replace
@@ -363,14 +389,17 @@ class LocalizedLearning:
             self.supervision.load_state_dict(state["supervision"])
         if self._refresh is not None and state.get("refresh") is not None:
             self._refresh.load_state_dict(state["refresh"])
+        if "guard" in state:  # not in states from before there was `nan_policy`
+            self._guard.load_state_dict(state["guard"])
         self.epoch = state["epoch"]
         if plan is None and self._plan is not None:  # back to before the first training forward, which is traced anew
             self._prefix().remove()
             if self._updater is not None:
                 self._updater.enable(())
             self._plan = self._freeze = self._epoch_start = None
+            self._await_forward()
         if plan is not None:
-            self._plan = plan
+            self._know(plan)
             self._freeze = self._freeze or self._freeze_for(plan)
             self._apply_boundary(self.schedule.boundary)
             weight = self._transition_weight()
@@ -378,10 +407,69 @@ class LocalizedLearning:
         if self._updater is not None:
             self._updater.load_state_dict(state["updater"])
 
+    # ---------------------------------------------------------------- for CUDA graphs
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """Those given."""
+        return self._optimizers
+
+    def require_capturable(self) -> None:
+        """Check that a training step can be captured in a CUDA graph.
+
+        Raises:
+            ValueError: an option that decides something on the host in every step.
+        """
+        if self._updater is not None and self._updater.sample < 1:
+            raise ValueError(
+                f"sample must be 1 in a CUDA graph, which would see the same slice for ever; got {self._updater.sample}"
+            )
+        if self._guard.policy == "skip":
+            raise ValueError(
+                "nan_policy must be 'report' or 'raise' in a CUDA graph, as 'skip' waits for the device in every step"
+            )
+
+    def capture_key(self) -> tuple[Any, ...]:
+        """What a captured step holds fast: it must be captured again where this changes."""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        settings = tuple(
+            tuple((k, id(v) if isinstance(v, Tensor) else v) for k, v in group.items() if k != "params") for group in groups
+        )
+        return self._plan is None, self.boundary, self.model.training, self._loads, settings
+
+    def require_written(self) -> None:
+        """Check that no update waits for the next forward.
+
+        Raises:
+            RuntimeError: one does; its layers are named.
+        """
+        waiting = self._updater.waiting if self._updater is not None else []
+        if waiting:
+            raise RuntimeError(
+                f"a CUDA graph would lose the deferred updates of {', '.join(waiting)}: layers used several times in a forward, "
+                "under activation checkpointing, or with gradients flowing through them"
+            )
+
+    def mini_batch_passed(self) -> None:
+        """Count a mini-batch for ``refresh``; done by the optimizers' hooks, but where a graph makes their steps."""
+        self._stepped.clear()
+        if self._refresh is not None and self.boundary > 0:
+            self._refresh.advance(self.epoch)
+            self._open_if_due()
+
     # ---------------------------------------------------------------- inside
+
+    def _await_forward(self) -> None:
+        """Watch for the first training forward. These hooks go when it has come: torch.compile need not look at them."""
+        self._tracing_handles = [
+            self.model.register_forward_pre_hook(CallHook(self._before_forward), prepend=True),
+            self.model.register_forward_hook(_AfterForward(self._after_forward), always_call=True),
+        ]
 
     def _before_forward(self, module: nn.Module) -> None:
         if self._plan is None and self._stop_tracing is None and module.training and torch.is_grad_enabled():
+            if under_transform() or not all(isinstance(p, nn.Parameter) for p in self.model.parameters()):
+                raise RuntimeError(f"the first training forward finds the order of the layers, {NO_TRANSFORM}")
             self._tracer = Tracer(self.model, include=self._include, skip=self._skip)
             self._stop_tracing = self._tracer.start()
 
@@ -404,11 +492,19 @@ class LocalizedLearning:
         reason = self.schedule.never_moves()
         if reason is not None:
             warnings.warn(f"no layer will ever learn locally in this run: {reason}", UserWarning, stacklevel=2)
-        self._plan = plan
+        self._know(plan)
         self._freeze = self._freeze_for(plan)
         if self._updater is not None:
             self._updater.reset_counters()  # the forward that was traced had no local layers
         self._apply_boundary(self.schedule.boundary)
+
+    def _know(self, plan: ExecutionPlan) -> None:
+        self._plan = plan
+        for handle in self._tracing_handles:
+            handle.remove()
+        self._tracing_handles = []
+        owners = {name.rpartition(".")[0]: position for name, position in plan.parameters.items()}
+        self._guard.order = {**owners, **plan.parameters, **plan.norms}
 
     def _freeze_for(self, plan: ExecutionPlan) -> PrefixFreeze:
         return PrefixFreeze(
@@ -421,12 +517,8 @@ class LocalizedLearning:
 
     def _after_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._stepped.add(optimizer)
-        if len(self._stepped) < len(self._optimizers):
-            return
-        self._stepped.clear()
-        if self._refresh is not None and self.boundary > 0:
-            self._refresh.advance(self.epoch)
-            self._open_if_due()
+        if len(self._stepped) == len(self._optimizers):
+            self.mini_batch_passed()
 
     def _open_if_due(self) -> None:
         """Whether the next mini-batch goes through the prefix."""
@@ -465,21 +557,18 @@ class LocalizedLearning:
             raise RuntimeError(NOT_TRACED)
         return self._freeze
 
-    def _report_trouble(self, freeze: PrefixFreeze) -> None:
+    def _report_trouble(self, freeze: PrefixFreeze, epoch_loss: float | None) -> None:
         """What went wrong in the epoch, each as one warning that names the layers."""
+        raises = self._guard.policy == "raise"
+        found = self._guard.findings(freeze.poisoned_norms(), epoch_loss if raises or self.supervision is None else None)
+        if found and raises:
+            raise FloatingPointError(f"epoch {self.epoch}: {'; '.join(found)}")
         skipped = self.skipped
         if skipped:
             named = ", ".join(f"{name} ({count})" for name, count in skipped.items())
-            warnings.warn(
-                f"local updates skipped because the correlation was zero or not finite: {named}", UserWarning, stacklevel=3
-            )
-        poisoned = freeze.poisoned_norms()
-        if poisoned:
-            warnings.warn(
-                f"running statistics are no longer finite and will not recover: {', '.join(poisoned)}",
-                UserWarning,
-                stacklevel=3,
-            )
+            found.append(f"local updates skipped because the correlation was zero or not finite: {named}")
+        for message in (*found, *self._guard.kept()):
+            warnings.warn(message, UserWarning, stacklevel=3)
         parts = self._updater.parts_only() if self._updater is not None else []
         if parts:
             warnings.warn(

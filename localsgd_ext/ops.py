@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from localsgd_ext import reference
+from localsgd_ext.hooks import under_transform
 from localsgd_ext.reference import ALGORITHMS, PADDING_MODES, IntOrTuple, accumulate_dtype
 
 if TYPE_CHECKING:
@@ -319,6 +320,11 @@ def _through_dispatcher(*tensors: Tensor) -> bool:
     """Tracing needs an operator with a fake kernel; so do tensor subclasses, whose data pointer is not theirs to read."""
     if torch.compiler.is_compiling():
         return True
+    if under_transform():
+        raise RuntimeError(
+            "correlation, hebbian_update_ and apply_update_ cannot run under a torch.func transform (vmap, grad, jvp, ...): "
+            "they read and write memory; call them outside of it"
+        )
     unusual = [t for t in tensors if type(t) not in (Tensor, torch.nn.Parameter)]
     for t in unusual:
         if not isinstance(t, Tensor):

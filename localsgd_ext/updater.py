@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import ops
-from .hooks import CallHook, Hook, in_backward, under_checkpoint
+from .hooks import CallHook, Hook, in_backward, under_checkpoint, under_transform
 from .layers import LAYER_TYPES, Patterns, is_plain, select_names
 from .sampling import check_sample, sampled, sampled_correlation
 
 Activation = Callable[[Tensor], Tensor]
+NO_TRANSFORM = (
+    "which torch.func cannot express: its functions may not write weights; call the model directly, in evaluation mode or under "
+    "torch.no_grad(), or remove() localized learning"
+)
 
 
 class HebbianUpdater:
@@ -88,6 +92,8 @@ class HebbianUpdater:
         """Training forwards of ``model`` since the last :meth:`reset_counters`, but for those while :attr:`paused`."""
         self.paused = False
         """Whether the enabled layers are left to back-propagation for now."""
+        # Since the last reset. It and the hooks' `fired` are only written in a forward: torch.compile does not guard on them.
+        self._called = False
         self._forward_id = 0
         self._any_enabled = False
         # Index of the present training forward with layers enabled. A tensor: torch.compile neither guards on it nor bakes it in.
@@ -112,6 +118,11 @@ class HebbianUpdater:
     def enabled(self) -> list[str]:
         """Names of the layers that are updated."""
         return [name for name, hook in self._hooks.items() if hook.enabled]
+
+    @property
+    def waiting(self) -> list[str]:
+        """Names of the layers with a deferred update."""
+        return list(self._pending)
 
     def enable(self, names: Iterable[str], *, deferred: Iterable[str] = ()) -> None:
         """From now on update exactly the layers in ``names``; those also in ``deferred`` always with a deferred write.
@@ -177,15 +188,16 @@ class HebbianUpdater:
 
         Nothing then says where a mini-batch ends: their correlations are summed until the next :meth:`flush`.
         """
-        return [] if self.forwards else [name for name, hook in self._hooks.items() if hook.enabled and hook.fired]
+        return [] if self._called else [name for name, hook in self._hooks.items() if hook.enabled and hook.fired]
 
     def silent(self) -> list[str]:
         """Enabled layers that were never called in the training forwards since the last :meth:`reset_counters`."""
-        return [name for name, hook in self._hooks.items() if hook.enabled and not hook.fired] if self.forwards else []
+        return [name for name, hook in self._hooks.items() if hook.enabled and not hook.fired] if self._called else []
 
     def reset_counters(self) -> None:
         """Begin to count anew: skipped updates, training forwards, layers that ran."""
         self.forwards = 0
+        self._called = False
         for hook in self._hooks.values():
             hook.fired = False
             if hook.skipped is not None:
@@ -209,6 +221,7 @@ class HebbianUpdater:
             "skipped": skipped,
             "fired": [name for name, hook in self._hooks.items() if hook.fired],
             "forwards": self.forwards,
+            "called": self._called,
             "deferred": [name for name, hook in self._hooks.items() if hook.deferred],
             "turn": int(self._turn),
         }
@@ -218,6 +231,7 @@ class HebbianUpdater:
         self.discard()
         self.set_lr(state["lr"])
         self.forwards = state["forwards"]
+        self._called = state.get("called", self.forwards > 0)
         self._turn.fill_(state.get("turn", -1))  # states from before there was `sample` have none
         velocity = {}
         for name, saved in state["momentum"].items():
@@ -239,6 +253,8 @@ class HebbianUpdater:
             return
         if self.sample < 1 and self._any_enabled and module.training and torch.is_grad_enabled():
             self._turn.add_(1)
+        if module.training and torch.is_grad_enabled():
+            self._called = True
         if torch.compiler.is_compiling():  # counters would be guarded on, and recompiled for
             return
         self._forward_id += 1
@@ -247,6 +263,8 @@ class HebbianUpdater:
 
     def _update(self, hook: _LayerHook, x: Tensor, z: Tensor) -> None:
         if not torch.compiler.is_compiling():
+            if under_transform():
+                raise RuntimeError(f"layer {hook.name!r} learns locally, {NO_TRANSFORM}")
             if in_backward():
                 if hook.last_forward != self._forward_id:
                     raise RuntimeError(
@@ -257,8 +275,12 @@ class HebbianUpdater:
             if hook.last_forward == self._forward_id or under_checkpoint():
                 hook.deferred = True
             hook.last_forward = self._forward_id
-            hook.fired = True
+        hook.fired = True
         weight = _parameter(hook.module, "weight")
+        if type(weight) is not nn.Parameter and not isinstance(weight, nn.Parameter):
+            raise RuntimeError(
+                f"layer {hook.name!r} learns locally and its weight was replaced (functional_call), {NO_TRANSFORM}"
+            )
         in_graph = self.sample < 1 and torch.compiler.is_compiling()  # the graph serves every turn
         if self.sample < 1 and not in_graph:
             _refuse_capture(x)

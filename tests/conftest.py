@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--emulated", action="store_true", help="run the CUDA kernels that `make emulated` builds, on an emulated GPU"
     )
     parser.addoption("--sanitized", action="store_true", help="run the module that `make sanitized` builds, under sanitizers")
+    parser.addoption("--soak", action="store_true", help="repeat what `make soak` repeats as often as it does")
     parser.addoption("--fuzz-share", type=float, default=1.0, help="of the random layers of tests/test_ops_fuzz.py to try")
 
 
@@ -75,6 +76,12 @@ def _same_start() -> Iterator[None]:
     yield
     torch.set_default_dtype(dtype)
     torch.set_grad_enabled(grad)
+
+
+@pytest.fixture
+def soak(pytestconfig: pytest.Config) -> bool:
+    """Whether to repeat things for as long as ``make soak`` does."""
+    return bool(pytestconfig.getoption("--soak"))
 
 
 @pytest.fixture

@@ -212,8 +212,9 @@ def test_several_optimizers():
 
 # With operands in bfloat16 "auto" may take PyTorch's own weight gradient, which rounds D to bfloat16: 2**-9 for each element.
 @pytest.mark.parametrize(("algorithm", "tolerance"), [("direct", 1e-4), ("auto", 2**-9)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scaler", [True, False])
-def test_autocast_and_gradient_scaler(scaler, algorithm, tolerance):
+def test_autocast_and_gradient_scaler(scaler, dtype, algorithm, tolerance):
     model = seeded(PlainCNN)
     optimizer = sgd(model)
     local = with_boundary(model, optimizer, 2, lr=0.01, algorithm=algorithm)
@@ -225,11 +226,11 @@ def test_autocast_and_gradient_scaler(scaler, algorithm, tolerance):
         )
     for x, y in batches(2):
         before = snapshot(model)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             loss = F.cross_entropy(model(x), y)
         for name in local.local_layers:
             module, (layer_input, output) = model.get_submodule(name), captured[name]
-            assert output.dtype == torch.bfloat16
+            assert output.dtype == dtype
             assert module.weight.dtype == torch.float32
             expected = before[f"{name}.weight"].double()
             reference.hebbian_update_(expected, layer_input.double(), output.double(), 0.01, padding=1)

@@ -84,11 +84,11 @@ def test_unusable_norm_leaves_every_bit_and_is_counted(implementation, dtype: to
     z[1, 3, 4, 4] = value
     weight[0, 0, 0, 0] = math.nan  # not even a NaN's payload may change
     weight = weight.to(dtype)
-    before, skipped = weight.clone(), torch.zeros((), dtype=torch.int64)
+    before, skipped = weight.clone(), torch.tensor(2**32 - 1)  # about to overflow 32 bits
     for normalize in (True, False):
         implementation.hebbian_update_(weight, x, z, 0.1, padding=1, normalize=normalize, skipped=skipped)
     assert torch.equal(bits(weight), bits(before))
-    assert skipped.item() == 2
+    assert skipped.item() == 2**32 + 1
 
 
 @implementations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +12,9 @@ import torch
 import typer
 from rich.console import Console
 
+from localsgd_ext.train import archives, models, progress, report, rundir
 from localsgd_ext.train import compare as comparing
 from localsgd_ext.train import data as data_sets
-from localsgd_ext.train import models, progress, report, rundir
 from localsgd_ext.train import options as o
 from localsgd_ext.train.checkpoint import CheckpointError
 from localsgd_ext.train.config import DATA_SETS, RunConfig, resolve
@@ -26,6 +27,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train networks with LoCal+SGD: a growing prefix learns locally during the forward pass, the rest by SGD.",
 )
+
+# A full disk or quota, a file size limit; no permission, a read-only file system; a failing disk, a path that is wrong.
+_DISK_TROUBLES = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+}
 
 
 @app.command()
@@ -63,6 +71,7 @@ def train(
     test_size: o.TestSize = None,
     image_size: o.ImageSize = None,
     workers: o.Workers = None,
+    bad_images: o.BadImages = None,
     device: o.Device = None,
     channels_last: o.ChannelsLast = None,
     amp: o.Amp = None,
@@ -132,6 +141,7 @@ def compare(
     test_size: o.TestSize = None,
     image_size: o.ImageSize = None,
     workers: o.Workers = None,
+    bad_images: o.BadImages = None,
     device: o.Device = None,
     channels_last: o.ChannelsLast = None,
     amp: o.Amp = None,
@@ -173,6 +183,17 @@ def report_command(
             runs = [report.read_run(directory)]
         summary = report.write(runs, directory)
     report.show(summary, console)
+
+
+@app.command()
+def unpack(
+    archive: Annotated[Path, typer.Argument(help="A tar or zip archive.")],
+    folder: Annotated[Path, typer.Argument(help="Where to: a new or empty folder.")],
+) -> None:
+    """Unpack a data set's archive; one that holds links, or names that lead out of the folder, is refused."""
+    with _clear_errors():
+        files = archives.unpack(archive, folder)
+    Console().print(f"{files} files are in {folder}", soft_wrap=True)
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -235,8 +256,9 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, CheckpointError) as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        raise _failed(str(error)) from None
+    except OSError as error:
+        raise _failed(_disk_trouble(error)) from None
 
 
 @contextlib.contextmanager
@@ -246,3 +268,22 @@ def _interruptible(out: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         Console(stderr=True).print(f"Interrupted. Continue with --resume --out {out}", soft_wrap=True)
         raise typer.Exit(130) from None
+    except (data_sets.UnreadablePictures, rundir.DirectoryInUse, CheckpointError) as error:
+        raise _failed(str(error)) from None
+    except OSError as error:
+        trouble = _disk_trouble(error)
+        raise _failed(
+            f"{trouble}. What was saved before is whole; when that is put right, continue with --resume --out {out}"
+        ) from None
+
+
+def _disk_trouble(error: OSError) -> str:
+    """What the system refused and for which file. Raises ``error`` again if it is not about writing or reading files."""
+    if error.errno not in _DISK_TROUBLES or error.filename is None:
+        raise error
+    return f"{error.strerror}: {error.filename}"
+
+
+def _failed(message: str) -> typer.Exit:
+    Console(stderr=True).print(f"Error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    return typer.Exit(2)

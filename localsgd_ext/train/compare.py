@@ -15,7 +15,7 @@ from localsgd_ext.train.config import METHODS, RunConfig, differences
 from localsgd_ext.train.files import read_json, write_json
 from localsgd_ext.train.loop import Trainer
 from localsgd_ext.train.progress import Progress
-from localsgd_ext.train.rundir import CONFIG, SUMMARY, RunDirectory, epochs_done, require_empty
+from localsgd_ext.train.rundir import CONFIG, SUMMARY, RunDirectory, epochs_done, lock, require_empty
 
 PLAN = "compare.json"
 
@@ -67,13 +67,15 @@ def read(out: Path) -> Comparison:
 
 
 def start(comparison: Comparison, out: Path, log: Callable[[str], None], *, resume: bool) -> data.Data:
-    """Check everything, set up ``out`` and load the data of the first seed.
+    """Check everything, set up ``out`` and load the data of the first seed. Other processes are kept out until this one ends.
 
     Raises:
-        ValueError: ``out`` holds something else, or a comparison with other options; data or model cannot be had.
+        ValueError: ``out`` holds something else, or a comparison with other options, or another process is at work in it; data
+            or model cannot be had.
     """
     if resume:
         _require_same(read(out), comparison, out)
+        lock(out)
     else:
         require_empty(out)
     models.check_name(comparison.first.model)
@@ -81,6 +83,8 @@ def start(comparison: Comparison, out: Path, log: Callable[[str], None], *, resu
     loaded = data.load(comparison.first.replace(seed=pending[0] if pending else comparison.seeds[0]), log)
     if not resume:  # only now: a run that could not start leaves nothing behind
         out.mkdir(parents=True, exist_ok=True)
+        lock(out)
+        require_empty(out)
         write_json(out / PLAN, comparison.to_json())
     return loaded
 

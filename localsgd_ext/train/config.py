@@ -19,9 +19,10 @@ LR_SCHEDULES = ("step", "cosine", "constant")
 SCHEDULES = ("dynamic", "quadratic", "linear", "exponential", "local-first")
 SUPERVISIONS = ("absolute", "toggle", "none")
 AMP = ("none", "bf16", "fp16")
+BAD_IMAGES = ("report", "raise")
 
-# May change between a run and its resumption: where the files are and who reads them, not what is computed.
-_INCIDENTAL = frozenset({"root", "workers"})
+# May change between a run and its resumption: where the files are, who reads them and what stops it, not what is computed.
+_INCIDENTAL = frozenset({"root", "workers", "bad_images"})
 _HYPERPARAMETERS = tuple(f.name for f in dataclasses.fields(presets.Hyperparameters))
 
 
@@ -64,6 +65,7 @@ class RunConfig:
     device: str = "cpu"
     root: str | None = None
     workers: int = 4
+    bad_images: str = "report"
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -73,6 +75,7 @@ class RunConfig:
             ("schedule", SCHEDULES),
             ("supervision", SUPERVISIONS),
             ("amp", AMP),
+            ("bad_images", BAD_IMAGES),
             ("preset", ("paper", None)),
         ):
             if getattr(self, name) not in choices:

@@ -16,6 +16,10 @@ from localsgd_ext.train.config import RunConfig
 Batch = tuple[Tensor, Tensor]  # images [B, 3, H, W] float32, labels [B] int64, both on the run's device
 
 
+class UnreadablePictures(RuntimeError):
+    """Pictures that cannot be decoded, where the run is not to go on without them."""
+
+
 class Data(Protocol):
     """A training and a test set, in mini-batches."""
 
@@ -23,6 +27,8 @@ class Data(Protocol):
     train_size: int
     test_size: int
     image_size: int
+    unreadable: dict[str, str]
+    """Pictures that could not be decoded and were left out, with the reason; the caller clears it."""
 
     @property
     def steps(self) -> int:
@@ -61,6 +67,7 @@ class InMemory:
         self.num_classes = source.num_classes
         self.train_size, self.test_size = len(source.train_y), len(source.test_y)
         self.image_size = source.train_x.shape[1]
+        self.unreadable: dict[str, str] = {}
         self._batch_size, self._seed = config.batch_size, config.seed
         self._crop, self._flip = source.crop, source.flip
         self._format = torch.channels_last if config.channels_last else torch.contiguous_format

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from localsgd_ext.train import glyphs
+from localsgd_ext.train import cifar, glyphs
 from localsgd_ext.train.config import RunConfig
 
 Log = Callable[[str], None]
@@ -75,31 +74,11 @@ def _fake(config: RunConfig, log: Log) -> Arrays:
 
 
 def _cifar(config: RunConfig, log: Log) -> Arrays:
-    from torchvision.datasets import CIFAR10, CIFAR100
-    from torchvision.datasets.utils import check_integrity
-
     _reject_image_size(config)
-    reader: Any = {"cifar10": CIFAR10, "cifar100": CIFAR100}[config.data]
     if config.root is None:
-        raise ValueError(f"--data {config.data} needs --root, {_where(config.data, reader, Path('ROOT'))}")
-    folder = Path(config.root) / reader.base_folder
-    for name, md5 in (*reader.train_list, *reader.test_list):
-        # Checked before anything is read: these files are pickles, and unpickling runs what it finds.
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing; {_where(config.data, reader, Path(config.root))}")
-        if not check_integrity(str(folder / name), md5):
-            raise ValueError(f"{folder / name} is damaged (its MD5 is not {md5}); {_where(config.data, reader, folder.parent)}")
-    train, test = (reader(config.root, train=train, download=False) for train in (True, False))
-    labels = [np.asarray(split.targets, np.int64) for split in (train, test)]
-    arrays = Arrays(train.data, labels[0], test.data, labels[1], num_classes=len(train.classes), crop=4, flip=True)
-    return arrays.limited(config)
-
-
-def _where(data: str, reader: Any, root: Path) -> str:
-    return (
-        f"the folder that holds {reader.base_folder}: download {reader.url} (MD5 {reader.tgz_md5}) "
-        f"and unpack it with tar -xzf {reader.filename} -C {root}"
-    )
+        raise ValueError(f"--data {config.data} needs --root; {cifar.where(config.data, Path('ROOT'))}")
+    train, test, classes = cifar.load(config.data, Path(config.root))
+    return Arrays(*train, *test, num_classes=classes, crop=4, flip=True).limited(config)
 
 
 def _reject_image_size(config: RunConfig) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``: a temporary file beside it, flushed to disk, then renamed."""
+    """Replace ``path`` by ``content``: a temporary file beside it, flushed to disk, then renamed.
+
+    Raises:
+        OSError: naming ``path``, which then holds what it held before (full disk, no permission).
+    """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with naming(path), os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -24,9 +30,21 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)  # the rename itself must reach the disk
+        with naming(path):
+            os.fsync(directory)  # the rename itself must reach the disk
     finally:
         os.close(directory)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An ``OSError`` raised inside names ``path``: that of a write or a flush names no file by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def unfinished(directory: Path) -> list[Path]:
@@ -49,7 +67,7 @@ def read_json(path: Path) -> Any:
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
     """Append one line of JSON and flush it to disk."""
-    with path.open("a") as file:
+    with naming(path), path.open("a") as file:
         file.write(json.dumps(value) + "\n")
         file.flush()
         os.fsync(file.fileno())

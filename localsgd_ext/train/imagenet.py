@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from localsgd_ext.train.config import RunConfig
-from localsgd_ext.train.data import Batch, derive_seed
+from localsgd_ext.train.data import Batch, UnreadablePictures, derive_seed
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _WHERE = (
@@ -23,7 +24,11 @@ _WHERE = (
 
 
 class ImageFolders:
-    """``ROOT/train/CLASS/*`` and ``ROOT/val/CLASS/*``. Raises ``ValueError`` that says what is missing and where it is."""
+    """``ROOT/train/CLASS/*`` and ``ROOT/val/CLASS/*``. Raises ``ValueError`` that says what is missing and where it is.
+
+    A picture that cannot be decoded is left out of its mini-batch and noted in :attr:`unreadable`, or, with ``--bad-images
+    raise``, ends the run.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         from torchvision.datasets import ImageFolder
@@ -39,12 +44,16 @@ class ImageFolders:
         to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(_MEAN, _STD)]
         augment = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *to_tensor])
         centre = v2.Compose([v2.Resize(size * 256 // 224, antialias=True), v2.CenterCrop(size), *to_tensor])
-        train, test = (ImageFolder(str(f), transform) for f, transform in zip(folders, (augment, centre), strict=True))
+        try:
+            train, test = (ImageFolder(str(f), loader=_decode) for f in folders)
+        except FileNotFoundError as error:  # a class without pictures
+            raise ValueError(str(error)) from None
         if train.classes != test.classes:
             odd = sorted(set(train.classes) ^ set(test.classes))
             raise ValueError(f"{folders[0]} and {folders[1]} must hold the same classes; only one has {', '.join(odd[:5])}")
         self.num_classes = len(train.classes)
-        self._train, self._test = _Seeded(train), test
+        self._train, self._test = _Pictures(train, augment), _Pictures(test, centre)
+        self.unreadable: dict[str, str] = {}
         self._train_index = _subset(len(train), config.train_size, "train")
         self._test_index = _subset(len(test), config.test_size, "test")
         self.train_size, self.test_size = len(self._train_index), len(self._test_index)
@@ -61,7 +70,7 @@ class ImageFolders:
         yield from self._load(self._train, list(zip(order.tolist(), seeds.tolist(), strict=True)))
 
     def test(self) -> Iterator[Batch]:
-        yield from self._load(self._test, self._test_index.tolist())
+        yield from self._load(self._test, [(index, 0) for index in self._test_index.tolist()])
 
     def _load(self, dataset: Any, keys: list[Any]) -> Iterator[Batch]:
         config, device = self._config, torch.device(self._config.device)
@@ -70,26 +79,69 @@ class ImageFolders:
             batch_size=config.batch_size,
             sampler=keys,
             num_workers=config.workers,
+            collate_fn=_collate,
             pin_memory=device.type == "cuda",
             generator=torch.Generator().manual_seed(0),  # or the loader would draw from the global one
         )
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        for images, labels in loader:
+        any_good = False
+        for images, labels, bad in loader:
+            self.unreadable.update(bad)
+            if bad and config.bad_images == "raise":
+                path, why = bad[0]
+                raise UnreadablePictures(f"{path} cannot be read: {why}; --bad-images report leaves such pictures out")
+            if images is None:
+                continue
+            any_good = True
             yield images.to(device, non_blocking=True, memory_format=layout), labels.to(device, non_blocking=True)
+        if not any_good:
+            path, why = next(iter(self.unreadable.items()))
+            raise UnreadablePictures(f"none of the {len(keys)} pictures can be read; {path}: {why}")
 
 
-class _Seeded(Dataset[Any]):
-    """Augments each picture from a seed of its own, so that the number of workers changes nothing."""
+@dataclass(frozen=True)
+class _Bad:
+    """In the place of a picture that cannot be decoded."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    why: str
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+
+def _decode(path: str) -> Any:
+    """The picture in a file, or why there is none. The system's own errors (missing file, failing disk, memory) are raised."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # PIL raises whatever a damaged file ends in; one that is too large is refused by it, too
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        return _Bad(f"{type(error).__name__}: {error}".replace(repr(path), "the file"))
+
+
+def _collate(items: list[tuple[Tensor | _Bad, int, str]]) -> tuple[Tensor | None, Tensor, list[tuple[str, str]]]:
+    """Images ``[B, 3, H, W]`` (``None`` if all are bad) and labels ``[B]`` of the good pictures, paths and reasons of the others."""
+    good = [(image, label) for image, label, _ in items if isinstance(image, Tensor)]
+    bad = [(path, image.why) for image, _, path in items if isinstance(image, _Bad)]
+    images = torch.stack([image for image, _ in good]) if good else None
+    return images, torch.tensor([label for _, label in good], dtype=torch.int64), bad
+
+
+class _Pictures(Dataset[Any]):
+    """Transforms each picture from a seed of its own, so that the number of workers changes nothing."""
+
+    def __init__(self, folder: Any, transform: Callable[[Any], Tensor]) -> None:
+        self._folder, self._transform = folder, transform
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | _Bad, int, str]:
         index, seed = key
+        picture, label = self._folder[index]
+        path: str = self._folder.samples[index][0]
+        if isinstance(picture, _Bad):
+            return picture, label, path
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            item: tuple[Tensor, int] = self.dataset[index]
-            return item
+            return self._transform(picture), label, path
 
 
 def _subset(there: int, size: int | None, split: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -94,6 +94,7 @@ class Trainer:
         """Train for an epoch, evaluate, record and save. Returns what was measured (see ``metrics.jsonl``)."""
         config, number = self.config, self.epoch + 1
         _seed_everything(derive_seed(config.seed, self.epoch, 1))
+        self.data.unreadable.clear()
         self.progress.begin(f"{self.label} epoch {number}/{config.epochs}".strip())
         boundary = self.local.boundary if self.local else 0
         lr = self._scheduler.get_last_lr()[0]
@@ -136,7 +137,10 @@ class Trainer:
             "lr": lr,
             "local_lr": local_lr,
             "skipped_updates": skipped,
+            "unreadable_images": len(self.data.unreadable),
         }
+        if self.data.unreadable:
+            self.say(f"epoch {number}: {_unreadable(self.data.unreadable)}")
         if not math.isfinite(loss):
             self.say(f"epoch {number}: the training loss is not finite ({loss}); a smaller --lr or --local-lr may help")
         self.epoch = number
@@ -157,6 +161,7 @@ class Trainer:
         timer = PhaseTimer(self._device)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         cost = Cost(self)
+        steps = 0
         timer.start()
         for x, y in self.data.train(self.epoch):
             refreshing = self.local is not None and self.local.refreshing
@@ -179,8 +184,9 @@ class Trainer:
             self._scaler.update()
             timer.mark("optimizer")
             total += loss.detach()
+            steps += 1
             self.progress.advance(len(y))
-        return float(total) / self.data.steps, timer, cost
+        return float(total) / steps, timer, cost
 
     def _reconfigure(self) -> None:
         removed = prunetrain.reconfigure(self.model, self.optimizer, self._example, self._layout)
@@ -196,12 +202,14 @@ class Trainer:
         self.model.eval()
         correct = torch.zeros((), dtype=torch.int64, device=self._device)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
+        seen = 0  # fewer than test_size where pictures could not be read
         for x, y in self.data.test():
             with self._autocast():
                 logits = self.model(x)
             correct += (logits.argmax(1) == y).sum()
             total += F.cross_entropy(logits.float(), y, reduction="sum")
-        return int(correct) / self.data.test_size, float(total) / self.data.test_size
+            seen += len(y)
+        return int(correct) / seen, float(total) / seen
 
     def save(self) -> None:
         """Write the checkpoint of the epochs finished so far."""
@@ -372,6 +380,13 @@ def _seed_everything(seed: int) -> None:
 
 def _size(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _unreadable(reasons: dict[str, str], named: int = 5) -> str:
+    """All of them counted, the first few named."""
+    listed = "; ".join(f"{path} ({why})" for path, why in sorted(reasons.items())[:named])
+    more = f"; and {len(reasons) - named} more" if len(reasons) > named else ""
+    return f"{len(reasons)} pictures could not be read and were left out: {listed}{more}"
 
 
 def _finite(value: float) -> float | None:

@@ -87,6 +87,13 @@ TrainSize = Annotated[int | None, typer.Option(help="Training pictures.", rich_h
 TestSize = Annotated[int | None, typer.Option(help="Test pictures.", rich_help_panel=_DATA)]
 ImageSize = Annotated[int | None, typer.Option(help="Side in pixels (digits, fake, imagenet).", rich_help_panel=_DATA)]
 Workers = Annotated[int | None, typer.Option(help="Processes that read imagenet.", rich_help_panel=_DATA)]
+BadImages = Annotated[
+    str | None,
+    typer.Option(
+        help="Pictures of imagenet that cannot be decoded: leave them out and report them, or raise an error.",
+        rich_help_panel=_DATA,
+    ),
+]
 
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: cuda if there is one).", rich_help_panel=_MACHINE)

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 from localsgd_ext.train import environment
 from localsgd_ext.train.config import RunConfig, differences
-from localsgd_ext.train.files import append_json_line, read_json, read_json_lines, unfinished, write_json, write_json_lines
+from localsgd_ext.train.files import (
+    append_json_line,
+    naming,
+    read_json,
+    read_json_lines,
+    unfinished,
+    write_json,
+    write_json_lines,
+)
 
 CONFIG, ENVIRONMENT, LOG, METRICS, SUMMARY = "config.json", "environment.json", "log.txt", "metrics.jsonl", "summary.json"
+LOCK = ".lock"
+
+
+class DirectoryInUse(ValueError):
+    """Another process is at work in a directory; the message names both."""
 
 
 def read_config(path: Path) -> RunConfig:
@@ -25,19 +41,27 @@ def read_config(path: Path) -> RunConfig:
 
 
 class RunDirectory:
-    """Opens ``path`` for a run. Raises ``ValueError`` rather than mixing two runs or overwriting one."""
+    """Opens ``path`` for a run, and keeps other processes out of it until :meth:`close`.
+
+    Raises:
+        ValueError: rather than mixing two runs or overwriting one, or where another process is at work in ``path``.
+    """
 
     def __init__(self, path: Path, config: RunConfig, *, resume: bool) -> None:
         self.path, self.config = path, config
+        self._lock: int | None = None
         if resume:
-            for leftover in unfinished(path):
-                leftover.unlink()
             changed = differences(read_config(path), config)
             if changed:
                 raise ValueError(f"--resume: the run in {path} was started with other options: {'; '.join(changed)}")
+            self._lock = lock(path)
+            for leftover in unfinished(path):
+                leftover.unlink()
         else:
             require_empty(path)
             path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(path)
+            require_empty(path)  # another process may have run in it between the check and the lock
             write_json(path / CONFIG, config.to_json())
         here = environment.describe(config.device)
         before = read_json(path / ENVIRONMENT) if (path / ENVIRONMENT).exists() else here
@@ -50,7 +74,8 @@ class RunDirectory:
 
     def log(self, line: str) -> None:
         """Append a line with the time of day."""
-        with (self.path / LOG).open("a") as file:
+        path = self.path / LOG
+        with naming(path), path.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -83,6 +108,34 @@ class RunDirectory:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def lock(path: Path) -> int:
+    """Keep other processes out of the directory ``path`` until the descriptor returned is closed, or this process has died.
+
+    The system drops the lock of a process that was killed. It is a record lock, which worker processes do not inherit: one
+    that outlives its killed parent by a moment does not stand in the way. Within one process it keeps nobody out.
+
+    Raises:
+        DirectoryInUse: another process holds it; it is named.
+    """
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        with naming(path / LOCK):
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
+        os.close(descriptor)
+        raise DirectoryInUse(f"{path} is in use by {holder or 'another process'}: wait for it, or stop it first") from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def epochs_done(path: Path) -> int:
@@ -92,7 +145,7 @@ def epochs_done(path: Path) -> int:
 
 def require_empty(path: Path) -> None:
     """Raises ``ValueError`` if ``path`` exists and holds anything."""
-    if path.exists() and (not path.is_dir() or set(path.iterdir()) - set(unfinished(path))):
+    if path.exists() and (not path.is_dir() or set(path.iterdir()) - {path / LOCK, *unfinished(path)}):
         raise ValueError(
             f"--out {path} exists and is not empty: choose another directory, or continue the run in it with --resume"
         )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import hashlib
 import io
 import pickle
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import localsgd_ext
 from localsgd_ext.train import checkpoint
 
 RUN = {"model": "small_resnet", "lr": 0.1}
@@ -135,3 +137,17 @@ def test_no_usable_checkpoint(tmp_path: Path) -> None:
         path.write_bytes(_truncated(path.read_bytes()))
     with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint can be used: .*0002.*; .*0001"):
         checkpoint.load_latest(tmp_path, RUN, lambda line: None)
+
+
+def test_the_package_loads_tensors_and_arrays_alone() -> None:
+    """Every ``torch.load`` and ``numpy.load`` says that it reads no pickles; ruff's S rules forbid the other ways to run code."""
+    required = {"torch": ("weights_only", True), "np": ("allow_pickle", False)}
+    found = []
+    for path in Path(localsgd_ext.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load"):
+                name, value = required[ast.unparse(node.func).split(".")[0]]
+                given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+                assert given.get(name) is value, f"{path}, line {node.lineno}"
+                found.append(path.name)
+    assert sorted(found) == ["checkpoint.py", "glyphs.py"]

@@ -61,7 +61,7 @@ def test_the_default_method_is_the_preset_s(options: list[str], method: str, tmp
         (["train", "--data", "fake", "--model", "vgg13", "--device", "abacus"], "--device abacus cannot be used here"),
         (
             ["train", "--data", "cifar10", "--model", "vgg13", "--root", "/nowhere"],
-            "data_batch_1 is missing; the folder that holds",
+            "batches.meta is missing; download https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
         ),
         (["train", "--resume"], "--resume needs --out"),
         (["train", "--resume", "--out", "/nowhere"], "--resume: there is no run in /nowhere"),

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from localsgd_ext.train import data, datasets
 from localsgd_ext.train.config import RunConfig, resolve
+from localsgd_ext.train.loop import Trainer
 
 
 def _config(name: str, **flags: Any) -> RunConfig:
@@ -104,64 +105,13 @@ def test_digits_are_scans_split_without_overlap() -> None:
         ({"name": "digits", "train_size": 1438}, "--train-size must be at most 1437 for digits, got 1438"),
         ({"name": "fake", "train_size": 8}, "--batch-size 16 is more than the 8 training pictures"),
         ({"name": "glyphs", "image_size": 64}, "--image-size applies to digits, fake and imagenet; glyphs is 32x32, got 64"),
-        ({"name": "cifar10"}, "--data cifar10 needs --root, .*https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+        ({"name": "cifar10"}, "--data cifar10 needs --root; .*https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
         ({"name": "imagenet"}, "--data imagenet needs --root; .*https://image-net.org/download.php"),
     ],
 )
 def test_wrong_options(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         data.load(_config(flags.pop("name"), **flags))
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_missing_cifar_files_say_where_to_get_them(name: str, tmp_path: Path) -> None:
-    folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
-    with pytest.raises(ValueError, match=f"{folder}.* is missing; .*https://www.cs.toronto.edu/~kriz/cifar-.*tar -xzf"):
-        data.load(_config(name, root=str(tmp_path)))
-
-
-class _Bomb:
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return (pytest.fail, ("the pickle was opened",))
-
-
-def test_a_damaged_cifar_file_is_never_opened(tmp_path: Path) -> None:
-    from torchvision.datasets import CIFAR10
-
-    folder = tmp_path / CIFAR10.base_folder
-    folder.mkdir()
-    for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list):
-        (folder / name).write_bytes(pickle.dumps(_Bomb()))
-    with pytest.raises(ValueError, match=r"data_batch_1 is damaged \(its MD5 is not c99cafc152244af753f735de768cd75f\)"):
-        data.load(_config("cifar10", root=str(tmp_path)))
-
-
-def test_cifar_through_torchvisions_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of the right form, with our own checksums in the place of the real ones."""
-    import hashlib
-
-    from torchvision.datasets import CIFAR10
-
-    folder = tmp_path / CIFAR10.base_folder
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (6, 20, 3072), dtype=np.uint8)
-
-    def write(name: str, content: Any) -> tuple[str, str]:
-        raw = pickle.dumps(content)
-        (folder / name).write_bytes(raw)
-        return name, hashlib.md5(raw).hexdigest()
-
-    files = [write(f"part{i}", {"data": pixels[i], "labels": [i] * 20}) for i in range(6)]
-    meta = write("meta", {"label_names": list("abcdefghij")})
-    monkeypatch.setattr(CIFAR10, "train_list", [list(f) for f in files[:5]])
-    monkeypatch.setattr(CIFAR10, "test_list", [list(files[5])])
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": "meta", "key": "label_names", "md5": meta[1]})
-    arrays = datasets.READERS["cifar10"](_config("cifar10", root=str(tmp_path), train_size=90), print)
-    assert arrays.train_x.shape == (90, 32, 32, 3)
-    assert arrays.train_y.tolist() == [i for i in range(5) for _ in range(20)][:90]
-    np.testing.assert_array_equal(arrays.test_x[0], pixels[5, 0].reshape(3, 32, 32).transpose(1, 2, 0))
-    assert (arrays.crop, arrays.flip, arrays.num_classes) == (4, True, 10)
 
 
 @pytest.fixture
@@ -202,3 +152,76 @@ def test_imagenet_subset_and_missing_folders(folders: Path) -> None:
     (folders / "val").rename(folders / "validation")
     with pytest.raises(ValueError, match=r"val is missing; get ILSVRC2012_img_train.tar .*https://image-net.org/download.php"):
         data.load(config)
+
+
+def _damage(folders: Path) -> dict[Path, str]:
+    """Four pictures are spoilt, each in another way: file -> what is said about it."""
+    paths = [folders / "train" / "n01440764" / f"{i}.png" for i in (0, 3)]
+    paths += [folders / "train" / "n01443537" / "5.png", folders / "val" / "n01443537" / "1.png"]
+    whole = paths[1].read_bytes()
+    paths[0].write_bytes(b"no picture at all")
+    paths[1].write_bytes(whole[: len(whole) // 2])
+    header = bytearray(whole)
+    header[16:24] = b"\x00\x01\x00\x00\x00\x01\x00\x00"  # 65536 x 65536 pixels: refused, not decoded
+    header[29:33] = zlib.crc32(bytes(header[12:29])).to_bytes(4, "big")
+    paths[2].write_bytes(bytes(header))
+    paths[3].write_bytes(b"")
+    reasons = ("cannot identify image file", "truncated", "DecompressionBombError", "cannot identify image file")
+    return dict(zip(paths, reasons, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_pictures_are_left_out_by_name(workers: int, folders: Path) -> None:
+    config = resolve(
+        "imagenet", "resnet50", "sgd", device="cpu", root=str(folders), image_size=32, batch_size=4, workers=workers
+    )
+    whole = _epoch(data.load(config), 0)
+    damaged = _damage(folders)
+    loaded = data.load(config)
+    images, labels = _epoch(loaded, 0)
+    assert len(labels) == len(images) == 9
+    assert {image.numpy().tobytes() for image in images} < {image.numpy().tobytes() for image in whole[0]}
+    assert loaded.unreadable.keys() == {str(path) for path in damaged if "train" in path.parts}
+    assert [y.tolist() for _, y in loaded.test()] == [[0, 0, 0, 1], [1]]
+    assert loaded.unreadable.keys() == {str(path) for path in damaged}
+    for path, why in damaged.items():
+        assert why in loaded.unreadable[str(path)]
+    with pytest.raises(data.UnreadablePictures, match=r"train/.*/\d.png cannot be read: .*; --bad-images report leaves"):
+        _epoch(data.load(config.replace(bad_images="raise")), 0)
+
+
+def test_a_set_without_one_good_picture_and_a_class_without_pictures(folders: Path) -> None:
+    config = resolve("imagenet", "resnet50", "sgd", device="cpu", root=str(folders), image_size=32, batch_size=4, workers=0)
+    for path in folders.glob("val/*/*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(data.UnreadablePictures, match=r"none of the 6 pictures can be read; .*0.png: "):
+        list(data.load(config).test())
+    for path in folders.glob("val/n01443537/*.png"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no valid file for the classes n01443537"):
+        data.load(config)
+
+
+def test_a_file_that_vanishes_is_no_damaged_picture(folders: Path) -> None:
+    config = resolve("imagenet", "resnet50", "sgd", device="cpu", root=str(folders), image_size=32, batch_size=4, workers=0)
+    loaded = data.load(config)
+    (folders / "val" / "n01443537" / "1.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1\.png"):
+        list(loaded.test())
+
+
+def test_a_run_counts_damaged_pictures_and_names_them(
+    folders: Path, tmp_path: Path, trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = _damage(folders)
+    config = resolve(
+        "imagenet", "small_resnet", "sgd", device="cpu", root=str(folders), image_size=32, batch_size=4, workers=0, epochs=2
+    )
+    run = trainer(config)
+    while not run.done:
+        run.run_epoch()
+    assert [entry["unreadable_images"] for entry in run.metrics] == [4, 4]
+    assert all(0 <= entry["test_accuracy"] <= 1 and entry["test_accuracy"] * 5 % 1 == 0 for entry in run.metrics)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("4 pictures could not be read and were left out: ") == 2
+    assert all(str(path) in log for path in damaged)

@@ -26,7 +26,7 @@ def test_what_a_run_directory_holds(tmp_path: Path, tiny: Callable[..., RunConfi
     run = tmp_path / "run"
     names = {p.name for p in run.iterdir()}
     assert names == {
-        *("config.json", "environment.json", "log.txt", "metrics.jsonl", "summary.json", "model.pt", "tensorboard"),
+        *(".lock", "config.json", "environment.json", "log.txt", "metrics.jsonl", "summary.json", "model.pt", "tensorboard"),
         *("checkpoint-0003.ckpt", "checkpoint-0004.ckpt"),
     }
     assert RunConfig.from_json(read_json(run / "config.json")) == config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import assert_same_run, weights
 
 from localsgd_ext.train import checkpoint
 from localsgd_ext.train.config import RunConfig
@@ -20,40 +22,30 @@ from localsgd_ext.train.files import read_json_lines
 from localsgd_ext.train.loop import Trainer
 
 
-def _weights(path: Path) -> dict[str, torch.Tensor]:
-    loaded: dict[str, torch.Tensor] = torch.load(path / "model.pt", weights_only=True)
-    return loaded
-
-
-def _assert_same_run(one: Path, other: Path) -> None:
-    first, second = _weights(one), _weights(other)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-    deterministic = (
-        "epoch",
-        "boundary",
-        "train_loss",
-        "test_loss",
-        "test_accuracy",
-        "saved_activation_bytes",
-        "local_lr",
-        "parameters",
-    )
-    metrics = [[{k: m[k] for k in deterministic} for m in read_json_lines(path / "metrics.jsonl")] for path in (one, other)]
-    assert metrics[0] == metrics[1]
-
-
-@pytest.mark.parametrize(
-    ("method", "after"),
-    [
-        ("--method local --local-lr 0.001", 3),  # the boundary has moved after epoch 2
-        ("--method prunetrain --lasso-ratio 0.75", 4),  # the first channels go after epoch 4
-    ],
-)
-def test_kill_in_mid_epoch_then_resume(method: str, after: int, tmp_path: Path, tiny_flags: list[str]) -> None:
+def test_killed_at_random_moments(tmp_path: Path, soak: bool) -> None:
+    """Any number of times, by the clock or at a flush to disk, with any method: the run ends as if nothing had happened."""
+    trials, seed = (50, 1) if soak else (5, 0)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = [*tiny_flags, "--train-size", "960", "--epochs", "6", *method.split()]
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("kill.py")), str(tmp_path), str(trials), str(seed)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 * trials)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == trials
+    kills = [kill for trial in found for kill in trial["kills"]]
+    assert len(kills) >= trials
+    assert len({kill["epochs"] for kill in kills}) >= 3
+    changing = {trial["method"].split()[1]: trial["changed"] for trial in found}
+    assert changing == {
+        "local": True, "prunetrain": True, "freeze": True, "stochastic-depth": False, "sgd": False
+    }  # fmt: skip
+
+
+def test_kill_in_mid_epoch_then_resume(tmp_path: Path, tiny_flags: list[str]) -> None:
+    """In processes of their own, from the command line."""
+    after = 3  # the boundary has moved after epoch 2
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = [*tiny_flags, "--train-size", "960", "--epochs", "6", "--local-lr", "0.001"]
 
     def command(out: str, *more: str) -> list[str]:
         return [sys.executable, "-W", "ignore", "-m", "localsgd_ext", "train", "--out", str(tmp_path / out), *more]
@@ -79,12 +71,8 @@ def test_kill_in_mid_epoch_then_resume(method: str, after: int, tmp_path: Path, 
     assert " of 6" in next(line for line in resumed.stdout.splitlines() if "resuming after epoch" in line)
     undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0
-    _assert_same_run(tmp_path / "undisturbed", killed)
-    metrics = read_json_lines(killed / "metrics.jsonl")
-    if "prunetrain" in method:
-        assert metrics[0]["parameters"] > metrics[after]["parameters"]
-    else:
-        assert metrics[-1]["boundary"] > 0
+    assert_same_run(tmp_path / "undisturbed", killed)
+    assert read_json_lines(killed / "metrics.jsonl")[-1]["boundary"] > 0
 
 
 @pytest.mark.parametrize("method", ["sgd", "freeze", "local", "stochastic-depth", "prunetrain"])
@@ -111,7 +99,7 @@ def test_resuming_after_every_epoch(
     assert "is damaged" in (tmp_path / "stopped" / "log.txt").read_text()
     again.run_epoch()
     again.finish()
-    _assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
 def test_a_checkpoint_of_another_run_is_not_used(
@@ -176,5 +164,5 @@ def test_dropout_and_interleaving_do_not_disturb_each_other(
         two.run_epoch()
     one.finish()
     two.finish()
-    _assert_same_run(tmp_path / "alone", tmp_path / "one")
-    assert not torch.equal(_weights(tmp_path / "one")["0.weight"], _weights(tmp_path / "two")["0.weight"])
+    assert_same_run(tmp_path / "alone", tmp_path / "one")
+    assert not torch.equal(weights(tmp_path / "one")["0.weight"], weights(tmp_path / "two")["0.weight"])

@@ -100,7 +100,7 @@ class GraphedStep:
     def __init__(self, local: LocalizedLearning, step: Step, *, warmup: int = 3, recorder: Recorder | None = None) -> None:
         if warmup < 1:
             raise ValueError(f"warmup must be at least 1, got {warmup}")
-        local.require_capturable()
+        local._require_capturable()
         self._local, self._step, self._warmup = local, step, warmup
         self._recorder = CudaRecorder() if recorder is None else recorder
         self._settings: Any = None
@@ -108,7 +108,7 @@ class GraphedStep:
         self._generation = 0
         self.captures = 0
         """Captures so far."""
-        for optimizer in local.optimizers:  # it replaces the tensors that a graph writes
+        for optimizer in local._optimizers:  # it replaces the tensors that a graph writes
             optimizer.register_load_state_dict_post_hook(lambda _: self.reset())
 
     def reset(self) -> None:
@@ -120,7 +120,7 @@ class GraphedStep:
         for i, value in enumerate(inputs):
             if not isinstance(value, Tensor):
                 raise TypeError(f"inputs must be tensors, got {type(value).__name__} as number {i}")
-        settings = (self._generation, *self._local.capture_key())
+        settings = (self._generation, *self._local._capture_key())
         if settings != self._settings:
             self._settings = settings
             self._graphs.clear()
@@ -130,11 +130,11 @@ class GraphedStep:
             for static, x in zip(graph.inputs, inputs, strict=True):
                 static.copy_(x, non_blocking=True)
             outputs = graph.replay()
-            self._local.mini_batch_passed()  # of which the optimizers' hooks know nothing
+            self._local._mini_batch_passed()  # of which the optimizers' hooks know nothing
         elif graph.steps < self._warmup:
             graph.steps += 1
             outputs = self._recorder.warm_up(lambda: self._step(*inputs))
-            self._local.require_written()
+            self._local._require_written()
         else:
             graph.inputs = [x.clone() for x in inputs]
             replay = self._recorder.capture(lambda: self._step(*graph.inputs))

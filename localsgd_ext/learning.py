@@ -409,12 +409,7 @@ class LocalizedLearning:
 
     # ---------------------------------------------------------------- for CUDA graphs
 
-    @property
-    def optimizers(self) -> tuple[Optimizer, ...]:
-        """Those given."""
-        return self._optimizers
-
-    def require_capturable(self) -> None:
+    def _require_capturable(self) -> None:
         """Check that a training step can be captured in a CUDA graph.
 
         Raises:
@@ -429,7 +424,7 @@ class LocalizedLearning:
                 "nan_policy must be 'report' or 'raise' in a CUDA graph, as 'skip' waits for the device in every step"
             )
 
-    def capture_key(self) -> tuple[Any, ...]:
+    def _capture_key(self) -> tuple[Any, ...]:
         """What a captured step holds fast: it must be captured again where this changes."""
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         settings = tuple(
@@ -437,7 +432,7 @@ class LocalizedLearning:
         )
         return self._plan is None, self.boundary, self.model.training, self._loads, settings
 
-    def require_written(self) -> None:
+    def _require_written(self) -> None:
         """Check that no update waits for the next forward.
 
         Raises:
@@ -450,7 +445,7 @@ class LocalizedLearning:
                 "under activation checkpointing, or with gradients flowing through them"
             )
 
-    def mini_batch_passed(self) -> None:
+    def _mini_batch_passed(self) -> None:
         """Count a mini-batch for ``refresh``; done by the optimizers' hooks, but where a graph makes their steps."""
         self._stepped.clear()
         if self._refresh is not None and self.boundary > 0:
@@ -518,7 +513,7 @@ class LocalizedLearning:
     def _after_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._stepped.add(optimizer)
         if len(self._stepped) == len(self._optimizers):
-            self.mini_batch_passed()
+            self._mini_batch_passed()
 
     def _open_if_due(self) -> None:
         """Whether the next mini-batch goes through the prefix."""

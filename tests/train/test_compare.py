@@ -31,7 +31,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_it_writes(finished: Path) -> None:
     names = {p.name for p in finished.iterdir()}
     runs = {f"{method}-seed{seed}" for method in ("sgd", "freeze", "local") for seed in (0, 1)}
-    assert names == {"compare.json", "table.json", "table.md", "picture.png", "picture.svg", *runs}
+    assert names == {".lock", "compare.json", "table.json", "table.md", "picture.png", "picture.svg", *runs}
     assert (finished / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert b"</svg>" in (finished / "picture.svg").read_bytes()
 

@@ -25,7 +25,7 @@ def test_averaged_weights(kind):
     model, alone = seeded(TwoBlockResNet), seeded(TwoBlockResNet)
     optimizers = [sgd(model), sgd(alone)]
     locals_ = [
-        LocalizedLearning(net, optimizer, epochs=6, t_shift=2, alpha=100.0, lr=0.05)
+        LocalizedLearning(net, optimizer, epochs=6, preset="paper", t_shift=2, alpha=100.0, lr=0.05)
         for net, optimizer in zip((model, alone), optimizers, strict=True)
     ]
     average = AveragedModel(
@@ -141,7 +141,7 @@ def test_transforms_are_refused_by_name(name):
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_first_forward_under_a_transform_is_refused(name):
     model = seeded(without_batch_norm)
-    local = LocalizedLearning(model, sgd(model), epochs=20)
+    local = LocalizedLearning(model, sgd(model), epochs=20, preset="paper")
     with pytest.raises(RuntimeError, match=r"the first training forward .* which torch.func cannot express"):
         TRANSFORMS[name](model)
     run_epoch(model, sgd(model), batches(1))
@@ -156,7 +156,7 @@ def test_a_functional_call_with_other_weights_is_refused():
         torch.func.functional_call(model, weights, (batches(1)[0][0],))
     assert changed(model, weights) == set()
     fresh = seeded(without_batch_norm)
-    LocalizedLearning(fresh, sgd(fresh), epochs=20)
+    LocalizedLearning(fresh, sgd(fresh), epochs=20, preset="paper")
     with pytest.raises(RuntimeError, match=r"which torch\.func cannot express"):
         torch.func.functional_call(fresh, weights, (batches(1)[0][0],))
 
@@ -251,7 +251,7 @@ def test_compiled(how, counters):
         model = seeded(lambda: Blocks(count))
         optimizer = sgd(model)
         schedule = StaticModeSelection(kind=lambda epoch: path[min(epoch, 3)])
-        local = LocalizedLearning(model, optimizer, epochs=5, schedule=schedule, lr=0.05, supervision=None)
+        local = LocalizedLearning(model, optimizer, epochs=5, preset="paper", schedule=schedule, lr=0.05, supervision=None)
         data = batches(2)
         local.trace(data[0][0])
         forward, graphs = compile_it(model), []
@@ -278,7 +278,7 @@ def test_compiled(how, counters):
 def test_a_layer_that_stays_silent_is_told_apart_from_one_in_a_compiled_block(counters):
     model = seeded(lambda: Blocks(2))
     optimizer = sgd(model)
-    local = LocalizedLearning(model, optimizer, epochs=5, schedule=at(3), lr=0.05, supervision=None)
+    local = LocalizedLearning(model, optimizer, epochs=5, preset="paper", schedule=at(3), lr=0.05, supervision=None)
     run_epoch(model, optimizer, batches(1))
     local.step()
     compile_blocks(model)

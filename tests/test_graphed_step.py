@@ -36,7 +36,7 @@ class Run:
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=lr_step, gamma=0.5)
         schedule = StaticModeSelection(kind=lambda epoch: path[min(epoch, len(path) - 1)], l_max=1.0)
         self.local = LocalizedLearning(
-            self.model, self.optimizer, epochs=len(path), schedule=schedule, **{"lr": 0.05, **options}
+            self.model, self.optimizer, epochs=len(path), preset="paper", schedule=schedule, **{"lr": 0.05, **options}
         )
         self.local.trace(batches(1)[0][0])
         self.recorder = RecordedGraphs(self.model.buffers())
@@ -126,7 +126,7 @@ def test_a_learning_rate_that_is_a_tensor_is_read_by_the_graph() -> None:
         run.local.remove()
         run.optimizer = OnTheDevice(run.model.parameters(), torch.tensor(0.05))
         schedule = StaticModeSelection(kind=lambda epoch: 2)
-        run.local = LocalizedLearning(run.model, run.optimizer, epochs=4, schedule=schedule, lr=0.05)
+        run.local = LocalizedLearning(run.model, run.optimizer, epochs=4, preset="paper", schedule=schedule, lr=0.05)
         run.local.trace(batches(1)[0][0])
         step = GraphedStep(run.local, run.step, recorder=run.recorder) if graphed else run.step
         for i, (x, y) in enumerate(batches(8)):

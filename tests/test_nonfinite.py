@@ -124,7 +124,7 @@ def test_the_epoch_loss_is_reported_once(supervision):
 def test_raise_raises_before_anything_is_changed(where, named):
     model = seeded(TwoBlockResNet)
     optimizer = sgd(model)
-    local = LocalizedLearning(model, optimizer, epochs=6, t_shift=1, alpha=100.0, nan_policy="raise")
+    local = LocalizedLearning(model, optimizer, epochs=6, preset="paper", t_shift=1, alpha=100.0, nan_policy="raise")
     for _ in range(3):
         local.step(run_epoch(model, optimizer, batches(2)))
     local.step(1.0)
@@ -156,7 +156,7 @@ def test_counts_are_part_of_the_state():
     run_epoch(model, optimizer, [spoilt(batches(1)[0], float("nan"))])
     state = copy.deepcopy(local.state_dict())
     other = seeded(TwoBlockResNet)
-    again = LocalizedLearning(other, sgd(other), epochs=20, schedule=at(2), nan_policy="skip")
+    again = LocalizedLearning(other, sgd(other), epochs=20, preset="paper", schedule=at(2), nan_policy="skip")
     again.load_state_dict(state)
     assert (again.skipped_steps, again.kept_statistics) == (1, local.kept_statistics)
     assert messages(again) == messages(local)
@@ -167,7 +167,7 @@ def test_counts_are_part_of_the_state():
 def test_several_optimizers_and_no_gradient_at_all():
     model = seeded(PlainCNN)
     convs, head = sgd(model.features), OPTIMIZERS["adamw"](model.fc.parameters())
-    local = LocalizedLearning(model, [convs, head], epochs=6, schedule=at(4), nan_policy="skip")
+    local = LocalizedLearning(model, [convs, head], epochs=6, preset="paper", schedule=at(4), nan_policy="skip")
     convs.step()  # has no gradients: nothing to look at
     assert local.skipped_steps == 0
     before = snapshot(model)
@@ -186,7 +186,7 @@ def test_large_gradients_are_finite():
     """The sum of their squares would not be."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
-    local = LocalizedLearning(model, optimizer, epochs=6, t_shift=1, nan_policy="skip", l_max=1.0)
+    local = LocalizedLearning(model, optimizer, epochs=6, preset="paper", t_shift=1, nan_policy="skip", l_max=1.0)
     before = snapshot(model)
     model(torch.full((1, 2), 1e30)).sum().backward()
     optimizer.step()
@@ -205,7 +205,7 @@ def test_other_forms_of_batch_norm(bn):
         with torch.no_grad():
             model(batches(1)[0][0])
         optimizer = sgd(model)
-        LocalizedLearning(model, optimizer, epochs=6, schedule=at(1), nan_policy="skip")
+        LocalizedLearning(model, optimizer, epochs=6, preset="paper", schedule=at(1), nan_policy="skip")
         good = batches(2)
         run_epoch(model, optimizer, [good[0], *([spoilt(good[1], float("nan"))] if bad else []), good[1]])
         outcomes.append(snapshot(model))
@@ -245,7 +245,7 @@ def test_with_a_gradient_scaler():
 def test_a_closure_is_refused():
     model = seeded(PlainCNN)
     optimizer = sgd(model)
-    LocalizedLearning(model, optimizer, epochs=20, nan_policy="skip")
+    LocalizedLearning(model, optimizer, epochs=20, preset="paper", nan_policy="skip")
     with pytest.raises(ValueError, match=r"nan_policy='skip' needs step\(\) without a closure"):
         optimizer.step(lambda: torch.zeros(()))
     with pytest.raises(ValueError, match=r"nan_policy='skip' needs step\(\) without a closure"):
@@ -255,7 +255,7 @@ def test_a_closure_is_refused():
 def test_an_unknown_policy_is_refused():
     model = seeded(PlainCNN)
     with pytest.raises(ValueError, match="nan_policy must be one of report, skip, raise, got 'ignore'"):
-        LocalizedLearning(model, sgd(model), epochs=20, nan_policy="ignore")
+        LocalizedLearning(model, sgd(model), epochs=20, preset="paper", nan_policy="ignore")
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
 
@@ -281,7 +281,9 @@ def test_compiled():
         torch._dynamo.utils.counters.clear()
         model = seeded(PlainCNN)
         optimizer = sgd(model)
-        local = LocalizedLearning(model, optimizer, epochs=20, schedule=at(2), lr=0.1, nan_policy="skip", supervision=None)
+        local = LocalizedLearning(
+            model, optimizer, epochs=20, preset="paper", schedule=at(2), lr=0.1, nan_policy="skip", supervision=None
+        )
         good = batches(3)
         local.trace(good[0][0])
         forward = torch.compile(model, backend="aot_eager") if compiled else model

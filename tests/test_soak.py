@@ -83,7 +83,7 @@ def test_epochs_leak_no_memory(soak: bool) -> None:
 
     def repeat(times: int) -> None:
         for _ in range(times):
-            with LocalizedLearning(model, optimizer, epochs=20, schedule=at(2)) as local:
+            with LocalizedLearning(model, optimizer, epochs=20, preset="paper", schedule=at(2)) as local:
                 for _ in range(3):
                     local.step(run_epoch(model, optimizer, data))
                 local.load_state_dict(local.state_dict())

@@ -23,7 +23,7 @@ def train(graphed: bool, dtype: torch.dtype | None, **options: Any) -> tuple[dic
     model = seeded(TwoBlockResNet).cuda().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     schedule = StaticModeSelection(kind=lambda epoch: PATH[min(epoch, len(PATH) - 1)], l_max=1.0)
-    local = LocalizedLearning(model, optimizer, epochs=len(PATH), schedule=schedule, lr=0.05, **options)
+    local = LocalizedLearning(model, optimizer, epochs=len(PATH), preset="paper", schedule=schedule, lr=0.05, **options)
     data = [(x.cuda().to(memory_format=torch.channels_last), y.cuda()) for x, y in batches(8)]
     local.trace(data[0][0])
 

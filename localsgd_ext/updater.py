@@ -116,9 +116,9 @@ class HebbianUpdater:
         self._handles = [
             modules[name].register_forward_hook(hook, prepend=True, with_kwargs=True) for name, hook in self._hooks.items()
         ]
-        self._handles.append(model.register_forward_pre_hook(CallHook(self._begin_forward), prepend=True))
+        self._handles.append(model.register_forward_pre_hook(CallHook(self._eager(self._begin_forward)), prepend=True))
         if self._reducer is not None:
-            self._handles.append(model.register_forward_hook(CallHook(self._end_forward)))
+            self._handles.append(model.register_forward_hook(CallHook(self._eager(self._end_forward))))
             before_saving = CallHook(lambda _: self.flush())
             self._handles.append(model.register_state_dict_pre_hook(before_saving))  # type: ignore[no-untyped-call]
 
@@ -262,6 +262,10 @@ class HebbianUpdater:
             if count or hook.skipped is not None:
                 hook.counter().fill_(count)
 
+    def _eager(self, method: Callable[..., None]) -> Callable[..., None]:
+        """What communicates is no part of a compiled graph: it breaks there, as at DistributedDataParallel's own buckets."""
+        return method if self._reducer is None else torch.compiler.disable(method)  # type: ignore[no-untyped-call]
+
     def _begin_forward(self, module: nn.Module) -> None:
         if not torch.compiler.is_compiling() and not self._sharding_checked:  # fully_shard may have come after the hooks
             refuse_sharded(module)
@@ -394,6 +398,7 @@ class _LayerHook(Hook):
 
     def __init__(self, updater: HebbianUpdater, name: str, module: nn.Module) -> None:
         self.updater = updater
+        self.update = updater._eager(updater._update)
         self.name = name
         self.module: Any = module
         self.is_linear = isinstance(module, nn.Linear)
@@ -407,7 +412,7 @@ class _LayerHook(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if self.enabled and not self.updater.paused and module.training and torch.is_grad_enabled():
-            self.updater._update(self, args[0] if args else kwargs["input"], output)
+            self.update(self, args[0] if args else kwargs["input"], output)
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments that describe the layer's geometry to the operations."""

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -544,6 +545,18 @@ def test_only_the_first_process_may_save():
         assert len(run.saved()) > 1000
     run.run(start=3)
     check_replicas(run.local)
+
+
+@distributed_test(world_size=2)
+def test_a_compiled_network_gives_the_same_weights():
+    warnings.filterwarnings("ignore", "The .grad attribute")  # read by torch.compile itself
+    many, one = (Run(replicated=replicated) for replicated in (True, False))
+    for run in (many, one):
+        run.local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    many.network.compile(backend="eager")
+    for run in (many, one):
+        run.run(stop=4)
+    assert_equal(one, many, rtol=1e-12, atol=1e-12)
 
 
 @distributed_test(world_size=2)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from localsgd_ext.train.config import RunConfig
 from localsgd_ext.train.data import Batch, derive_seed
+from localsgd_ext.train.processes import ALONE, World
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _WHERE = (
@@ -25,7 +26,7 @@ _WHERE = (
 class ImageFolders:
     """``ROOT/train/CLASS/*`` and ``ROOT/val/CLASS/*``. Raises ``ValueError`` that says what is missing and where it is."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, world: World = ALONE) -> None:
         from torchvision.datasets import ImageFolder
         from torchvision.transforms import v2
 
@@ -48,7 +49,7 @@ class ImageFolders:
         self._train_index = _subset(len(train), config.train_size, "train")
         self._test_index = _subset(len(test), config.test_size, "test")
         self.train_size, self.test_size = len(self._train_index), len(self._test_index)
-        self._config = config
+        self._config, self._world = config, world
 
     @property
     def steps(self) -> int:
@@ -58,16 +59,21 @@ class ImageFolders:
         random = np.random.default_rng(derive_seed(self._config.seed, epoch))
         order = random.permutation(self._train_index)[: self.steps * self._config.batch_size]
         seeds = random.integers(2**63, size=len(order))
-        yield from self._load(self._train, list(zip(order.tolist(), seeds.tolist(), strict=True)))
+        keys = list(zip(order.tolist(), seeds.tolist(), strict=True))
+        share, size = self._world.share(self._config.batch_size), self._config.batch_size
+        mine = [key for start in range(0, len(keys), size) for key in keys[start : start + size][share]]
+        yield from self._load(self._train, mine, share.stop - share.start)
 
     def test(self) -> Iterator[Batch]:
-        yield from self._load(self._test, self._test_index.tolist())
+        yield from self._load(
+            self._test, self._test_index.tolist()[self._world.rank :: self._world.size], self._config.batch_size
+        )
 
-    def _load(self, dataset: Any, keys: list[Any]) -> Iterator[Batch]:
+    def _load(self, dataset: Any, keys: list[Any], batch_size: int) -> Iterator[Batch]:
         config, device = self._config, torch.device(self._config.device)
         loader: DataLoader[Any] = DataLoader(
             dataset,
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             sampler=keys,
             num_workers=config.workers,
             pin_memory=device.type == "cuda",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from models import TwoBlockResNet, batches, seeded, snapshot, twice_used
 from processes import alone, distributed_test, raises_everywhere
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from localsgd_ext import HebbianUpdater, LocalizedLearning, StaticModeSelection, ops, reduction, reference
 from localsgd_ext.distributed import ReplicatedModel, check_replicas
@@ -46,13 +47,15 @@ def fixed(boundary):
 class Run:
     """A run of a few epochs over moves of the boundary; ``replicated`` or in one process with all images."""
 
-    def __init__(self, build=NoNorm, *, replicated, dtype=torch.float64, group=None, sync="step", bucket_bytes=400, **options):
-        self.replicated, self.group = replicated, group
+    def __init__(
+        self, build=NoNorm, *, replicated, dtype=torch.float64, group=None, sync="step", bucket_bytes=400, ddp=None, **options
+    ):
+        self.replicated, self.group, self.to_none = replicated, group, True
         self.network = seeded(build).to(dtype)
         self.dtype = dtype
         self.model = self.network
         if replicated:
-            self.model = ReplicatedModel(self.network, sync=sync, bucket_bytes=bucket_bytes, process_group=group)
+            self.model = ReplicatedModel(self.network, sync=sync, bucket_bytes=bucket_bytes, process_group=group, **(ddp or {}))
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
         schedule = StaticModeSelection(kind=lambda epoch: (0, 2, 3, 3, 1, 3, 3)[epoch], l_max=0.8)
         self.moves = []
@@ -71,7 +74,7 @@ class Run:
         if self.replicated:
             x, y = share(x, y, self.group)
         loss = self.loss(x, y)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.to_none)
         loss.backward()
         self.optimizer.step()
         return loss.item()
@@ -132,6 +135,56 @@ def test_equals_one_process_with_the_whole_batch(variant, world_size):
     check_replicas(many.local)
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("ddp", [{"gradient_as_bucket_view": True}, {"bucket_cap_mb": 1e-4}, {"static_graph": True}], ids=str)
+@distributed_test(world_size=2)
+def test_options_of_distributed_data_parallel(ddp, to_none):
+    """Also where a gradient lies in the buckets of a wrapper that is not this mini-batch's."""
+    runs = [Run(replicated=replicated, refresh=3, ddp=ddp if replicated else None) for replicated in (True, False)]
+    for run in runs:
+        run.to_none = to_none
+        run.run()
+    assert_equal(runs[1], runs[0], rtol=1e-12, atol=1e-12)
+
+
+class Checkpointed(NoNorm):
+    """One segment from the first layer to the last but one, so that the boundary always lies inside."""
+
+    def forward(self, x):
+        def segment(x):
+            for conv in self.convs:
+                x = F.relu(conv(x))
+            return x
+
+        return self.fc(checkpoint(segment, x, use_reentrant=False).mean((2, 3)))
+
+
+@distributed_test(world_size=2)
+def test_under_activation_checkpointing():
+    """The recomputation sees the weights of the forward: they are written later."""
+    many, plain, one = (
+        Run(build, replicated=replicated).run()
+        for build, replicated in ((Checkpointed, True), (NoNorm, True), (Checkpointed, False))
+    )
+    assert_equal(one, many, rtol=1e-12, atol=1e-12)
+    assert_equal(plain, many, rtol=1e-12, atol=1e-12)
+
+
+@distributed_test(world_size=2)
+def test_under_autocast_processes_agree():
+    run = Run(replicated=True, dtype=torch.float32, schedule=fixed(3))
+    run.local.trace(torch.zeros(2, 3, 8, 8))
+    before = snapshot(run.network)
+    for x, y in batches(3, SIZE):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            run.loss(*share(x, y)).backward()
+    run.model.flush()
+    check_replicas(run.local)
+    moved = [(conv.weight - before[f"convs.{i}.weight"]).norm().item() for i, conv in enumerate(run.network.convs)]
+    assert all(0.01 <= length <= 0.031 for length in moved[:3])
+    assert moved[3] == 0
+
+
 @distributed_test(world_size=2)
 def test_in_fp32_the_difference_is_rounding():
     many, one = (Run(replicated=replicated, dtype=torch.float32).run() for replicated in (True, False))
@@ -184,6 +237,35 @@ def test_reductions_start_while_the_forward_goes_on():
         reduction.dist.all_reduce = all_reduce
     assert first == ["layer 0", "layer 1", "layer 2", "layer 3", "reduce", "reduce", "reduce"]  # repeats are not known yet
     assert events == ["layer 0", "reduce", "layer 1", "reduce", "layer 2", "reduce", "layer 3"]
+
+
+@pytest.mark.parametrize(
+    ("bucket_bytes", "expected"),
+    [
+        (1, [["a"], ["b"], ["d"], ["c"]]),
+        (300, [["a", "b"], ["d"], ["c"]]),  # "d" is float64
+        (1 << 20, [["a", "b"], ["d"], ["c"]]),
+        (200, [["a"], ["b"], ["d"], ["c"]]),
+    ],
+)
+@distributed_test(world_size=2)
+def test_buckets(bucket_bytes, expected):
+    """Closed when full and where the dtype changes; layers that run several times come last; summed whatever they hold."""
+    reducer = reduction.CorrelationReducer(None, bucket_bytes=bucket_bytes)
+    weights = {"a": torch.zeros(5, 10), "b": torch.zeros(4, 5, 2), "c": torch.zeros(7), "d": torch.zeros(3).double()}
+    reducer.bind(weights, held={"c"})
+    assert [list(bucket.sums) for bucket in reducer._buckets] == expected
+    for turn in range(2):
+        reducer.begin_forward()
+        for name in ("a", "c", "d", "c"):  # never "b"
+            reducer.add(name, torch.full_like(weights[name], 1.0 + dist.get_rank()))
+        reducer.end_forward()
+        sums = {each.name: each for each in reducer.take()}
+        assert {name: float(each.runs) for name, each in sums.items()} == {"a": 2, "b": 0, "c": 4, "d": 2}
+        for name, total in (("a", 3.0), ("b", 0.0), ("c", 6.0), ("d", 3.0)):
+            assert torch.equal(sums[name].correlation, torch.full_like(weights[name], total))
+        reducer.clear()
+        assert reducer.reduced_bytes == (turn + 1) * (4 * (50 + 40 + 7 + 3) + 8 * (3 + 1))
 
 
 class Moody(nn.Module):

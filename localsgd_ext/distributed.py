@@ -51,12 +51,14 @@ class ReplicatedModel(nn.Module, Joinable):
 
     ``DistributedDataParallel`` notes at its construction which parameters get gradients, and fails or lets replicas drift when
     that changes. Here every forward looks which do, and goes through a wrapper made for just these: a new one after a boundary
-    has moved, and with ``LocalizedLearning(refresh=m)`` two in turn. No wrapper searches for unused parameters.
+    has moved, and with ``LocalizedLearning(refresh=m)`` two in turn, each with gradient buckets of its own. No wrapper searches
+    for unused parameters.
 
     Correlations of local layers are *summed* over the processes, in flat buckets while the forward goes on, and the weights
     written before their next use: by the next forward, in training or not, by ``state_dict()`` or by :meth:`flush`. ``D`` is a
     sum over images, so that this is the step of one process with the whole batch, however unevenly it is shared out. Gradients
-    are averaged over processes, which is the whole batch's only where all shares are of one size.
+    are averaged over processes, which is the whole batch's only where all shares are of one size. It is ``D`` that is reduced also
+    where the Gram form computes it, whose ``G`` would be fewer bytes in layers that widen.
 
     All processes must make the same number of training forwards; see :meth:`join` for loaders that do not. The number of
     bytes reduced is in :attr:`traffic`.

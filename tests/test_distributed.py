@@ -268,6 +268,22 @@ def test_buckets(bucket_bytes, expected):
         assert reducer.reduced_bytes == (turn + 1) * (4 * (50 + 40 + 7 + 3) + 8 * (3 + 1))
 
 
+@distributed_test(world_size=2)
+def test_what_comes_after_its_bucket_has_left_counts_in_the_next_sum():
+    reducer = reduction.CorrelationReducer(None)
+    reducer.bind({"a": torch.zeros(5)})
+    runs = []
+    for times in (1, 2, 1):
+        reducer.begin_forward()
+        for _ in range(times):
+            reducer.add("a", torch.ones(5))
+        reducer.end_forward()
+        [summed] = reducer.take()
+        runs.append((float(summed.runs), summed.correlation.tolist()))
+        reducer.clear()
+    assert runs == [(2, [2.0] * 5), (2, [2.0] * 5), (4, [4.0] * 5)]
+
+
 class Moody(nn.Module):
     """Runs its middle layer as often as it is told."""
 
@@ -589,6 +605,9 @@ def test_gradients_accumulate_without_being_reduced():
     (x, y), (u, v) = batches(2, SIZE, dtype=torch.float64)
     with many.model.no_sync():
         many.loss(*share(x, y)).backward()
+    norms = many.model.gather([many.network.fc.weight.grad.norm().item()])
+    assert norms[0] != norms[1]
+    assert many.model.traffic.gradients == 0
     many.loss(*share(u, v)).backward()
     one.loss(x, y).backward()
     one.loss(u, v).backward()

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .hooks import CallHook
 from .layers import ExecutionPlan, Patterns, trace_layers
-from .updater import refuse_wrappers
+from .wrappers import refuse_wrappers, unwrap
 
 BN_STATS = ("update", "freeze")
 
@@ -169,6 +169,7 @@ def freeze_prefix(
     Raises:
         ValueError: ``boundary`` out of range, or the model has no layer.
     """
+    model, _ = unwrap(model)
     refuse_wrappers(model)
     plan = trace_layers(model, *example_inputs, include=include, skip=skip)
     freeze = PrefixFreeze(model, plan, optimizers=as_optimizers(optimizer), bn_stats=bn_stats)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 from numbers import Integral, Real
 from types import NoneType, TracebackType
@@ -23,7 +23,8 @@ from .refresh import Every, Refresh
 from .sampling import check_sample
 from .selection import DynamicModeSelection, ModeSelection, StaticModeSelection
 from .supervision import WeakSupervision
-from .updater import NO_TRANSFORM, Activation, HebbianUpdater, refuse_wrappers
+from .updater import NO_TRANSFORM, Activation, HebbianUpdater
+from .wrappers import refuse_sharded, refuse_wrappers, unwrap
 
 RULES = ("hebbian", "frozen")
 AUTO = "auto"
@@ -63,7 +64,8 @@ class LocalizedLearning:
     with gradients enabled. See :class:`HebbianUpdater` for when the write is deferred.
 
     Args:
-        model: the network, on its device; not wrapped in ``nn.DataParallel`` or FSDP.
+        model: the network, on its device, or a :class:`localsgd_ext.distributed.ReplicatedModel` of it, for several processes;
+            not wrapped in ``nn.DataParallel``, ``DistributedDataParallel`` or FSDP.
         optimizer: the optimizer (or several) of the whole model, or ``None``. Its parameter groups are left alone; the state of
             parameters that get frozen is dropped.
         epochs: length of the run, ``E_max`` of equation 2.
@@ -124,6 +126,8 @@ class LocalizedLearning:
         algorithm: str = "auto",
         on_boundary_move: Callable[[int, int], None] | None = None,
     ) -> None:
+        given_model = model
+        model, self.replicas = unwrap(model)
         refuse_wrappers(model)
         given: tuple[tuple[str, Any, Any, str], ...] = (
             ("epochs", epochs, Integral, "an int"),
@@ -190,7 +194,7 @@ class LocalizedLearning:
         self._updater: HebbianUpdater | None = None
         if rule == "hebbian":
             self._updater = HebbianUpdater(
-                model,
+                given_model,
                 selected,
                 lr=self.current_lr,
                 normalize=normalize,
@@ -289,10 +293,13 @@ class LocalizedLearning:
     def step(self, epoch_loss: float | Tensor | None = None) -> None:
         """End an epoch: decide the boundary, the sign and the local learning rate of the next one.
 
+        With a ``ReplicatedModel`` all processes must call it; each takes the mean of their losses and the same decisions.
+
         Args:
             epoch_loss: mean training loss of the epoch, a float or a tensor of one element; needed for weak supervision.
         Raises:
-            RuntimeError: no training forward was seen yet, or :meth:`remove` was called.
+            RuntimeError: no training forward was seen yet, or :meth:`remove` was called; the boundary would move and the
+                processes' replicas differ.
             ValueError: ``epoch_loss`` is missing or has more than one element.
             FloatingPointError: with ``nan_policy="raise"``, a loss, parameters or running statistics that are not finite.
         """
@@ -307,16 +314,33 @@ class LocalizedLearning:
             raise ValueError(f"epoch_loss must have one element, got shape {tuple(epoch_loss.shape)}")
         self._report_trouble(freeze, None if epoch_loss is None else float(torch.as_tensor(epoch_loss).detach()))
         norm = self._update_norm() if self.schedule.needs_update_norm else None
-        if self.supervision is not None and epoch_loss is not None:
-            self.supervision.step(float(torch.as_tensor(epoch_loss).detach()))
+        loss = None if epoch_loss is None else float(torch.as_tensor(epoch_loss).detach())
+        if self.replicas is not None:
+            loss, norm = self.replicas.agree(loss, norm)
+        if self.supervision is not None and loss is not None:
+            self.supervision.step(loss)
         self.epoch += 1
         old, new = freeze.boundary, self.schedule.step(norm)
+        if self.replicas is not None and old != new:
+            self.replicas.check(self)  # whatever drifted would hardly be found later
         if self._updater is not None:
             self._updater.reset_counters()
         self._guard.reset()
         self._apply_boundary(new)
         if self.on_boundary_move is not None and old != new:
             self.on_boundary_move(old, new)
+
+    def replicated_state(self) -> Iterator[tuple[str, Any]]:
+        """Name and value of everything beside the model that must be the same on all processes of a ``ReplicatedModel``."""
+        yield from (("epoch", self.epoch), ("boundary", self.boundary), ("sign", self.sign), ("local lr", self.current_lr))
+        if self._updater is not None:
+            for name, velocity in self._updater.state_dict()["momentum"].items():
+                yield f"local momentum of {name}", velocity
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer in self._optimizers:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    yield f"{key} of {names.get(parameter, 'a parameter of no layer')}", value
 
     def remove(self) -> None:
         """Take the hooks off and give the frozen parameters back to SGD; deferred updates are made first."""
@@ -463,6 +487,7 @@ class LocalizedLearning:
 
     def _before_forward(self, module: nn.Module) -> None:
         if self._plan is None and self._stop_tracing is None and module.training and torch.is_grad_enabled():
+            refuse_sharded(module)
             if under_transform() or not all(isinstance(p, nn.Parameter) for p in self.model.parameters()):
                 raise RuntimeError(f"the first training forward finds the order of the layers, {NO_TRANSFORM}")
             self._tracer = Tracer(self.model, include=self._include, skip=self._skip)
@@ -472,6 +497,11 @@ class LocalizedLearning:
         tracer = self._end_tracing()
         if tracer is not None and not failed:
             self._adopt(tracer.plan())
+            if self.replicas is not None and self.boundary > 0:  # its wrapper would give them gradients of zero in the backward
+                raise RuntimeError(
+                    "the schedule starts above 0, and parameters cannot be frozen in the middle of a ReplicatedModel's forward: "
+                    "call trace() before the first one"
+                )
 
     def _end_tracing(self) -> Tracer | None:
         tracer, self._tracer = self._tracer, None
@@ -526,6 +556,8 @@ class LocalizedLearning:
 
     def _apply_boundary(self, boundary: int) -> None:
         freeze = self._prefix()
+        if self.replicas is not None and boundary != freeze.boundary:
+            self.replicas.rewrap()
         freeze.set_boundary(boundary)
         if self._updater is not None:
             repeated = [name for name, calls in zip(self.plan.layers, self.plan.calls, strict=True) if calls > 1]

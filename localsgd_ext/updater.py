@@ -14,8 +14,10 @@ from torch.nn.parameter import is_lazy
 
 from . import ops
 from .hooks import CallHook, Hook, in_backward, under_checkpoint, under_transform
-from .layers import LAYER_TYPES, Patterns, is_plain, select_names
+from .layers import Patterns, is_plain, select_names
+from .reduction import CorrelationReducer, Reduced
 from .sampling import check_sample, sampled, sampled_correlation
+from .wrappers import refuse_sharded, refuse_wrappers, unwrap
 
 Activation = Callable[[Tensor], Tensor]
 NO_TRANSFORM = (
@@ -36,8 +38,11 @@ class HebbianUpdater:
     Each training forward of ``model`` itself is one mini-batch (a call of a part of it is none): with gradient accumulation
     every micro-batch makes its own local step.
 
+    Given a :class:`localsgd_ext.distributed.ReplicatedModel`, every ``D`` is summed over its processes and all writes are
+    deferred; all processes make the same step, that of one process with the whole batch.
+
     Args:
-        model: the network; the hooks go on its convolution and linear modules.
+        model: the network, or a ``ReplicatedModel`` of it; the hooks go on its convolution and linear modules.
         layers: names or regular expressions of the modules to hook; all with an unmodified forward unless given. None is
             updated before :meth:`enable`.
         lr: signed learning rate; the step's length is ``|lr|`` whatever the size of the weight.
@@ -73,11 +78,12 @@ class HebbianUpdater:
             raise ValueError(f"algorithm must be one of {', '.join(ops.ALGORITHMS)}, got {algorithm!r}")
         if activation is not None and not callable(activation):
             raise TypeError(f"activation must be callable, got {type(activation).__name__}")
+        model, self.replicas = unwrap(model)
         refuse_wrappers(model)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if self.replicas is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             warnings.warn(
-                f"local updates are not averaged over the {dist.get_world_size()} processes: where they train one model together, "
-                "their copies of the prefix drift apart",
+                f"local updates are not summed over the {dist.get_world_size()} processes: where they train one model together, "
+                "their copies of the prefix drift apart; wrap the model in localsgd_ext.distributed.ReplicatedModel",
                 UserWarning,
                 stacklevel=2,
             )
@@ -96,6 +102,10 @@ class HebbianUpdater:
         self._called = False
         self._forward_id = 0
         self._any_enabled = False
+        self._sharding_checked = False
+        self._reducer: CorrelationReducer | None = None if self.replicas is None else self.replicas.reducer
+        self._bound: tuple[list[str], set[str]] = [], set()  # what the reducer has buckets for
+        self._picks: dict[str, str] | None = None  # what "auto" stands for, by layer; None: not agreed upon yet
         # Index of the present training forward with layers enabled. A tensor: torch.compile neither guards on it nor bakes it in.
         self._turn = torch.full((), -1, dtype=torch.int64, device="cpu")
         self._lr_tensors: dict[torch.device, Tensor] = {}
@@ -112,7 +122,11 @@ class HebbianUpdater:
         self._handles = [
             modules[name].register_forward_hook(hook, prepend=True, with_kwargs=True) for name, hook in self._hooks.items()
         ]
-        self._handles.append(model.register_forward_pre_hook(CallHook(self._begin_forward), prepend=True))
+        self._handles.append(model.register_forward_pre_hook(CallHook(self._eager(self._begin_forward)), prepend=True))
+        if self._reducer is not None:
+            self._handles.append(model.register_forward_hook(CallHook(self._eager(self._end_forward))))
+            before_saving = CallHook(lambda _: self.flush())
+            self._handles.append(model.register_state_dict_pre_hook(before_saving))  # type: ignore[no-untyped-call]
 
     @property
     def enabled(self) -> list[str]:
@@ -130,8 +144,8 @@ class HebbianUpdater:
         Raises:
             ValueError: a name that has no hook.
         """
-        names, deferred = set(names), set(deferred)
-        unknown = sorted(names - self._hooks.keys())
+        names, deferred = dict.fromkeys(names), set(deferred)
+        unknown = sorted(names.keys() - self._hooks.keys())
         if unknown:
             raise ValueError(f"names must be layers of this updater, got {', '.join(map(repr, unknown))}")
         self.flush()
@@ -144,6 +158,13 @@ class HebbianUpdater:
                 self._lr_on(hook.module.weight.device)
             if not hook.enabled:
                 self._velocity.pop(name, None)
+        self._sharding_checked = False
+        if self._reducer is not None and (list(names), deferred) != self._bound:
+            self._bound = list(names), deferred
+            self._reducer.bind({name: self._hooks[name].module.weight for name in names}, deferred)
+            self._picks = None
+            for hook in self._hooks.values():
+                hook.pick = ""
 
     def set_lr(self, lr: float) -> None:
         """Set the signed learning rate, on the devices too (captured graphs read it there).
@@ -158,7 +179,14 @@ class HebbianUpdater:
             tensor.fill_(self.lr)
 
     def flush(self) -> None:
-        """Make the deferred updates now."""
+        """Make the deferred updates now.
+
+        With a ``ReplicatedModel`` whose ``sync`` is not ``"step"`` all processes must call it: sums that wait are reduced.
+        """
+        if self._reducer is not None:
+            self._write_reduced()  # what was launched
+            self._reducer.launch()
+            self._write_reduced()
         pending, self._pending = self._pending, {}
         for name, correlation in pending.items():
             self._write(self._hooks[name], correlation)
@@ -166,6 +194,8 @@ class HebbianUpdater:
     def discard(self) -> None:
         """Forget the deferred updates: the weights they were made for are gone."""
         self._pending.clear()
+        if self._reducer is not None:
+            self._reducer.discard()
 
     def skipped(self) -> dict[str, int]:
         """Layer name to the number of updates skipped since the last :meth:`reset_counters`, where there were any.
@@ -246,9 +276,22 @@ class HebbianUpdater:
             if count or hook.skipped is not None:
                 hook.counter().fill_(count)
 
+    def _eager(self, method: Callable[..., None]) -> Callable[..., None]:
+        """What communicates is no part of a compiled graph: it breaks there, as at DistributedDataParallel's own buckets."""
+        return method if self._reducer is None else torch.compiler.disable(method)  # type: ignore[no-untyped-call]
+
     def _begin_forward(self, module: nn.Module) -> None:
+        if not torch.compiler.is_compiling() and not self._sharding_checked:  # fully_shard may have come after the hooks
+            refuse_sharded(module)
+            self._sharding_checked = True
         if self._pending:
             self.flush()
+        if self._reducer is not None:
+            self._write_reduced()
+            if self.paused or not (module.training and torch.is_grad_enabled()):
+                self.flush()
+            elif self._any_enabled:
+                self._reducer.begin_forward()
         if self.paused:
             return
         if self.sample < 1 and self._any_enabled and module.training and torch.is_grad_enabled():
@@ -260,6 +303,14 @@ class HebbianUpdater:
         self._forward_id += 1
         if module.training and torch.is_grad_enabled():
             self.forwards += 1
+
+    def _end_forward(self, module: nn.Module) -> None:
+        if self._reducer is None or self.paused or not self._any_enabled:
+            return
+        if module.training and torch.is_grad_enabled():
+            self._reducer.end_forward()
+            if self._picks is None:
+                self._agree_on_algorithms()
 
     def _update(self, hook: _LayerHook, x: Tensor, z: Tensor) -> None:
         if not torch.compiler.is_compiling():
@@ -274,6 +325,8 @@ class HebbianUpdater:
                 return  # a checkpointed segment is recomputed: it was updated in the forward
             if hook.last_forward == self._forward_id or under_checkpoint():
                 hook.deferred = True
+                if self._reducer is not None:
+                    self._reducer.hold(hook.name)
             hook.last_forward = self._forward_id
         hook.fired = True
         weight = _parameter(hook.module, "weight")
@@ -285,7 +338,7 @@ class HebbianUpdater:
         if self.sample < 1 and not in_graph:
             _refuse_capture(x)
             x, z = sampled(weight, x, z, self.sample, int(self._turn))
-        deferred = hook.deferred or z.requires_grad
+        deferred = hook.deferred or z.requires_grad or self._reducer is not None
         if not (deferred or in_graph or self.momentum or self.activation is not None):
             # The usual case, and paid for by every layer in every step: nothing here that can be left out.
             lr = self._lr_on(weight.device)
@@ -299,13 +352,47 @@ class HebbianUpdater:
                 correlation = sampled_correlation(weight, x, z, self.sample, self._turn, **hook.arguments())
             else:
                 correlation = ops.correlation(x, z, weight, **hook.arguments())
-            if deferred:
+            if self._reducer is not None:
+                if self._picks is None and self.replicas is not None and self.replicas.rank == 0:
+                    hook.see(x, z)
+                self._reducer.add(hook.name, correlation)
+            elif deferred:
                 known = self._pending.get(hook.name)
                 self._pending[hook.name] = correlation if known is None else known.add_(correlation)
             else:
                 self._write(hook, correlation)
 
-    def _write(self, hook: _LayerHook, correlation: Tensor) -> None:
+    def _write_reduced(self) -> None:
+        """Make the updates whose sums over the processes were launched."""
+        assert self._reducer is not None
+        by_device: dict[torch.device, list[Reduced]] = {}
+        for each in self._reducer.take():
+            by_device.setdefault(each.correlation.device, []).append(each)
+        with torch.no_grad():
+            for device, several in by_device.items():
+                hooks = [self._hooks[each.name] for each in several]
+                if self.momentum:
+                    for hook, each in zip(hooks, several, strict=True):
+                        self._write(hook, each.correlation, each.runs > 0)
+                    continue
+                weights = [hook.module.weight for hook in hooks]
+                skipped = torch.zeros(len(hooks), dtype=torch.int64, device=device)
+                correlations = [each.correlation for each in several]
+                ops.apply_update_(weights, correlations, self._lr_on(device), normalize=self.normalize, skipped=skipped)
+                skipped.mul_(torch.stack([each.runs for each in several]) > 0)  # what never ran was not skipped
+                torch._foreach_add_([hook.counter(device) for hook in hooks], list(skipped.unbind()))
+        if by_device:
+            self._reducer.clear()
+
+    def _agree_on_algorithms(self) -> None:
+        """What ``"auto"`` stands for is the first process's choice: those of others may differ, if they are timed."""
+        assert self.replicas is not None
+        picks = {name: hook.pick for name, hook in self._hooks.items() if hook.enabled and hook.pick}
+        self._picks = self.replicas.from_first(picks)
+        for hook in self._hooks.values():
+            hook.pick = self._picks.get(hook.name, "")
+
+    def _write(self, hook: _LayerHook, correlation: Tensor, ran: Tensor | None = None) -> None:
         weight = hook.module.weight
         lr = self._lr_on(weight.device)
         if not self.momentum:
@@ -319,7 +406,7 @@ class HebbianUpdater:
             velocity.copy_(torch.where(usable, self.momentum * velocity + step, velocity))
             moved = (weight.to(velocity.dtype) + lr.to(velocity.dtype) * velocity).to(weight.dtype)
             weight.copy_(torch.where(usable, moved, weight))
-            hook.counter().add_(~usable)
+            hook.counter().add_(~usable if ran is None else ~usable & ran)
 
     def _lr_on(self, device: torch.device) -> Tensor:
         tensor = self._lr_tensors.get(device)
@@ -333,23 +420,26 @@ class _LayerHook(Hook):
 
     def __init__(self, updater: HebbianUpdater, name: str, module: nn.Module) -> None:
         self.updater = updater
+        self.update = updater._eager(updater._update)
         self.name = name
         self.module: Any = module
         self.is_linear = isinstance(module, nn.Linear)
         self.enabled = False
         self.deferred = False
         self.fired = False
+        self.pick = ""
+        """The algorithm that all processes take for this layer; empty: each the updater's."""
         self.last_forward = -1
         self.skipped: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if self.enabled and not self.updater.paused and module.training and torch.is_grad_enabled():
-            self.updater._update(self, args[0] if args else kwargs["input"], output)
+            self.update(self, args[0] if args else kwargs["input"], output)
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments that describe the layer's geometry to the operations."""
         m = self.module
-        bias, algorithm = _parameter(m, "bias"), self.updater.algorithm
+        bias, algorithm = _parameter(m, "bias"), self.pick or self.updater.algorithm
         # A user's activation makes z something other than the layer's output: the Gram form would ignore it.
         z_is_output = self.updater.activation is None
         if self.is_linear:
@@ -364,6 +454,12 @@ class _LayerHook(Hook):
             "z_is_output": z_is_output,
             "algorithm": algorithm,
         }
+
+    def see(self, x: Tensor, z: Tensor) -> None:
+        """Pick the algorithm that ``"auto"`` stands for with these operands, if there is a choice."""
+        arguments = self.arguments()
+        if arguments.pop("algorithm") == "auto" and not ops.obstacle(self.module.weight, x, z):
+            self.pick = ops.plan(x, z, self.module.weight, **arguments).pick
 
     def counter(self, device: torch.device | None = None) -> Tensor:
         device = self.module.weight.device if device is None else device
@@ -389,22 +485,3 @@ def _finite(lr: float) -> float:
     if not math.isfinite(lr):  # it would overwrite every local weight
         raise ValueError(f"lr must be finite, got {lr}")
     return float(lr)
-
-
-def refuse_wrappers(model: nn.Module) -> None:
-    """Raise for models whose weights the forward hooks would not see or not own."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.DataParallel):
-        raise TypeError("model must not be wrapped in nn.DataParallel: its replicas' updates are lost")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise TypeError(
-            "model must not be wrapped in DistributedDataParallel: correlations are not averaged over the processes yet, "
-            "so their copies of the prefix would drift apart"
-        )
-    for name, parameter in model.named_parameters():
-        kind = type(parameter.data).__name__ if not is_lazy(parameter) else ""
-        if "DTensor" in (kind, type(parameter).__name__) or type(parameter).__name__ == "FlatParameter":
-            raise TypeError(f"model must hold whole parameters, {name!r} is sharded (FSDP, tensor parallel): not supported")
-    if not any(isinstance(module, LAYER_TYPES) for module in model.modules()):
-        raise ValueError(f"model must have a convolution or linear module, {type(model).__name__} has none")

@@ -37,6 +37,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 
 from localsgd_ext import HebbianUpdater, LocalizedLearning, reference
+from localsgd_ext.distributed import ReplicatedModel
 
 
 def sgd(model):
@@ -243,7 +244,7 @@ def process_group(tmp_path):
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("wrapper", ["fully_shard", "DistributedDataParallel"])
 def test_distributed_wrappers_are_refused(wrapper):
-    """Their ranks would drift apart silently: nothing averages the correlations."""
+    """FSDP throws the updates away; DistributedDataParallel lets ranks drift: nothing sums the correlations."""
     model = seeded(PlainCNN)
     if wrapper == "fully_shard":
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
@@ -252,6 +253,23 @@ def test_distributed_wrappers_are_refused(wrapper):
     for attach in (lambda: LocalizedLearning(model, sgd(model), epochs=20, preset="paper"), lambda: HebbianUpdater(model)):
         with pytest.raises(TypeError, match="FSDP" if wrapper == "fully_shard" else wrapper):
             attach()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("part", ["", "features.3", "features"])
+@pytest.mark.parametrize("attach", ["hebbian", "frozen", "updater alone", "ReplicatedModel"])
+def test_sharding_after_the_hooks_is_refused(attach, part):
+    """The hooks would write to the gathered copies of the weights, which FSDP throws away."""
+    model = seeded(PlainCNN)
+    if attach == "updater alone":
+        HebbianUpdater(model, lr=0.01).enable(PlainCNN.LAYERS)
+    elif attach == "ReplicatedModel":
+        LocalizedLearning(ReplicatedModel(model), sgd(model), epochs=20)
+    else:
+        LocalizedLearning(model, sgd(model), epochs=20, rule=attach)
+    fully_shard(model.get_submodule(part), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(TypeError, match=r"model must hold whole parameters, .* thrown away after the forward"):
+        model(torch.randn(2, 3, 8, 8))
 
 
 @pytest.mark.usefixtures("process_group")

@@ -12,14 +12,15 @@ import torch
 import typer
 from rich.console import Console
 
-from localsgd_ext.train import archives, models, progress, report, rundir
+from localsgd_ext.train import archives, models, processes, progress, report, rundir
 from localsgd_ext.train import compare as comparing
 from localsgd_ext.train import data as data_sets
 from localsgd_ext.train import options as o
 from localsgd_ext.train.checkpoint import CheckpointError
-from localsgd_ext.train.config import DATA_SETS, RunConfig, resolve
+from localsgd_ext.train.config import DATA_SETS, ONE_PROCESS, RunConfig, resolve
 from localsgd_ext.train.loop import Trainer
 from localsgd_ext.train.presets import DEFAULT_MODELS
+from localsgd_ext.train.processes import ALONE, World
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -77,32 +78,46 @@ def train(
     amp: o.Amp = None,
     deterministic: o.Deterministic = None,
 ) -> None:
-    """Train one network with one method."""
+    """Train one network with one method; under torchrun in several processes, which share every mini-batch."""
     flags = _given(locals(), leave_out=("out", "resume"))
-    console = Console()
-    with _clear_errors():
+    with processes.started() as world:
+        _train(flags, out, resume, world)
+
+
+def _train(flags: dict[str, Any], out: Path | None, resume: bool, world: World) -> None:
+    console = Console(quiet=not world.is_first)
+    with _clear_errors(world):
         if resume:
             out = _require_out(out)
             config = rundir.read_config(out).replace(**flags)
+            _check_processes(config, world)
         else:
-            flags.setdefault("method", "local" if preset == "paper" else "refresh")
+            flags.setdefault("method", "local" if flags.get("preset") == "paper" else "refresh")
             config = _new_config(flags)
             out = out or Path("runs") / f"{config.data}-{_file_name(config.model)}-{config.method}-seed{config.seed}"
-            rundir.require_empty(out)
+            _check_processes(config, world)
+            # Started again by torchrun, with the command of the first time: the run goes on.
+            resume = world.restarts > 0 and world.from_first((out / rundir.CONFIG).is_file())
+            if world.is_first and not resume:
+                rundir.require_empty(out)
         _check_machine(config)
-        loaded = data_sets.load(config, console.print)
-        directory = rundir.RunDirectory(out, config, resume=resume)
+        with world.first_goes_ahead():
+            loaded = data_sets.load(config, console.print, world)
+            directory = (
+                rundir.RunDirectory(out, config, resume=resume) if world.is_first else rundir.WatchedRunDirectory(out, config)
+            )
     to_do = (config.epochs - rundir.epochs_done(out)) * loaded.steps * config.batch_size
-    with _interruptible(out), progress.choose(to_do, console) as display:
-        with _clear_errors():
-            trainer = Trainer(config, loaded, directory, display)
+    with _interruptible(out), progress.choose(to_do, console) if world.is_first else progress.Silence() as display:
+        with _clear_errors(world):
+            trainer = Trainer(config, loaded, directory, display, world=world)
             if resume:
                 trainer.restore()
         while not trainer.done:
             trainer.run_epoch()
         trainer.finish()
-    report.show(report.write([report.read_run(out)], out), console)
-    console.print(f"Everything is in {out}", soft_wrap=True)
+    if world.is_first:
+        report.show(report.write([report.read_run(out)], out), console)
+        console.print(f"Everything is in {out}", soft_wrap=True)
 
 
 @app.command()
@@ -150,7 +165,9 @@ def compare(
     """Train with several methods in turn, from the same first weights on the same data, and draw up a table and a picture."""
     flags = _given(locals(), leave_out=("out", "resume", "methods", "seeds"))
     console = Console()
-    with _clear_errors():
+    with processes.started() as world, _clear_errors(world):
+        if world.size > 1:
+            raise ValueError(f"compare runs in one process, got {world.size}: use localsgd train for each method")
         if resume:
             out = _require_out(out)
             comparison = _resumed_comparison(out, methods, seeds, flags)
@@ -240,6 +257,11 @@ def _check_machine(config: RunConfig) -> None:
         raise ValueError(f"--device {config.device} cannot be used here: {reason}") from None
 
 
+def _check_processes(config: RunConfig, world: World) -> None:
+    if world.size > 1 and config.method in ONE_PROCESS:
+        raise ValueError(f"--method {config.method} runs in one process, got {world.size}")
+
+
 def _require_out(out: Path | None) -> Path:
     if out is None:
         raise ValueError("--resume needs --out, the directory of the run to continue")
@@ -251,14 +273,14 @@ def _file_name(model: str) -> str:
 
 
 @contextlib.contextmanager
-def _clear_errors() -> Iterator[None]:
-    """The user's mistakes end in one message; anything else keeps its traceback."""
+def _clear_errors(world: World = ALONE) -> Iterator[None]:
+    """The user's mistakes end in one message, the first process's; anything else keeps its traceback."""
     try:
         yield
     except (ValueError, CheckpointError) as error:
-        raise _failed(str(error)) from None
+        raise _failed(str(error), world) from None
     except OSError as error:
-        raise _failed(_disk_trouble(error)) from None
+        raise _failed(_disk_trouble(error), world) from None
 
 
 @contextlib.contextmanager
@@ -284,6 +306,9 @@ def _disk_trouble(error: OSError) -> str:
     return f"{error.strerror}: {error.filename}"
 
 
-def _failed(message: str) -> typer.Exit:
-    Console(stderr=True).print(f"Error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+def _failed(message: str, world: World = ALONE) -> typer.Exit:
+    """All processes fail; one of them says why."""
+    Console(stderr=True, quiet=not world.is_first).print(
+        f"Error: {message}", style="red", highlight=False, markup=False, soft_wrap=True
+    )
     return typer.Exit(2)

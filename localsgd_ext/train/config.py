@@ -14,6 +14,8 @@ from localsgd_ext.train.models import PRUNABLE, RESIDUAL
 METHODS = ("sgd", "freeze", "refresh", "local", "local-paper", "stochastic-depth", "prunetrain")
 NOT_PREFIX = ("sgd", "stochastic-depth", "prunetrain")
 """Those that treat all layers alike, without a boundary."""
+ONE_PROCESS = ("stochastic-depth", "prunetrain")
+"""Those whose network is not the same in every mini-batch, or changes in other ways than by what is frozen."""
 DATA_SETS = ("digits", "glyphs", "cifar10", "cifar100", "imagenet", "fake")
 LR_SCHEDULES = ("step", "cosine", "constant")
 SCHEDULES = ("dynamic", "quadratic", "linear", "exponential", "local-first")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from localsgd_ext.train import datasets
 from localsgd_ext.train.config import RunConfig
+from localsgd_ext.train.processes import ALONE, World
 
 Batch = tuple[Tensor, Tensor]  # images [B, 3, H, W] float32, labels [B] int64, both on the run's device
 
@@ -35,10 +36,10 @@ class Data(Protocol):
         """Mini-batches per training epoch; an incomplete last one is left out, so that all steps cost the same."""
 
     def train(self, epoch: int) -> Iterator[Batch]:
-        """The training set in the order of this epoch, augmented."""
+        """The training set in the order of this epoch, augmented; of every mini-batch, this process's share."""
 
     def test(self) -> Iterator[Batch]:
-        """The test set in its own order."""
+        """The test set in its own order; of several processes each has mini-batches of its own."""
 
 
 def derive_seed(*parts: int) -> int:
@@ -46,14 +47,22 @@ def derive_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
-def load(config: RunConfig, log: Callable[[str], None] = lambda _: None) -> Data:
-    """The run's data set. Raises ``ValueError`` that says where to get files that are missing."""
+def load(config: RunConfig, log: Callable[[str], None] = lambda _: None, world: World = ALONE) -> Data:
+    """The run's data set, in mini-batches whose order does not depend on the number of processes.
+
+    Raises:
+        ValueError: files are missing (it says where to get them), or mini-batches cannot be shared out evenly.
+    """
+    if config.batch_size % world.size:
+        raise ValueError(
+            f"--batch-size must be a multiple of the number of processes, which share it: got {config.batch_size} for {world.size}"
+        )
     if config.data == "imagenet":
         from localsgd_ext.train.imagenet import ImageFolders
 
-        data: Data = ImageFolders(config)
+        data: Data = ImageFolders(config, world)
     else:
-        data = InMemory(datasets.READERS[config.data](config, log), config)
+        data = InMemory(datasets.READERS[config.data](config, log), config, world)
     if data.train_size < config.batch_size:
         raise ValueError(f"--batch-size {config.batch_size} is more than the {data.train_size} training pictures")
     return data
@@ -62,13 +71,13 @@ def load(config: RunConfig, log: Callable[[str], None] = lambda _: None) -> Data
 class InMemory:
     """A set small enough to lie on the device as bytes; a mini-batch is one indexing operation."""
 
-    def __init__(self, source: datasets.Arrays, config: RunConfig) -> None:
+    def __init__(self, source: datasets.Arrays, config: RunConfig, world: World = ALONE) -> None:
         device = torch.device(config.device)
         self.num_classes = source.num_classes
         self.train_size, self.test_size = len(source.train_y), len(source.test_y)
         self.image_size = source.train_x.shape[1]
         self.unreadable: dict[str, str] = {}
-        self._batch_size, self._seed = config.batch_size, config.seed
+        self._batch_size, self._seed, self._world = config.batch_size, config.seed, world
         self._crop, self._flip = source.crop, source.flip
         self._format = torch.channels_last if config.channels_last else torch.contiguous_format
 
@@ -93,14 +102,14 @@ class InMemory:
         offsets = torch.randint(0, 2 * self._crop + 1, (2, n), generator=random).to(device)
         flips = torch.randint(0, 2, (n, 1, 1, 1), generator=random).bool().to(device)
         for start in range(0, self.steps * self._batch_size, self._batch_size):
-            index = order[start : start + self._batch_size]
+            index = order[start : start + self._batch_size][self._world.share(self._batch_size)]
             images = self._crops[index, offsets[0, index], offsets[1, index]]
             if self._flip:
                 images = torch.where(flips[index], images.flip(3), images)
             yield self._normalise(images), self._train_y[index]
 
     def test(self) -> Iterator[Batch]:
-        for start in range(0, self.test_size, 250):
+        for start in range(250 * self._world.rank, self.test_size, 250 * self._world.size):
             yield self._normalise(self._test_x[start : start + 250]), self._test_y[start : start + 250]
 
     def _normalise(self, images: Tensor) -> Tensor:

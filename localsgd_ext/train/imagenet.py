@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from localsgd_ext.train.config import RunConfig
 from localsgd_ext.train.data import Batch, UnreadablePictures, derive_seed
+from localsgd_ext.train.processes import ALONE, World
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _WHERE = (
@@ -30,7 +31,7 @@ class ImageFolders:
     raise``, ends the run.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, world: World = ALONE) -> None:
         from torchvision.datasets import ImageFolder
         from torchvision.transforms import v2
 
@@ -57,7 +58,7 @@ class ImageFolders:
         self._train_index = _subset(len(train), config.train_size, "train")
         self._test_index = _subset(len(test), config.test_size, "test")
         self.train_size, self.test_size = len(self._train_index), len(self._test_index)
-        self._config = config
+        self._config, self._world = config, world
 
     @property
     def steps(self) -> int:
@@ -67,16 +68,20 @@ class ImageFolders:
         random = np.random.default_rng(derive_seed(self._config.seed, epoch))
         order = random.permutation(self._train_index)[: self.steps * self._config.batch_size]
         seeds = random.integers(2**63, size=len(order))
-        yield from self._load(self._train, list(zip(order.tolist(), seeds.tolist(), strict=True)))
+        keys = list(zip(order.tolist(), seeds.tolist(), strict=True))
+        share, size = self._world.share(self._config.batch_size), self._config.batch_size
+        mine = [key for start in range(0, len(keys), size) for key in keys[start : start + size][share]]
+        yield from self._load(self._train, mine, share.stop - share.start)
 
     def test(self) -> Iterator[Batch]:
-        yield from self._load(self._test, [(index, 0) for index in self._test_index.tolist()])
+        mine = self._test_index.tolist()[self._world.rank :: self._world.size]
+        yield from self._load(self._test, [(index, 0) for index in mine], self._config.batch_size)
 
-    def _load(self, dataset: Any, keys: list[Any]) -> Iterator[Batch]:
+    def _load(self, dataset: Any, keys: list[Any], batch_size: int) -> Iterator[Batch]:
         config, device = self._config, torch.device(self._config.device)
         loader: DataLoader[Any] = DataLoader(
             dataset,
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             sampler=keys,
             num_workers=config.workers,
             collate_fn=_collate,
@@ -91,6 +96,11 @@ class ImageFolders:
                 path, why = bad[0]
                 raise UnreadablePictures(f"{path} cannot be read: {why}; --bad-images report leaves such pictures out")
             if images is None:
+                if dataset is self._train and self._world.size > 1:  # it would make fewer steps than the other processes
+                    path, why = bad[0]
+                    raise UnreadablePictures(
+                        f"none of the {len(bad)} pictures of a process's share of a mini-batch can be read; {path}: {why}"
+                    )
                 continue
             any_good = True
             yield images.to(device, non_blocking=True, memory_format=layout), labels.to(device, non_blocking=True)

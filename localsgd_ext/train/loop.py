@@ -20,11 +20,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, StepLR
 
 from localsgd_ext import LocalizedLearning, StaticModeSelection, trace_layers
+from localsgd_ext.distributed import ReplicatedModel
 from localsgd_ext.train import checkpoint, models, prunetrain
 from localsgd_ext.train.config import NOT_PREFIX, RunConfig
 from localsgd_ext.train.data import Data, derive_seed
 from localsgd_ext.train.files import write_atomically, write_json
 from localsgd_ext.train.measure import MultiplyAdds, PhaseTimer, SavedBytes, multiply_adds, saved_activations
+from localsgd_ext.train.processes import ALONE, World
 from localsgd_ext.train.progress import Progress
 from localsgd_ext.train.prunetrain import GroupLasso
 from localsgd_ext.train.rundir import SUMMARY, RunDirectory
@@ -38,10 +40,21 @@ class Trainer:
 
     Every random number follows from ``(seed, epoch)``: runs of one seed share their first weights, the order of the data
     and its augmentation, may be interleaved in one process, and a resumed run needs no generator's state.
+
+    Of the processes of a ``world`` each has a trainer, and all call the same methods; the first one writes.
     """
 
-    def __init__(self, config: RunConfig, data: Data, directory: RunDirectory, progress: Progress, label: str = "") -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        data: Data,
+        directory: RunDirectory,
+        progress: Progress,
+        label: str = "",
+        world: World = ALONE,
+    ) -> None:
         self.config, self.data, self.directory, self.progress, self.label = config, data, directory, progress, label
+        self.world = world
         self.epoch = 0
         self.metrics: list[dict[str, Any]] = []
         self._device = torch.device(config.device)
@@ -52,6 +65,7 @@ class Trainer:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
+        self.replicas = ReplicatedModel(self.model) if world.size > 1 else None
         self._scheduler = _scheduler(self.optimizer, config)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.amp == "fp16")
         self._example = torch.zeros(2, 3, data.image_size, data.image_size, device=self._device)
@@ -93,7 +107,8 @@ class Trainer:
     def run_epoch(self) -> dict[str, Any]:
         """Train for an epoch, evaluate, record and save. Returns what was measured (see ``metrics.jsonl``)."""
         config, number = self.config, self.epoch + 1
-        _seed_everything(derive_seed(config.seed, self.epoch, 1))
+        others = (self.world.rank,) if self.world.rank else ()  # so that dropout differs from share to share
+        _seed_everything(derive_seed(config.seed, self.epoch, 1, *others))
         self.data.unreadable.clear()
         self.progress.begin(f"{self.label} epoch {number}/{config.epochs}".strip())
         boundary = self.local.boundary if self.local else 0
@@ -105,6 +120,7 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self._device)
         start = time.perf_counter()
         loss, timer, cost = self._train()
+        loss = self._sum_over_processes([loss])[0] / self.world.size
         skipped = self.local.skipped if self.local else {}
         if self.local:
             with self._logged_warnings():
@@ -114,6 +130,7 @@ class Trainer:
             self._reconfigure()
         seconds = time.perf_counter() - start  # everything that training costs; evaluation and saving are not in it
         test_accuracy, test_loss = self.evaluate()
+        (unreadable,) = self._sum_over_processes([float(len(self.data.unreadable))])
 
         images = self.data.steps * config.batch_size
         elapsed = (self.metrics[-1]["elapsed_train_seconds"] if self.metrics else 0.0) + seconds
@@ -131,13 +148,13 @@ class Trainer:
             "images_per_second": images / seconds,
             "step_ms": timer.medians(),
             "saved_activation_bytes": cost.saved_bytes,
-            "multiply_adds": cost.multiply_adds,
+            "multiply_adds": cost.multiply_adds * self.world.size,
             "parameters": parameters,
             "peak_device_bytes": torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None,
             "lr": lr,
             "local_lr": local_lr,
             "skipped_updates": skipped,
-            "unreadable_images": len(self.data.unreadable),
+            "unreadable_images": int(unreadable),
         }
         if self.data.unreadable:
             self.say(f"epoch {number}: {_unreadable(self.data.unreadable)}")
@@ -185,7 +202,7 @@ class Trainer:
             timer.mark("optimizer")
             total += loss.detach()
             steps += 1
-            self.progress.advance(len(y))
+            self.progress.advance(len(y) * self.world.size)
         return float(total) / steps, timer, cost
 
     def _reconfigure(self) -> None:
@@ -194,12 +211,19 @@ class Trainer:
 
     def _forward(self, x: Tensor, y: Tensor) -> Tensor:
         with self._autocast():
-            return F.cross_entropy(self.model(x), y)
+            return F.cross_entropy((self.replicas or self.model)(x), y)
+
+    def _sum_over_processes(self, values: list[float]) -> list[float]:
+        if self.replicas is None:
+            return values
+        return [sum(of_all) for of_all in zip(*self.replicas.gather(values), strict=True)]
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
         """Accuracy (fraction) and mean loss on the test set."""
         self.model.eval()
+        if self.replicas:
+            self.replicas.broadcast_buffers()  # each has had BatchNorm statistics of its own since the last step
         correct = torch.zeros((), dtype=torch.int64, device=self._device)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         seen = 0  # fewer than test_size where pictures could not be read
@@ -209,7 +233,8 @@ class Trainer:
             correct += (logits.argmax(1) == y).sum()
             total += F.cross_entropy(logits.float(), y, reduction="sum")
             seen += len(y)
-        return int(correct) / seen, float(total) / seen
+        right, loss, pictures = self._sum_over_processes([float(correct), float(total), float(seen)])
+        return right / pictures, loss / pictures
 
     def save(self) -> None:
         """Write the checkpoint of the epochs finished so far."""
@@ -222,7 +247,8 @@ class Trainer:
             "local": local,
             "lasso": self.lasso.coefficient if self.lasso else None,
         }
-        checkpoint.save(self.directory.path, self.epoch, self.config.identity(), state)
+        if self.world.is_first:
+            checkpoint.save(self.directory.path, self.epoch, self.config.identity(), state)
 
     def restore(self) -> None:
         """Go on from the newest usable checkpoint. Raises ``CheckpointError`` if there are some and none can be used."""
@@ -246,6 +272,12 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"{self.directory.path}: the checkpoint is of epoch {self.epoch}, but metrics.jsonl has {len(self.metrics)} epochs"
             )
+        epochs = [of_one[0] for of_one in self.replicas.gather([self.epoch])] if self.replicas else []
+        if len(set(epochs)) > 1:
+            raise checkpoint.CheckpointError(
+                f"{self.directory.path} must be the same directory for all processes; their checkpoints are of epochs "
+                + ", ".join(f"{epoch:.0f}" for epoch in epochs)
+            )
         self.say(f"resuming after epoch {self.epoch} of {self.config.epochs}")
 
     def finish(self) -> None:
@@ -255,6 +287,8 @@ class Trainer:
             self.local.remove()
         if self.branches:
             self.branches.fold_()
+        if not self.world.is_first:
+            return
         buffer = io.BytesIO()
         torch.save(self.model.state_dict(), buffer)
         write_atomically(self.directory.path / "model.pt", buffer.getvalue())
@@ -326,7 +360,7 @@ def _localized_learning(trainer: Trainer) -> LocalizedLearning | None:
     if config.method in NOT_PREFIX:
         return None
     return LocalizedLearning(
-        trainer.model,
+        trainer.replicas or trainer.model,
         trainer.optimizer,
         epochs=config.epochs,
         rule="frozen" if config.method in ("freeze", "refresh") else "hebbian",

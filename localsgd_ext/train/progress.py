@@ -103,6 +103,28 @@ class Lines:
         self._write(line)
 
 
+class Silence:
+    """For processes beside the first."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    def begin(self, label: str) -> None:
+        pass
+
+    def advance(self, images: int) -> None:
+        pass
+
+    def end(self, line: str) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+
 class Bar:
     """A rich progress bar over the whole job, with the epoch, pictures per second and the time left."""
 

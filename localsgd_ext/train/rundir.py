@@ -138,6 +138,25 @@ def lock(path: Path) -> int:
     return descriptor
 
 
+class WatchedRunDirectory(RunDirectory):
+    """The same directory for the processes beside the first: they read, and write nothing."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path, self.config = path, config
+
+    def log(self, line: str) -> None:
+        pass
+
+    def keep_metrics(self, epochs: int) -> list[dict[str, Any]]:
+        return [m for m in self.metrics() if m["epoch"] <= epochs]
+
+    def add_metrics(self, metrics: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def epochs_done(path: Path) -> int:
     """How many epochs the run in ``path`` has recorded; 0 if there is none."""
     return len(read_json_lines(path / METRICS))

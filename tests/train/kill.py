@@ -20,10 +20,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch.utils.tensorboard  # noqa: F401  # what the runs need is imported before they are forked
+from same_runs import assert_same_run, metrics
 
 from localsgd_ext.__main__ import main
 from localsgd_ext.train import cli, rundir  # noqa: F401
-from runs import assert_same_run, metrics
 
 METHODS = (
     "--method local --local-lr 0.001 --refresh 3 --sample 0.5",

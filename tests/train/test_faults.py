@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from same_runs import assert_same_run
 
 from localsgd_ext.__main__ import main
 from localsgd_ext.train import data, rundir
 from localsgd_ext.train.config import RunConfig
 from localsgd_ext.train.loop import Trainer
 from localsgd_ext.train.progress import Lines
-from runs import assert_same_run
 
 
 def contents(path: Path) -> dict[Path, bytes]:

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from same_runs import assert_same_run, weights
 
 from localsgd_ext.train import checkpoint
 from localsgd_ext.train.config import RunConfig
 from localsgd_ext.train.files import read_json_lines
 from localsgd_ext.train.loop import Trainer
-from runs import assert_same_run, weights
 
 
 def test_killed_at_random_moments(tmp_path: Path, soak: bool) -> None:

@@ -1,0 +1,75 @@
+"""One run in several processes: ``torchrun`` starts them, and each trains on its share of every mini-batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and which of them this one is; by default there is no other."""
+
+    rank: int = 0
+    size: int = 1
+    restarts: int = 0
+    """How often torchrun has started them again, after one had died."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> slice:
+        """This process's part of a mini-batch; all parts together are the mini-batch, in its own order."""
+        return slice(batch_size * self.rank // self.size, batch_size * (self.rank + 1) // self.size)
+
+    def from_first(self, value: T) -> T:
+        """The first process's ``value``. All processes must call it."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    @contextmanager
+    def first_goes_ahead(self) -> Iterator[None]:
+        """The first process goes through the block before the others: it makes what they find."""
+        if self.size > 1 and not self.is_first:
+            dist.barrier()
+        try:
+            yield
+        finally:
+            if self.size > 1 and self.is_first:
+                dist.barrier()
+
+
+ALONE = World()
+
+
+@contextmanager
+def started() -> Iterator[World]:
+    """The processes that torchrun has started, as a process group: NCCL for GPUs, gloo for CPUs; without torchrun this one alone."""
+    environment = os.environ
+    restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if int(environment.get("WORLD_SIZE", 1)) == 1 or "RANK" not in environment:
+        yield World(restarts=restarts)
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(environment["LOCAL_RANK"]))
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun's store outlives a restart, and with it the addresses of processes that are dead.
+    dist.init_process_group(store=PrefixStore(f"restart {restarts}", store), rank=rank, world_size=size)
+    try:
+        yield World(rank, size, restarts)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,192 @@
+"""``localsgd train`` in several processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import TINY
+from PIL import Image
+from processes import distributed_test
+from same_runs import assert_same_run
+
+from localsgd_ext.__main__ import main
+from localsgd_ext.distributed import check_replicas
+from localsgd_ext.train import checkpoint, data, processes
+from localsgd_ext.train.config import RunConfig, resolve
+from localsgd_ext.train.files import read_json, read_json_lines
+from localsgd_ext.train.loop import Trainer
+from localsgd_ext.train.processes import World
+from localsgd_ext.train.progress import Silence
+from localsgd_ext.train.rundir import RunDirectory, WatchedRunDirectory
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Two classes of 10 training and 7 test pictures, each of one colour."""
+    for split, count in (("train", 10), ("val", 7)):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (12, 12), (20 * i, 9, 120 if name == "dog" else 0)).save(tmp_path / split / name / f"{i}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("source", ["memory", "folders"])
+def test_shares_make_up_the_mini_batches_of_one_process(
+    source: str, size: int, tiny: Callable[..., RunConfig], folders: Path
+) -> None:
+    config = tiny(train_size=60, batch_size=12, test_size=600)
+    if source == "folders":
+        config = config.replace(data="imagenet", root=str(folders), train_size=None, test_size=None, workers=0)
+    whole = data.load(config)
+    parts = [data.load(config, world=World(rank, size)) for rank in range(size)]
+    assert {part.steps for part in parts} == {whole.steps}
+    for epoch in (0, 1):
+        batches = list(whole.train(epoch))
+        assert len(batches) == whole.steps
+        for batch, *shares in zip(batches, *(part.train(epoch) for part in parts), strict=True):
+            assert {len(y) for _, y in shares} == {12 // size}
+            for i in (0, 1):
+                assert torch.equal(torch.cat([share[i] for share in shares]), batch[i])
+    tests = [torch.cat([x for x, _ in [(torch.empty(0), 0), *part.test()]]) for part in parts]
+    assert sum(len(x) for x in tests) == whole.test_size
+    pictures = torch.cat([x for x, _ in whole.test()])
+    assert sorted(map(float, torch.cat([x.reshape(-1, pictures[0].numel()) for x in tests]).double().sum(1))) == sorted(
+        map(float, pictures.flatten(1).double().sum(1))
+    )
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tiny: Callable[..., RunConfig]) -> None:
+    with pytest.raises(
+        ValueError, match="--batch-size must be a multiple of the number of processes, which share it: got 16 for 3"
+    ):
+        data.load(tiny(), world=World(0, 3))
+
+
+def trained(path: Path, world: World, method: str, epochs: int, resume: bool = False) -> Trainer:
+    config = resolve("fake", "small_resnet", method, **TINY, device="cpu")
+    directory = RunDirectory(path, config, resume=resume) if world.is_first else WatchedRunDirectory(path, config)
+    trainer = Trainer(config, data.load(config, world=world), directory, Silence(), world=world)
+    if resume:
+        trainer.restore()
+    for _ in range(epochs):
+        trainer.run_epoch()
+    return trainer
+
+
+@pytest.mark.parametrize("method", ["sgd", "freeze", "refresh", "local"])
+@distributed_test(world_size=2)
+def test_processes_agree_and_resume(method: str, tmp_path: Path) -> None:
+    world = World(dist.get_rank(), dist.get_world_size())
+    whole = trained(tmp_path / "whole", world, method, 4)
+    assert whole.replicas is not None
+    check_replicas(whole.local or whole.replicas, buffers=True)
+    trained(tmp_path / "parts", world, method, 2)
+    dist.barrier()
+    resumed = trained(tmp_path / "parts", world, method, 2, resume=True)
+    for ours, theirs in zip(resumed.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    for trainer in (whole, resumed):
+        trainer.finish()
+    if world.is_first:
+        assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+    # What was recorded is of all pictures, as one process finds it with the same weights.
+    single = Trainer(whole.config, data.load(whole.config), WatchedRunDirectory(tmp_path, whole.config), Silence())
+    single.model.load_state_dict(whole.model.state_dict())
+    accuracy, loss = single.evaluate()
+    assert whole.metrics[-1]["test_accuracy"] == accuracy
+    assert whole.metrics[-1]["test_loss"] == pytest.approx(loss, rel=1e-5)
+    if method != "sgd":
+        assert whole.metrics[-1]["boundary"] > 0
+
+
+@distributed_test(world_size=2)
+def test_a_directory_that_is_not_shared_is_refused(tmp_path: Path) -> None:
+    world = World(dist.get_rank(), dist.get_world_size())
+    trained(tmp_path / "run", world, "sgd", 1)
+    dist.barrier()
+    elsewhere = tmp_path / ("run" if world.is_first else "another machine's")
+    elsewhere.mkdir(exist_ok=True)
+    with pytest.raises(
+        checkpoint.CheckpointError, match="same directory for all processes; their checkpoints are of epochs 1, 0"
+    ):
+        trained(elsewhere, world, "sgd", 0, resume=True)
+
+
+def torchrun(out: Path, options: list[str], *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        [*command, "-m", "localsgd_ext", "train", *options, "--out", str(out)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_process_killed_and_all_started_again(victim: int, tmp_path: Path, tiny_flags: list[str]) -> None:
+    """As torchrun does it, from the last checkpoint; no flag is given for it."""
+    options = [*tiny_flags, "--train-size", "960", "--epochs", "6", "--local-lr", "0.001"]
+    undisturbed = torchrun(tmp_path / "undisturbed", options)
+    disturbed = torchrun(tmp_path / "disturbed", options, "--max-restarts", "1")
+    try:
+        deadline = time.monotonic() + 240
+        while not checkpoint.path_of(tmp_path / "disturbed", 3).exists():
+            assert disturbed.poll() is None, disturbed.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        workers = [p for p in psutil.Process(disturbed.pid).children() if p.environ().get("RANK") == str(victim)]
+        assert len(workers) == 1
+        workers[0].send_signal(signal.SIGKILL)
+        outputs = [process.communicate(timeout=240)[0] for process in (undisturbed, disturbed)]
+    finally:
+        for process in (undisturbed, disturbed):
+            process.kill()
+    assert [undisturbed.returncode, disturbed.returncode] == [0, 0], "\n".join(outputs)
+    assert outputs[0].count("epoch 6/6") == 1  # the first process alone speaks
+    assert "resuming after epoch" in outputs[1]
+    assert "resuming after epoch" not in outputs[0]
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "disturbed")
+    metrics = read_json_lines(tmp_path / "disturbed" / "metrics.jsonl")
+    assert [m["epoch"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    assert metrics[-1]["boundary"] > 0
+    assert read_json(tmp_path / "disturbed" / "summary.json")["epochs"] == 6
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "--method", "prunetrain"], "--method prunetrain runs in one process, got 2"),
+        (["train", "--method", "stochastic-depth"], "--method stochastic-depth runs in one process, got 2"),
+        (["compare", "--methods", "sgd,local"], "compare runs in one process, got 2"),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_mistakes_end_in_one_message_of_the_first_process(
+    command: list[str],
+    message: str,
+    rank: int,
+    tmp_path: Path,
+    tiny_flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(processes, "started", lambda: contextlib.nullcontext(World(rank, 2)))
+    assert main([*command, *tiny_flags, "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.count(message) == (1 if rank == 0 else 0)
+    assert not (tmp_path / "run").exists()

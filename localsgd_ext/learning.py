@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # What keeps most of SGD's accuracy for its cost. The Hebbian step is not in it: it was not seen to help. Its normalised step
     # has the length lr whatever the size of the weight; 0.01, the paper's, overwrites trained filters on networks of ordinary
     # width, 1e-4 stays within reach of freezing.
-    "default": {"rule": "frozen", "schedule": "quadratic", "l_max": 0.9, "refresh": 4, "lr": 1e-4},
+    "default": {"rule": "frozen", "schedule": "linear", "l_max": 0.9, "refresh": 4, "lr": 1e-4},
     "paper": {"rule": "hebbian", "schedule": "dynamic", "l_max": 0.75, "refresh": None, "lr": 0.01},
 }
 """What is taken for arguments that are not given; for ``preset=None`` the first."""
@@ -69,7 +69,7 @@ class LocalizedLearning:
         optimizer: the optimizer (or several) of the whole model, or ``None``. Its parameter groups are left alone; the state of
             parameters that get frozen is dropped.
         epochs: length of the run, ``E_max`` of equation 2.
-        preset: what is taken for the arguments that are not given. ``None``: ``rule="frozen"``, ``schedule="quadratic"``,
+        preset: what is taken for the arguments that are not given. ``None``: ``rule="frozen"``, ``schedule="linear"``,
             ``l_max=0.9``, ``refresh=4``, what was measured to be worth its cost (``lr=0.0001``, should the rule be Hebbian).
             ``"paper"``: LoCal+SGD as printed, ``rule="hebbian"``, ``schedule="dynamic"``, ``l_max=0.75``, ``refresh=None``,
             ``lr=0.01``.

@@ -18,7 +18,7 @@ def test_train_says_what_it_does_and_where_things_are(
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 4  # not a terminal: one line per epoch
-    for part in ("epoch 4/4", "accuracy", "prefix 11/14", "images/s", "left 0 s"):
+    for part in ("epoch 4/4", "accuracy", "prefix 9/14", "images/s", "left 0 s"):
         assert part in lines[-1]
     assert f"Everything is in {out}" in shown
     assert (out / "picture.png").exists()

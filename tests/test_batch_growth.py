@@ -432,6 +432,22 @@ def test_two_processes_grow_together_and_reduce_half_as_often():
     check_replicas(run.local)
 
 
+@distributed_test(world_size=2)
+def test_two_processes_resume_bit_for_bit():
+    def fresh():
+        return Run(budget=AT_16, boundaries=(0, 2), replicated=True, lr_scaling="linear", scheduler=SCHEDULERS["cosine"])
+
+    whole, part = fresh(), fresh()
+    assert whole.epochs(0, 4) == [True, False, False, False]
+    part.epochs(0, 2)
+    rest = fresh().load(part.saved())
+    rest.epochs(2, 4)
+    assert rest.steps == [2, 2]
+    assert rest.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
+    for ours, theirs in zip(rest.network.state_dict().values(), whole.network.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("largest", [0, 1])
 @distributed_test(world_size=2)
 def test_the_process_that_needs_most_decides(largest):

@@ -63,13 +63,15 @@ class Run:
         scheduler=None,
         replicated=False,
         lr_scaling="none",
+        rule="frozen",
         **options,
     ):
         self.network = network()
         self.model = ReplicatedModel(self.network) if replicated else self.network
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.1, momentum=0.9)
         self.scheduler = scheduler(self.optimizer) if scheduler else None
-        self.local = LocalizedLearning(self.model, self.optimizer, epochs=9, schedule=moving(*boundaries), refresh=refresh)
+        how = {"schedule": moving(*boundaries), "refresh": refresh, "rule": rule, "supervision": None}
+        self.local = LocalizedLearning(self.model, self.optimizer, epochs=9, **how)
         data = dataset(32 * (dist.get_world_size() if replicated else 1))
         self.sampler = DistributedSampler(data, seed=3) if replicated else Shuffled(len(data))
         self.batch_sampler = ResizableBatchSampler(self.sampler, 8)
@@ -417,9 +419,10 @@ def test_a_state_of_another_format_is_refused():
 # -------------------------------------------------------------------- several processes
 
 
+@pytest.mark.parametrize("rule", ["frozen", "hebbian"])
 @distributed_test(world_size=2)
-def test_two_processes_grow_together_and_reduce_half_as_often():
-    run = Run(budget=AT_16, boundaries=(0, 0, 2), replicated=True, lr_scaling="linear")
+def test_two_processes_grow_together_and_reduce_half_as_often(rule):
+    run = Run(budget=AT_16, boundaries=(0, 0, 2), replicated=True, lr_scaling="linear", rule=rule)
     forwards, gradients = [], []
     for number in range(4):
         before = run.model.traffic
@@ -428,6 +431,8 @@ def test_two_processes_grow_together_and_reduce_half_as_often():
         gradients.append(run.model.traffic.gradients - before.gradients)
     assert forwards == [4, 4, 2, 2]
     assert gradients == [4 * 4 * PARAMETERS, 4 * 4 * PARAMETERS, 2 * 4 * LAST, 2 * 4 * LAST]
+    both = 4 * (8 * 16 + 16 * 16 + 2)  # of the two local layers, and how often each ran, in each of the last four forwards
+    assert run.model.traffic.correlations == (4 * both if rule == "hebbian" else 0)
     assert run.optimizer.param_groups[0]["lr"] == 0.2
     check_replicas(run.local)
 

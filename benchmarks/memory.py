@@ -92,7 +92,7 @@ def one(task: dict[str, Any]) -> dict[str, Any]:
     import torch.nn.functional as F
 
     from localsgd_ext import trace_layers
-    from localsgd_ext.train.measure import saved_activations
+    from localsgd_ext.saved import saved_activations
 
     torch.set_num_threads(task["threads"])
     setting = dataclasses.replace(NETWORKS[task["network"]], image=task["image"], batch=task["batch"])

@@ -5,6 +5,7 @@ import types
 from importlib.metadata import PackageNotFoundError, version
 
 from . import ops
+from .batch_growth import BatchGrowth, ResizableBatchSampler
 from .explain import explain
 from .freezing import freeze_prefix
 from .graphs import GraphedStep
@@ -37,12 +38,14 @@ class _Package(types.ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 __all__ = [
+    "BatchGrowth",
     "DynamicModeSelection",
     "ExecutionPlan",
     "GraphedStep",
     "HebbianUpdater",
     "LocalizedLearning",
     "ModeSelection",
+    "ResizableBatchSampler",
     "StaticModeSelection",
     "WeakSupervision",
     "apply_update_",

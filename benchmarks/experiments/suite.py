@@ -63,7 +63,7 @@ EXPERIMENTS = {
         lambda study, network: [],
         lambda study, runs, timings: {},
         paper="ResNet-50 on 4 GPUs: a mini-batch of 128 instead of 64 from epoch 33 of 90 saves another 6 % of the time.",
-        needs="table 3 (batch growth) trains on several devices, and localsgd_ext does not support data parallel training yet",
+        needs="table 3 (batch growth) trains on several devices with localsgd_ext.BatchGrowth, which localsgd train does not use yet",
     ),
     "table4": Experiment(
         "common or per-network hyper-parameters",

@@ -21,11 +21,12 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler,
 
 from localsgd_ext import LocalizedLearning, StaticModeSelection, trace_layers
 from localsgd_ext.distributed import ReplicatedModel
+from localsgd_ext.saved import SavedBytes, saved_activations
 from localsgd_ext.train import checkpoint, models, prunetrain
 from localsgd_ext.train.config import NOT_PREFIX, RunConfig
 from localsgd_ext.train.data import Data, derive_seed
 from localsgd_ext.train.files import write_atomically, write_json
-from localsgd_ext.train.measure import MultiplyAdds, PhaseTimer, SavedBytes, multiply_adds, saved_activations
+from localsgd_ext.train.measure import MultiplyAdds, PhaseTimer, multiply_adds
 from localsgd_ext.train.processes import ALONE, World
 from localsgd_ext.train.progress import Progress
 from localsgd_ext.train.prunetrain import GroupLasso

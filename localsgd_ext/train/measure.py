@@ -1,4 +1,4 @@
-"""Time by phase of a training step, the activations it keeps for the backward pass, and its multiply-adds."""
+"""Time by phase of a training step, and its multiply-adds."""
 
 from __future__ import annotations
 
@@ -83,34 +83,6 @@ class PhaseTimer:
         first = (self._kinds or [False])[0]
         medians = {kind: statistics.median(some[kind == first :] or some) for kind, some in by_kind.items()}
         return sum(medians[kind] * len(some) for kind, some in by_kind.items()) / len(values)
-
-
-@dataclass
-class SavedBytes:
-    """Bytes that autograd keeps for the backward pass."""
-
-    total: int = 0
-
-
-@contextmanager
-def saved_activations(model: nn.Module) -> Iterator[SavedBytes]:
-    """Count what a forward pass saves for its backward pass: every storage once, the model's own tensors not at all.
-
-    Nothing is freed before the backward pass begins, so the sum at the end of the forward pass is the peak.
-    """
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    seen: dict[int, Tensor] = {}  # holds the tensors: a freed storage's address could come back
-    saved = SavedBytes()
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and storage.data_ptr() not in seen:
-            seen[storage.data_ptr()] = tensor.detach()
-            saved.total += storage.nbytes()
-        return tensor.detach()  # a layer's own output would hold the layer's node, and so the graph itself, for ever
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
 
 
 @dataclass

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from localsgd_ext.train.measure import PHASES, PhaseTimer, multiply_adds, saved_activations
+from localsgd_ext.saved import saved_activations
+from localsgd_ext.train.measure import PHASES, PhaseTimer, multiply_adds
 
 
 def test_bytes_saved_by_a_small_chain() -> None:

@@ -1,0 +1,536 @@
+"""The batch that grows where memory allows it, with numbers counted by hand."""
+
+import io
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from processes import distributed_test, raises_everywhere
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
+
+from localsgd_ext import BatchGrowth, LocalizedLearning, ResizableBatchSampler, StaticModeSelection, batch_growth
+from localsgd_ext.batch_growth import PeakMemory, SavedMemory, StepMemory
+from localsgd_ext.distributed import ReplicatedModel, check_replicas
+
+# Floats of the network below. Saved for the backward pass, per sample: the input (8) and the two ReLU's outputs (16 each, by ReLU and
+# the next layer together); where the boundary is 2, only what the last layer reads (16). The last layer has 16 * 4 + 4 parameters.
+PARAMETERS, LAST = (8 * 16 + 16) + (16 * 16 + 16) + 68, 68
+WHOLE, STOPPED = 4 * (8 + 16 + 16), 4 * 16
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def moving(*boundaries):
+    """A schedule with these boundaries, one an epoch, and the last one from then on."""
+    return StaticModeSelection(kind=lambda epoch: boundaries[min(epoch, len(boundaries) - 1)], l_max=0.9)
+
+
+class Shuffled:
+    """Another order in every epoch, known from its number."""
+
+    def __init__(self, length):
+        self.length, self.epoch = length, 0
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        return iter(torch.randperm(self.length, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+
+def dataset(length=32):
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(length, 8, generator=generator), torch.randint(4, (length,), generator=generator))
+
+
+class Run:
+    """The user's loop. A batch of 8 out of 32 samples (of each process)."""
+
+    def __init__(
+        self,
+        *,
+        budget,
+        boundaries=(0, 2),
+        measure=None,
+        refresh=None,
+        scheduler=None,
+        replicated=False,
+        lr_scaling="none",
+        rule="frozen",
+        **options,
+    ):
+        self.network = network()
+        self.model = ReplicatedModel(self.network) if replicated else self.network
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.1, momentum=0.9)
+        self.scheduler = scheduler(self.optimizer) if scheduler else None
+        how = {"schedule": moving(*boundaries), "refresh": refresh, "rule": rule, "supervision": None}
+        self.local = LocalizedLearning(self.model, self.optimizer, epochs=9, **how)
+        data = dataset(32 * (dist.get_world_size() if replicated else 1))
+        self.sampler = DistributedSampler(data, seed=3) if replicated else Shuffled(len(data))
+        self.batch_sampler = ResizableBatchSampler(self.sampler, 8)
+        self.loader = DataLoader(data, batch_sampler=self.batch_sampler)
+        self.growth = BatchGrowth(
+            self.local,
+            self.batch_sampler,
+            memory_budget=budget,
+            measure=measure or SavedMemory(self.local, torch.randn(2, 8)),
+            lr_scaling=lr_scaling,
+            schedulers=self.scheduler or (),
+            **options,
+        )
+        self.steps = []
+
+    def epoch(self, number):
+        self.sampler.epoch = number  # as set_epoch() does
+        for x, y in self.loader:
+            loss = F.cross_entropy(self.model(x), y)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+        self.steps.append(len(self.loader))
+        self.local.step()
+        grew = self.growth.step()
+        if self.scheduler:
+            self.scheduler.step()
+        return grew
+
+    def epochs(self, start, stop):
+        return [self.epoch(number) for number in range(start, stop)]
+
+    def parts(self):
+        named = {name: getattr(self, name) for name in ("network", "optimizer", "scheduler", "local", "growth")}
+        return {name: part for name, part in named.items() if part is not None}
+
+    def saved(self):
+        file = io.BytesIO()
+        torch.save({name: part.state_dict() for name, part in self.parts().items()}, file)
+        return file.getvalue()
+
+    def load(self, saved):
+        state = torch.load(io.BytesIO(saved), weights_only=True)
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        return self
+
+
+# -------------------------------------------------------------------- the sampler
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("size", [1, 3, 5, 10, 11])
+def test_without_a_change_it_is_torchs_sampler(size, drop_last):
+    ours, theirs = ResizableBatchSampler(range(10), size, drop_last), BatchSampler(range(10), size, drop_last)
+    assert isinstance(ours, BatchSampler)
+    for _ in range(2):
+        assert list(ours) == list(theirs)
+        assert len(ours) == len(theirs)
+
+
+def test_a_change_holds_from_the_next_epoch_and_for_the_length():
+    sampler = ResizableBatchSampler(range(7), 2)
+    loader = DataLoader(TensorDataset(torch.arange(7)), batch_sampler=sampler)
+    assert [len(x) for (x,) in loader] == [2, 2, 2, 1]
+    sampler.batch_size = 4
+    assert [len(x) for (x,) in loader] == [4, 3]
+    assert len(loader) == len(sampler) == 2
+
+
+@pytest.mark.parametrize(("drop_last", "rest"), [(False, [[6, 7]]), (True, [])])
+def test_a_change_in_an_epoch_holds_from_the_next_batch_and_loses_nothing(drop_last, rest):
+    sampler = ResizableBatchSampler(range(8), 2, drop_last)
+    drawn = iter(sampler)
+    assert next(drawn) == [0, 1]
+    sampler.batch_size = 4
+    assert next(drawn) == [2, 3, 4, 5]
+    assert list(drawn) == rest
+
+
+def test_with_a_distributed_sampler():
+    samplers = [ResizableBatchSampler(DistributedSampler(range(16), 2, rank, shuffle=False), 2) for rank in range(2)]
+    assert [next(iter(sampler)) for sampler in samplers] == [[0, 2], [1, 3]]
+    for sampler in samplers:
+        sampler.batch_size = 4
+    assert [list(sampler) for sampler in samplers] == [[[0, 2, 4, 6], [8, 10, 12, 14]], [[1, 3, 5, 7], [9, 11, 13, 15]]]
+
+
+def test_the_samplers_state_is_its_size():
+    sampler = ResizableBatchSampler(range(8), 2)
+    sampler.batch_size = 4
+    again = ResizableBatchSampler(range(8), 2)
+    again.load_state_dict(sampler.state_dict())
+    assert list(again) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (0, ValueError, "batch_size must be at least 1, got 0"),
+        (2.0, TypeError, r"batch_size must be an int, got 2\.0"),
+        (True, TypeError, "batch_size must be an int, got True"),
+    ],
+)
+def test_bad_sizes(value, error, message):
+    with pytest.raises(error, match=message):
+        ResizableBatchSampler(range(8), value)
+    sampler = ResizableBatchSampler(range(8), 2)
+    with pytest.raises(error, match=message):
+        sampler.batch_size = value
+    assert sampler.batch_size == 2
+
+
+# -------------------------------------------------------------------- what a step takes
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_memory_of_a_step_by_hand(samples):
+    run = Run(budget=1, boundaries=(0, 2))
+    measure = SavedMemory(run.local, torch.randn(samples, 8))
+    run.epoch(0)  # the optimizer has momentum of every parameter, and then of the last layer's alone
+    assert run.local.boundary == 2
+    assert measure(False) == StepMemory(4 * (PARAMETERS + LAST + LAST), STOPPED * samples, samples)
+    assert measure(True) == StepMemory(4 * (PARAMETERS + PARAMETERS + LAST), WHOLE * samples, samples)
+
+
+def test_measuring_changes_nothing():
+    def train(measures):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 4), nn.Linear(4, 4)
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        local = LocalizedLearning(model, optimizer, epochs=9, preset="paper", schedule=moving(0, 1, 2))
+        x, y = torch.randn(6, 3, 6, 6), torch.randint(4, (6,))
+        for _ in range(4):
+            for _ in range(2):
+                loss = F.cross_entropy(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            local.step(loss)
+            if measures:
+                SavedMemory(local, x)(True)
+                SavedMemory(local, x)(False)
+        return [*model.state_dict().values(), torch.get_rng_state()], [p.requires_grad for p in model.parameters()]
+
+    (plain, learning), (measured, learning_too) = train(False), train(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, measured, strict=True))
+    assert learning == learning_too
+
+
+def test_memory_of_another_batch():
+    assert StepMemory(constant=100, activations=30, batch_size=6).at(12) == 100 + 60
+
+
+class FakeDevice:
+    """The allocator's counters."""
+
+    def __init__(self, monkeypatch):
+        self.peak = self.allocated = 0
+        monkeypatch.setattr(batch_growth, "_device", lambda local: torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: self.allocated)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
+
+    def reset(self, device):
+        self.peak = self.allocated
+
+    def step(self, run, peak):
+        self.peak = max(self.peak, peak)
+        run.optimizer.step()
+
+
+def test_peaks_of_a_device(monkeypatch):
+    run = Run(budget=1, boundaries=(0, 1, 2, 1), refresh=3)
+    device = FakeDevice(monkeypatch)
+    device.allocated = 1000
+    measure = PeakMemory(run.local, run.batch_sampler)
+    assert measure(True) is None
+    run.local.trace(torch.randn(2, 8))
+    device.step(run, 9000)
+    device.step(run, 8000)
+    run.local.step()
+    assert measure(True) == StepMemory(1000, 8000, 8)
+    assert measure(False) == StepMemory(1000, 8000, 8)  # no step at boundary 1 yet: at most a whole one's
+    for peak in (5000, 6000, 8500):  # the third is the refresh
+        assert run.local.refreshing == (peak == 8500)
+        device.step(run, peak)
+    assert measure(True).activations == 8000  # the largest so far, in epoch 0
+    assert measure(False) == StepMemory(1000, 5000, 8)
+    run.local.step()
+    assert measure(False).activations == 5000  # boundary 2: at most what was at 1
+    device.step(run, 3000)
+    assert measure(False).activations == 2000
+    run.local.step()
+    assert measure(False).activations == 8000  # back to 1: what stopped at 2 says nothing
+    run.batch_sampler.batch_size = 16
+    device.step(run, 7000)
+    assert measure(False) == StepMemory(1000, 6000, 16)
+    measure.remove()
+    device.step(run, 10**6)
+    assert measure(False) == StepMemory(1000, 6000, 16)
+
+
+# -------------------------------------------------------------------- when it grows
+
+AT_16 = 4 * (PARAMETERS + LAST + LAST) + STOPPED * 16
+WHOLE_AT_16 = 4 * 3 * PARAMETERS + WHOLE * 16
+
+
+def test_the_numbers():
+    assert (AT_16, WHOLE_AT_16) == (3504, 8368)
+
+
+@pytest.mark.parametrize(("budget", "grows"), [(AT_16 - 1, False), (AT_16, True)])
+def test_grows_when_the_boundary_has_freed_enough(budget, grows):
+    run = Run(budget=budget, boundaries=(0, 0, 2))
+    assert run.epochs(0, 4) == [False, grows, False, False]  # 32 would take 16 * 64 bytes more
+    assert run.growth.batch_size == run.batch_sampler.batch_size == (16 if grows else 8)
+    assert run.steps == [4, 4, *(2 * [2] if grows else 2 * [4])]
+    assert run.growth.growths == grows
+    assert run.growth.predicted == AT_16 + (STOPPED * 16 if grows else 0)
+
+
+@pytest.mark.parametrize(("budget", "grows"), [(WHOLE_AT_16 - 1, False), (WHOLE_AT_16, True)])
+def test_with_refresh_the_whole_steps_memory_decides(budget, grows):
+    run = Run(budget=budget, boundaries=(0, 2), refresh=4)
+    assert run.epoch(0) is grows
+    assert run.local.boundary == 2
+    assert run.growth.predicted == WHOLE_AT_16
+
+
+@pytest.mark.parametrize("larger", [True, False])
+@pytest.mark.parametrize(("allowed", "grows"), [(219, False), (220, True)])
+def test_the_larger_of_the_two_kinds_decides(larger, allowed, grows):
+    run = Run(budget=allowed, refresh=2, measure=lambda whole: StepMemory(20, 100 if whole is larger else 90, 8))
+    assert run.epoch(0) is grows
+
+
+def test_what_is_not_known_does_not_fit():
+    run = Run(budget=math.inf, refresh=2, measure=lambda whole: None if whole else StepMemory(0, 1, 8))
+    assert run.epochs(0, 2) == [False, False]
+    assert math.isnan(run.growth.predicted)
+
+
+def test_stops_at_max_batch_size():
+    run = Run(budget=math.inf, max_batch_size=31)
+    assert run.epochs(0, 3) == [True, False, False]
+
+
+def test_stops_at_the_samples_of_an_epoch():
+    run = Run(budget=math.inf)
+    assert run.epochs(0, 4) == [True, True, False, False]
+    assert run.steps == [4, 2, 1, 1]
+
+
+# -------------------------------------------------------------------- the learning rate
+
+SCHEDULERS = {
+    "step": lambda o: lr_scheduler.StepLR(o, 2),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 3),  # with a restart
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 1 / (1 + epoch)),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.1, 0.4, step_size_up=3),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.4, total_steps=9),
+    "warm-up": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=4), lr_scheduler.LambdaLR(o, lambda epoch: 1 / (1 + epoch))], [4]
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "factor"), [("none", 1), ("linear", 2), ("sqrt", 2**0.5), (lambda doubled: 1.5 * doubled, 3)]
+)
+def test_scales_the_learning_rate(scaling, factor):
+    run = Run(budget=AT_16, lr_scaling=scaling)
+    run.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.02})
+    run.epochs(0, 2)
+    assert [group["lr"] for group in run.optimizer.param_groups] == [0.1 * factor, 0.02 * factor]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_scales_what_a_scheduler_will_set(name):
+    grown, plain = (
+        Run(budget=AT_16, boundaries=(0, 0, 0, 2), scheduler=SCHEDULERS[name], lr_scaling=s) for s in ("linear", "none")
+    )
+    for number in range(8):
+        assert grown.epoch(number) == plain.epoch(number) == (number == 2)
+        factor = 2 if number >= 2 else 1
+        assert grown.optimizer.param_groups[0]["lr"] == pytest.approx(factor * plain.optimizer.param_groups[0]["lr"], rel=1e-12)
+        assert grown.scheduler.get_last_lr() == [grown.optimizer.param_groups[0]["lr"]]
+
+
+def test_a_scheduler_knows_the_rate_before_its_step():
+    run = Run(budget=AT_16, boundaries=(2,), scheduler=SCHEDULERS["step"], lr_scaling="linear")
+    run.local.trace(torch.randn(2, 8))
+    run.growth.step()
+    assert run.scheduler.get_last_lr() == [0.2]
+
+
+def test_a_learning_rate_that_is_a_tensor_stays_the_same_tensor():
+    run = Run(budget=AT_16, lr_scaling="linear")
+    rate = run.optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    run.epoch(0)
+    assert run.optimizer.param_groups[0]["lr"] is rate
+    assert rate == torch.tensor(0.2)
+
+
+@pytest.mark.parametrize("factor", [0, -1.0, math.inf, math.nan, "2"])
+def test_a_bad_factor_changes_nothing(factor):
+    run = Run(budget=AT_16, lr_scaling=lambda doubled: factor)
+    with pytest.raises(ValueError, match="lr_scaling must return a finite number above 0, got"):
+        run.epoch(0)
+    assert (run.batch_sampler.batch_size, run.optimizer.param_groups[0]["lr"]) == (8, 0.1)
+
+
+# -------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_resumes_bit_for_bit(at):
+    def fresh():
+        return Run(budget=AT_16, boundaries=(0, 1, 2), scheduler=SCHEDULERS["lambda"], lr_scaling="linear")
+
+    whole, part = fresh(), fresh()
+    assert whole.epochs(0, 6) == [False, True, False, False, False, False]
+    part.epochs(0, at)
+    rest = fresh().load(part.saved())
+    assert rest.batch_sampler.batch_size == part.batch_sampler.batch_size
+    rest.epochs(at, 6)
+    assert rest.steps == whole.steps[at:]
+    assert rest.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
+    assert rest.growth.state_dict() == whole.growth.state_dict() == {"format": 1, "batch_size": 16, "growths": 1}
+    for ours, theirs in zip(rest.network.state_dict().values(), whole.network.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_state_of_another_format_is_refused():
+    run = Run(budget=1)
+    with pytest.raises(ValueError, match="state must have format 1, got 2"):
+        run.growth.load_state_dict({"format": 2, "batch_size": 16, "growths": 1})
+    assert run.batch_sampler.batch_size == 8
+
+
+# -------------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize("rule", ["frozen", "hebbian"])
+@distributed_test(world_size=2)
+def test_two_processes_grow_together_and_reduce_half_as_often(rule):
+    run = Run(budget=AT_16, boundaries=(0, 0, 2), replicated=True, lr_scaling="linear", rule=rule)
+    forwards, gradients = [], []
+    for number in range(4):
+        before = run.model.traffic
+        run.epoch(number)
+        forwards.append(run.model.traffic.steps - before.steps)
+        gradients.append(run.model.traffic.gradients - before.gradients)
+    assert forwards == [4, 4, 2, 2]
+    assert gradients == [4 * 4 * PARAMETERS, 4 * 4 * PARAMETERS, 2 * 4 * LAST, 2 * 4 * LAST]
+    both = 4 * (8 * 16 + 16 * 16 + 2)  # of the two local layers, and how often each ran, in each of the last four forwards
+    assert run.model.traffic.correlations == (4 * both if rule == "hebbian" else 0)
+    assert run.optimizer.param_groups[0]["lr"] == 0.2
+    check_replicas(run.local)
+
+
+@distributed_test(world_size=2)
+def test_two_processes_resume_bit_for_bit():
+    def fresh():
+        return Run(budget=AT_16, boundaries=(0, 2), replicated=True, lr_scaling="linear", scheduler=SCHEDULERS["cosine"])
+
+    whole, part = fresh(), fresh()
+    assert whole.epochs(0, 4) == [True, False, False, False]
+    part.epochs(0, 2)
+    rest = fresh().load(part.saved())
+    rest.epochs(2, 4)
+    assert rest.steps == [2, 2]
+    assert rest.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
+    for ours, theirs in zip(rest.network.state_dict().values(), whole.network.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("largest", [0, 1])
+@distributed_test(world_size=2)
+def test_the_process_that_needs_most_decides(largest):
+    activations = 100 if dist.get_rank() == largest else 50
+    run = Run(budget=399, replicated=True, measure=lambda whole: StepMemory(0, activations, 8))
+    assert run.epochs(0, 3) == [True, False, False]  # 200, then 400
+    assert run.growth.predicted == 400
+    assert run.batch_sampler.batch_size == 16
+
+
+@distributed_test(world_size=2)
+def test_a_process_that_does_not_know_holds_all_back():
+    run = Run(budget=math.inf, replicated=True, measure=lambda whole: StepMemory(0, 1, 8) if dist.get_rank() else None)
+    assert run.epoch(0) is False
+    assert math.isnan(run.growth.predicted)
+
+
+@distributed_test(world_size=2)
+def test_batches_of_different_sizes_are_refused():
+    run = Run(budget=math.inf, replicated=True)
+    run.epoch(0)
+    run.batch_sampler.batch_size = 4 + dist.get_rank()
+    message = raises_everywhere(RuntimeError, run.growth.step)
+    assert "batch_size must be the same on all processes, got 4, 5" in message
+
+
+# -------------------------------------------------------------------- bad arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"local": None}, TypeError, "local must be a LocalizedLearning, got NoneType"),
+        (
+            {"batch_sampler": BatchSampler(range(4), 2, False)},
+            TypeError,
+            "batch_sampler must be a ResizableBatchSampler, got BatchSampler",
+        ),
+        ({"memory_budget": "1"}, TypeError, "memory_budget must be a number of bytes, got '1'"),
+        ({"memory_budget": 0}, ValueError, "memory_budget must be above 0, got 0"),
+        ({"memory_budget": math.nan}, ValueError, "memory_budget must be above 0, got nan"),
+        ({"lr_scaling": "double"}, ValueError, "lr_scaling must be one of none, linear, sqrt or a callable, got 'double'"),
+        ({"schedulers": 3}, TypeError, "schedulers must be torch.optim.lr_scheduler.LRScheduler, got int"),
+        ({"max_batch_size": 0}, ValueError, "max_batch_size must be at least 1, got 0"),
+        ({"measure": 3}, TypeError, "measure must be callable or None, got 3"),
+        (
+            {"measure": None},
+            ValueError,
+            r"measure must be given for a network on cpu, such as SavedMemory\(local, x\); got None",
+        ),
+    ],
+)
+def test_bad_arguments(changes, error, message):
+    run = Run(budget=1)
+    arguments = {"local": run.local, "batch_sampler": run.batch_sampler, "memory_budget": 1, "measure": lambda whole: None}
+    with pytest.raises(error, match=message):
+        BatchGrowth(**{**arguments, **changes})
+
+
+def test_a_scheduler_that_is_not_named_is_asked_for():
+    run = Run(budget=1, scheduler=SCHEDULERS["step"])
+    with pytest.raises(ValueError, match="schedulers must be given where a scheduler sets the learning rate"):
+        BatchGrowth(run.local, run.batch_sampler, memory_budget=1, lr_scaling="linear", measure=lambda whole: None)
+
+
+def test_a_learning_rate_needs_an_optimizer():
+    local = LocalizedLearning(network(), None, epochs=9, refresh=None)
+    with pytest.raises(ValueError, match="lr_scaling must be 'none' where local has no optimizer, got 'sqrt'"):
+        BatchGrowth(local, ResizableBatchSampler(range(4), 2), memory_budget=1, lr_scaling="sqrt", measure=lambda whole: None)
+
+
+@pytest.mark.parametrize(("inputs", "got"), [((), "nothing"), ((torch.zeros(0, 8),), r"shape \(0, 8\)"), ((3,), "int")])
+def test_bad_inputs_of_saved_memory(inputs, got):
+    with pytest.raises(ValueError, match=f"inputs must have a tensor of at least one sample, got {got}"):
+        SavedMemory(Run(budget=1).local, *inputs)
+
+
+def test_peak_memory_needs_a_device():
+    run = Run(budget=1)
+    with pytest.raises(ValueError, match="local must be of a network on a CUDA device, got one on cpu"):
+        PeakMemory(run.local, run.batch_sampler)

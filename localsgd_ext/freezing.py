@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -96,23 +96,49 @@ class PrefixFreeze:
                     module.register_forward_hook(hook.leave, always_call=True),
                 ]
 
-    def set_open(self, is_open: bool) -> None:
-        """Let gradients through the prefix, as if nothing were frozen, or stop them again; the prefix's are dropped then."""
+    def set_open(self, is_open: bool, *, keep_gradients_of: Collection[Optimizer] = ()) -> None:
+        """Let gradients through the prefix, as if nothing were frozen, or stop them again; the prefix's are dropped then.
+
+        Args:
+            keep_gradients_of: optimizers whose parameters keep them, until :meth:`drop_gradients`.
+        """
         if is_open == self.is_open:
             return
         self.is_open = is_open
         for parameter in self._frozen.values():
             parameter.requires_grad_(is_open)
-            if not is_open:
-                parameter.grad = None
+            if is_open:
+                self._complete_state(parameter)
+        if not is_open:
+            kept = {parameter for optimizer in keep_gradients_of for parameter in self._frozen_of(optimizer)}
+            for parameter in self._frozen.values():
+                if parameter not in kept:
+                    parameter.grad = None
+
+    def drop_gradients(self, optimizer: Optimizer) -> None:
+        """Of what is frozen and ``optimizer`` has."""
+        for parameter in self._frozen_of(optimizer):
+            parameter.grad = None
+
+    def has_gradients(self, optimizer: Optimizer) -> bool:
+        """Whether ``optimizer`` has gradients of the prefix."""
+        return any(parameter.grad is not None for parameter in self._frozen_of(optimizer))
+
+    def _frozen_of(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        members = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        return [parameter for parameter in self._frozen.values() if parameter in members]
 
     def _thaw(self, parameter: nn.Parameter) -> None:
         parameter.requires_grad_(True)
+        self._complete_state(parameter)
+
+    def _complete_state(self, parameter: nn.Parameter) -> None:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
                 members = group["params"]
                 others = any("momentum_buffer" in optimizer.state.get(p, {}) for p in members)
-                if group["fused"] and others and any(p is parameter for p in members):
+                missing = "momentum_buffer" not in optimizer.state.get(parameter, {})
+                if group["fused"] and others and missing and any(p is parameter for p in members):
                     # torch's fused SGD fails where some parameters of a group have a momentum buffer and some have none.
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 

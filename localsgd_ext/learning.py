@@ -90,8 +90,9 @@ class LocalizedLearning:
         nan_policy: what a mini-batch with NaN or infinity in its data, activations or loss may do. Local weights never take it
             up. ``"report"``: it goes its way, as in plain PyTorch, and :meth:`step` warns of every layer with skipped updates,
             running statistics or parameters that are not finite. ``"skip"``: neither statistics nor the optimizer take it up
-            either (:class:`NonFiniteGuard`), which :meth:`step` counts and reports; the optimizer waits for the device in every
-            step. ``"raise"``: :meth:`step` raises instead of warning, before it changes anything.
+            either (:class:`NonFiniteGuard`), which :meth:`step` counts and reports (steps that ``GradScaler`` leaves out are
+            its own, and not counted); the optimizer waits for the device in every step. ``"raise"``: :meth:`step` raises instead
+            of warning, before it changes anything.
         include, skip: names or regular expressions (matched in full) of the modules that may, may not, be layers.
         on_boundary_move: called as ``on_boundary_move(old, new)`` after the boundary has moved.
     Raises:
@@ -190,6 +191,10 @@ class LocalizedLearning:
         self._epoch_start: Tensor | None = None  # the transition layer's weight at the start of the epoch
         self._warned_silent = False
         self._stepped: set[Optimizer] = set()  # in the present mini-batch
+        self._refreshed: set[Optimizer] = set()  # stepped with gradients of the prefix since it was opened
+        self._late: set[Optimizer] = (
+            set()
+        )  # whose steps with the prefix's gradients are still to come, now that it is closed again
         selected = select_names(model, include, skip)
         self._updater: HebbianUpdater | None = None
         if rule == "hebbian":
@@ -541,6 +546,11 @@ class LocalizedLearning:
         )
 
     def _after_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if optimizer in self._late:
+            self._late.discard(optimizer)
+            self._prefix().drop_gradients(optimizer)
+        if self.refreshing and self._prefix().has_gradients(optimizer):
+            self._refreshed.add(optimizer)
         self._stepped.add(optimizer)
         if len(self._stepped) == len(self._optimizers):
             self._mini_batch_passed()
@@ -550,7 +560,11 @@ class LocalizedLearning:
         if self._refresh is None:
             return
         due = self.boundary > 0 and self._refresh.due(self.epoch)
-        self._prefix().set_open(due)
+        if self.refreshing and not due:
+            # If one missed a step, mini-batches seem to end with a step too few: it has yet to use its gradients.
+            self._late = set(self._optimizers) - self._refreshed
+            self._refreshed.clear()
+        self._prefix().set_open(due, keep_gradients_of=self._late)
         if self._updater is not None:
             self._updater.paused = due
 
@@ -588,6 +602,10 @@ class LocalizedLearning:
         """What went wrong in the epoch, each as one warning that names the layers."""
         raises = self._guard.policy == "raise"
         found = self._guard.findings(freeze.poisoned_norms(), epoch_loss if raises or self.supervision is None else None)
+        if raises and self.replicas is not None:  # all processes raise, or the others would wait for this one
+            troubled = [str(rank) for rank, (is_so,) in enumerate(self.replicas.gather([float(bool(found))])) if is_so]
+            if troubled and not found:
+                found = [f"not finite on rank {', '.join(troubled)}"]
         if found and raises:
             raise FloatingPointError(f"epoch {self.epoch}: {'; '.join(found)}")
         skipped = self.skipped

@@ -116,7 +116,9 @@ class NonFiniteGuard:
         return {"statistics": self.kept_statistics(), "steps": self.skipped_steps, "layers": dict(self._owners)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned, if anything is counted here."""
+        if self.policy != "skip":
+            return
         self.skipped_steps, self._owners = state["steps"], Counter(state["layers"])
         for name, norm in self._norms.items():
             norm.set_count(state["statistics"].get(name, 0))

@@ -511,6 +511,20 @@ def test_a_boundary_above_zero_from_the_first_forward_on():
 
 
 @distributed_test(world_size=2)
+def test_what_is_not_finite_on_one_process_alone_raises_on_all():
+    """GradScaler keeps parameters finite; the loss is what is left, and the others must not wait for this process."""
+    network = seeded(NoNorm)
+    model = ReplicatedModel(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+    local = LocalizedLearning(model, optimizer, epochs=4, schedule=fixed(2), nan_policy="raise")
+    local.trace(torch.zeros(2, 3, 8, 8))
+    last = dist.get_rank() == dist.get_world_size() - 1
+    with pytest.raises(FloatingPointError, match="the epoch loss is nan" if last else "not finite on rank 1"):
+        local.step(float("nan") if last else 1.0)
+    local.step(1.0)
+
+
+@distributed_test(world_size=2)
 def test_a_nan_on_one_process_poisons_none():
     run = Run(replicated=True, schedule=fixed(3), supervision=None)
     run.local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))

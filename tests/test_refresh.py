@@ -183,3 +183,38 @@ def test_a_copied_model_knows_nothing_of_it():
     before = prefix_of(copied)
     copied(x)
     assert all(torch.equal(a, b) for a, b in zip(before, prefix_of(copied), strict=True))
+
+
+@pytest.mark.parametrize("skipped", ["front", "back", None])
+def test_an_optimizer_that_misses_a_step_does_not_end_refreshing(skipped):
+    """As GradScaler makes it, where the gradients of one optimizer alone overflow."""
+    model = seeded(PlainCNN)
+    layers = list(model.features[:9].parameters())
+    rest = [p for p in model.parameters() if all(p is not q for q in layers)]
+    optimizers = {"back": torch.optim.SGD(rest, lr=0.05), "front": torch.optim.SGD(layers, lr=0.05)}
+    local = LocalizedLearning(model, optimizers.values(), epochs=10, schedule=fixed(3), rule="frozen", refresh=4)
+    local.trace(torch.zeros(2, 3, 8, 8))
+    moved = []
+    for i, (x, y) in enumerate(batches(26)):
+        before = prefix_of(model)
+        F.cross_entropy(model(x), y).backward()
+        for name, optimizer in optimizers.items():
+            if (i, name) != (1, skipped):
+                optimizer.step()
+            optimizer.zero_grad()
+        if not all(map(torch.equal, before, prefix_of(model))):
+            moved.append(i)
+    assert 5 <= len(moved) <= 6, moved
+    assert {b - a for a, b in itertools.pairwise(moved)} == {4}
+    assert not local.refreshing or all(p.grad is None for p in layers)
+
+
+def test_fused_sgd_refreshes_a_prefix_that_never_had_momentum():
+    model = seeded(PlainCNN)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
+    local = LocalizedLearning(model, optimizer, epochs=10, schedule=fixed(3), rule="frozen", refresh=2)
+    local.trace(torch.zeros(2, 3, 8, 8))
+    before = prefix_of(model)
+    for x, y in batches(4):
+        step(model, optimizer, x, y)
+    assert not all(map(torch.equal, before, prefix_of(model)))

@@ -97,15 +97,16 @@ def _train(flags: dict[str, Any], out: Path | None, resume: bool, world: World) 
             out = out or Path("runs") / f"{config.data}-{_file_name(config.model)}-{config.method}-seed{config.seed}"
             _check_processes(config, world)
             # Started again by torchrun, with the command of the first time: the run goes on.
-            resume = world.restarts > 0 and world.from_first((out / rundir.CONFIG).is_file())
+            resume = world.any(world.restarts > 0) and world.from_first(rundir.launched_by(out) == world.launch)
             if world.is_first and not resume:
                 rundir.require_empty(out)
         _check_machine(config)
         with world.first_goes_ahead():
             loaded = data_sets.load(config, console.print, world)
-            directory = (
-                rundir.RunDirectory(out, config, resume=resume) if world.is_first else rundir.WatchedRunDirectory(out, config)
-            )
+            if world.is_first:
+                directory = rundir.RunDirectory(out, config, resume=resume, launch=world.launch)
+            else:
+                directory = rundir.WatchedRunDirectory(out, config)
     to_do = (config.epochs - rundir.epochs_done(out)) * loaded.steps * config.batch_size
     with _interruptible(out), progress.choose(to_do, console) if world.is_first else progress.Silence() as display:
         with _clear_errors(world):

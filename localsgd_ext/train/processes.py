@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ class World:
     size: int = 1
     restarts: int = 0
     """How often torchrun has started them again, after one had died."""
+    launch: str = ""
+    """Names the torchrun that started them, the same after a restart: the id it was given, or else its own process."""
 
     @property
     def is_first(self) -> bool:
@@ -40,6 +43,13 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def any(self, value: bool) -> bool:
+        """Whether it holds on any process. All processes must call it."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return any(values)
 
     @contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
@@ -61,15 +71,20 @@ def started() -> Iterator[World]:
     """The processes that torchrun has started, as a process group: NCCL for GPUs, gloo for CPUs; without torchrun this one alone."""
     environment = os.environ
     restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
+    run_id = environment.get("TORCHELASTIC_RUN_ID", "")
+    launch = f"{socket.gethostname()} {os.getppid()}" if run_id == "none" else run_id
     if int(environment.get("WORLD_SIZE", 1)) == 1 or "RANK" not in environment:
-        yield World(restarts=restarts)
+        yield World(restarts=restarts, launch=launch)
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(environment["LOCAL_RANK"]))
     store, rank, size = next(rendezvous("env://"))
-    # torchrun's store outlives a restart, and with it the addresses of processes that are dead.
-    dist.init_process_group(store=PrefixStore(f"restart {restarts}", store), rank=rank, world_size=size)
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # It outlives a restart, and with it the addresses of processes that are dead. Restarts are counted by each node's agent:
+        # where they may differ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives a new store each time.
+        store = PrefixStore(f"restart {restarts}", store)
+    dist.init_process_group(store=store, rank=rank, world_size=size)
     try:
-        yield World(rank, size, restarts)
+        yield World(rank, size, restarts, launch)
     finally:
         dist.destroy_process_group()

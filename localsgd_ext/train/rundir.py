@@ -17,12 +17,13 @@ from localsgd_ext.train.files import (
     read_json,
     read_json_lines,
     unfinished,
+    write_atomically,
     write_json,
     write_json_lines,
 )
 
 CONFIG, ENVIRONMENT, LOG, METRICS, SUMMARY = "config.json", "environment.json", "log.txt", "metrics.jsonl", "summary.json"
-LOCK = ".lock"
+LOCK, LAUNCH = ".lock", ".launch"
 
 
 class DirectoryInUse(ValueError):
@@ -47,7 +48,7 @@ class RunDirectory:
         ValueError: rather than mixing two runs or overwriting one, or where another process is at work in ``path``.
     """
 
-    def __init__(self, path: Path, config: RunConfig, *, resume: bool) -> None:
+    def __init__(self, path: Path, config: RunConfig, *, resume: bool, launch: str = "") -> None:
         self.path, self.config = path, config
         self._lock: int | None = None
         if resume:
@@ -62,6 +63,8 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = lock(path)
             require_empty(path)  # another process may have run in it between the check and the lock
+            if launch:
+                write_atomically(path / LAUNCH, launch.encode())
             write_json(path / CONFIG, config.to_json())
         here = environment.describe(config.device)
         before = read_json(path / ENVIRONMENT) if (path / ENVIRONMENT).exists() else here
@@ -111,6 +114,11 @@ class RunDirectory:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def launched_by(path: Path) -> str | None:
+    """Which torchrun (``World.launch``) began the run in ``path``, if there is one and any did."""
+    return (path / LAUNCH).read_text() if (path / CONFIG).is_file() and (path / LAUNCH).is_file() else None
 
 
 def lock(path: Path) -> int:
@@ -164,7 +172,7 @@ def epochs_done(path: Path) -> int:
 
 def require_empty(path: Path) -> None:
     """Raises ``ValueError`` if ``path`` exists and holds anything."""
-    if path.exists() and (not path.is_dir() or set(path.iterdir()) - {path / LOCK, *unfinished(path)}):
+    if path.exists() and (not path.is_dir() or set(path.iterdir()) - {path / LOCK, path / LAUNCH, *unfinished(path)}):
         raise ValueError(
             f"--out {path} exists and is not empty: choose another directory, or continue the run in it with --resume"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import scaling
+from benchmarks import ROOT, scaling
 from benchmarks.scaling import Layer, Link, Machine, Step, methods, resnet50, step
 
 # A multiply-add takes 2 s, a byte 1 s over a link of two processes (twice half of it), a message none.
@@ -81,6 +81,11 @@ def test_what_is_printed_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> 
     assert printed.startswith("**PREDICTION by arithmetic, nothing measured.**")
     assert "| 8 " in printed
     assert "1.00x" in printed
+
+
+def test_the_committed_table_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert scaling.main([]) == 0
+    assert (ROOT / "benchmarks" / "results" / "scaling_resnet50_prediction.md").read_text() == capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [["--batch", "0"], ["--gpus", "0"], ["--inter", "-1"], ["--latency", "-1"]])

@@ -22,7 +22,7 @@ from same_runs import assert_same_run
 
 from localsgd_ext.__main__ import main
 from localsgd_ext.distributed import check_replicas
-from localsgd_ext.train import checkpoint, data, processes
+from localsgd_ext.train import checkpoint, data, processes, rundir
 from localsgd_ext.train.config import RunConfig, resolve
 from localsgd_ext.train.files import read_json, read_json_lines
 from localsgd_ext.train.loop import Trainer
@@ -156,7 +156,7 @@ def test_one_process_killed_and_all_started_again(victim: int, tmp_path: Path, t
         outputs = [process.communicate(timeout=240)[0] for process in (undisturbed, disturbed)]
     finally:
         for process in (undisturbed, disturbed):
-            process.kill()
+            process.terminate()  # not killed: its workers would live on
     assert [undisturbed.returncode, disturbed.returncode] == [0, 0], "\n".join(outputs)
     assert outputs[0].count("epoch 6/6") == 1  # the first process alone speaks
     assert "resuming after epoch" in outputs[1]
@@ -166,6 +166,21 @@ def test_one_process_killed_and_all_started_again(victim: int, tmp_path: Path, t
     assert [m["epoch"] for m in metrics] == [1, 2, 3, 4, 5, 6]
     assert metrics[-1]["boundary"] > 0
     assert read_json(tmp_path / "disturbed" / "summary.json")["epochs"] == 6
+
+
+def test_another_torchrun_s_run_is_not_taken_for_this_one_s(tmp_path: Path, tiny_flags: list[str]) -> None:
+    """Its first attempt is refused, and so must be the restarted ones."""
+    assert main(["train", *tiny_flags, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    before = (tmp_path / "run" / "model.pt").read_bytes()
+    for launch in ("", "another"):
+        if launch:
+            (tmp_path / "run" / rundir.LAUNCH).write_text(launch)
+        again = torchrun(tmp_path / "run", [*tiny_flags, "--epochs", "1"], "--max-restarts", "1")
+        output, _ = again.communicate(timeout=240)
+        assert again.returncode != 0, output
+        assert output.count("exists and is not empty") == 2, output
+        assert "resuming" not in output
+    assert (tmp_path / "run" / "model.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize(

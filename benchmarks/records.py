@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,16 @@ class Records:
     def save(self) -> None:
         if self.path is not None:
             write_json(self.path, self.content)
+
+
+def exit_status(work: Callable[[], Records | None]) -> int:
+    """Of a command that does ``work``: 0: done; 2: wrong arguments or file, said on standard error; 3: rows are left."""
+    try:
+        records = work()
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if records and records.left:
+        print(f"{len(records.left)} runs are left: go on with --resume", file=sys.stderr)
+        return 3
+    return 0

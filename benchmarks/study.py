@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import study_measures, study_tables, study_theory
-from benchmarks.records import Records
+from benchmarks.records import Records, exit_status
 from benchmarks.study_rules import LocalLayers, Variant
 from localsgd_ext import WeakSupervision, trace_layers
 from localsgd_ext.freezing import PrefixFreeze
@@ -286,19 +286,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.theory:
         print(study_theory.report(), end="")
         return 0
-    try:
+
+    def work() -> Records | None:
         records = None if args.table else measure(args)
         content = records.content if records else read_json(args.table)
         print(study_tables.report(content), end="")
         if args.picture:
             write_atomically(args.picture, study_tables.picture(content))
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    if records and records.left:
-        print(f"{len(records.left)} runs are left: go on with --resume", file=sys.stderr)
-        return 3
-    return 0
+        return records
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.experiments import student
 from benchmarks.experiments.pareto import interpolated
-from benchmarks.records import Records
+from benchmarks.records import Records, exit_status
 from benchmarks.tables import aligned
 from localsgd_ext import trace_layers
 from localsgd_ext.freezing import PrefixFreeze
@@ -300,16 +300,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 2: wrong arguments or file; 3: the budget ran out."""
     args = arguments(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def work() -> Records | None:
         records = None if args.table else measure(args)
         print(report([records.content] if records else [read_json(path) for path in args.table]), end="")
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    if records and records.left:
-        print(f"{len(records.left)} runs are left: go on with --resume", file=sys.stderr)
-        return 3
-    return 0
+        return records
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -192,9 +192,7 @@ class LocalizedLearning:
         self._warned_silent = False
         self._stepped: set[Optimizer] = set()  # in the present mini-batch
         self._refreshed: set[Optimizer] = set()  # stepped with gradients of the prefix since it was opened
-        self._late: set[Optimizer] = (
-            set()
-        )  # whose steps with the prefix's gradients are still to come, now that it is closed again
+        self._late: set[Optimizer] = set()  # yet to step with the prefix's gradients, though it is closed again
         selected = select_names(model, include, skip)
         self._updater: HebbianUpdater | None = None
         if rule == "hebbian":

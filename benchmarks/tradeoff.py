@@ -10,6 +10,7 @@ All ways share first weights, pictures and SGD's learning rate (a cosine over th
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import shlex
 import statistics
@@ -18,15 +19,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if __name__ == "__main__":  # in the place of this directory, whose modules are the package's
     sys.path[:1] = [str(Path(__file__).resolve().parents[1] / where) for where in (".", "tests")]
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks import sliced
 from benchmarks.experiments import student
 from benchmarks.experiments.pareto import interpolated
 from benchmarks.records import Records, exit_status
@@ -59,6 +61,8 @@ class Way:
     """In between, the optimizer goes on with the prefix's last gradient ("linear drift", Vlaar & Leimkuhler 2022)."""
     power: float = 0.0
     """The prefix's gradients are multiplied by ``every ** power`` (1: Vlaar & Leimkuhler's larger steps)."""
+    sliced: bool = False
+    """One in ``every`` pictures of each mini-batch back-propagates through the prefix, instead of one in so many mini-batches."""
     averaged: bool = False
     """Layers enter the prefix with a moving average of their weights."""
     annealed: bool = False
@@ -75,6 +79,8 @@ class Way:
 
     def cut(self, step: int, boundary: int) -> int:
         """The first layer that learns in ``step``."""
+        if self.sliced:
+            return boundary
         if self.every and (step + 1) % self.every == 0:
             return 0
         return boundary // 2 if self.nested and (step + 1) % (self.every // 2) == 0 else boundary
@@ -96,6 +102,9 @@ WAYS = {  # those that matter most first
     "1/4, quadratic, held": Way("quadratic", every=4, held=True),
     "1/4, linear, held": Way("linear", every=4, held=True),
     "1/4, linear, larger steps": Way("linear", every=4, power=1.0),
+    "1/4 of each mini-batch, linear": Way("linear", every=4, sliced=True),
+    "1/4 of each mini-batch, linear, twice the steps": Way("linear", every=4, sliced=True, power=0.5),
+    "1/4 of each mini-batch, linear, four times the steps": Way("linear", every=4, sliced=True, power=1.0),
     "1/4 and 1/8, quadratic": Way("quadratic", every=8, nested=True),
     "1/4, exponential to 75 %": Way("exponential", l_max=0.75, every=4),
     "1/4, exponential to 75 %, held": Way("exponential", l_max=0.75, every=4, held=True),
@@ -110,7 +119,7 @@ class Run:
     def __init__(self, way: Way, seed: int, epochs: int, lr: float, pictures: data.Data, model: str) -> None:
         self.way, self.lr, self.data = way, lr, pictures
         self.epochs = max(1, round(way.epochs * epochs))
-        self.model = models.build(model, pictures.num_classes, seed).to(memory_format=torch.channels_last)
+        self.model = cast(nn.Sequential, models.build(model, pictures.num_classes, seed)).to(memory_format=torch.channels_last)
         self.plan = trace_layers(self.model, next(iter(pictures.train(0)))[0][:2])
         self.parameters = dict(self.model.named_parameters())
         entered: dict[str, int] = {}  # parameter -> the least boundary that has it in the prefix
@@ -151,17 +160,23 @@ class Run:
     def _step(self, x: Tensor, y: Tensor, step: int, boundary: int) -> float:
         """Returns its multiply-adds."""
         cut = self.way.cut(step, boundary)
-        self.freeze.set_boundary(cut)
-        if cut in self._costs:
-            loss = F.cross_entropy(self.model(x), y)
+        cost = self._cost(cut, x)
+        inside = 0
+        if self.way.sliced:
+            inside, boundary = self._whole_modules(boundary)
+            cost = self._cost(boundary, x)
+        if inside:
+            cost += (self._cost(0, x) - cost) / self.way.every
+            self.freeze.set_boundary(0)
+            logits = sliced.forward(self.model, x, inside, max(1, len(x) // self.way.every))
         else:
-            with multiply_adds(self.model) as counted:
-                loss = F.cross_entropy(self.model(x), y)
-            self._costs[cut] = counted.total
+            self.freeze.set_boundary(cut)
+            logits = self.model(x)
+        loss = F.cross_entropy(logits, y)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         prefix = self.prefix(boundary)
-        if cut < boundary and self.way.power:
+        if (cut < boundary or inside) and self.way.power:
             torch._foreach_mul_([p.grad for p in prefix if p.grad is not None], self.way.every**self.way.power)
         if self.way.held:
             for p in prefix:
@@ -174,7 +189,29 @@ class Run:
             with torch.no_grad():
                 for p in self.parameters.values():
                     self._average.setdefault(p, p.detach().clone()).lerp_(p, 1 - AVERAGE)
+        return cost
+
+    def _cost(self, cut: int, x: Tensor) -> float:
+        """Multiply-adds of a step whose layers learn from ``cut`` on; counted once, on a copy."""
+        if cut not in self._costs:
+            model = copy.deepcopy(self.model)
+            parameters = dict(model.named_parameters())
+            for name in self.plan.prefix(self.plan.parameters, cut):
+                parameters[name].requires_grad_(False)
+            for name in self.plan.parameters.keys() - set(self.plan.prefix(self.plan.parameters, cut)):
+                parameters[name].requires_grad_(True)
+            with multiply_adds(model) as counted:
+                model(x)
+            self._costs[cut] = counted.total
         return self._costs[cut]
+
+    def _whole_modules(self, boundary: int) -> tuple[int, int]:
+        """The network's first modules that hold layers of the prefix only: how many they are, and how many layers."""
+        ends = [0]  # layers up to each module's end
+        for child in range(len(self.model)):
+            ends.append(ends[-1] + sum(name.split(".")[0] == str(child) for name in self.plan.layers))
+        modules = max(child for child, end in enumerate(ends) if end <= boundary)
+        return (modules, ends[modules]) if ends[modules] else (0, 0)
 
     def _set_lr(self, epoch: float) -> None:
         """Once per epoch, as a scheduler would; a layer's own, where it is annealed, in every step."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from benchmarks import tradeoff
+from benchmarks import sliced, tradeoff
 from benchmarks.tradeoff import Run, Way
-from localsgd_ext.train import config, data
+from localsgd_ext.train import config, data, models
 
 QUICK = ["--train-size", "64", "--test-size", "32", "--epochs", "4", "--seeds", "1"]
 
@@ -105,6 +106,42 @@ def test_larger_steps_are_larger_in_the_prefix_alone(pictures: data.Data) -> Non
         assert one is not None
         assert other is not None
         torch.testing.assert_close(other, 3 * one if name in prefix else one)
+
+
+@pytest.mark.parametrize("name", ["small_resnet", "small_vgg"])
+def test_a_slice_s_gradients_are_those_with_the_rest_held_fixed(name: str) -> None:
+    """Beside a plain forward, after whose layers the other activations are detached."""
+    ours = cast(nn.Sequential, models.build(name, 5, 0)).double().train()
+    theirs = copy.deepcopy(ours)
+    x, y = torch.randn(6, 3, 12, 12, dtype=torch.float64), torch.arange(6) % 5
+    children, learning = 4, 2
+
+    def hold(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.cat([output[:learning], output[learning:].detach()])
+
+    for child in list(theirs)[:children]:
+        for module in child.modules():
+            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+                module.register_forward_hook(hold)
+    outputs = sliced.forward(ours, x, children, learning), theirs(x)
+    torch.testing.assert_close(*outputs)
+    for output in outputs:
+        F.cross_entropy(output, y).backward()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+    for mine, other in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_a_slice_costs_its_share_and_only_whole_modules_are_sliced(pictures: data.Data) -> None:
+    ours = Run(Way(every=4, sliced=True), 0, 4, 0.03, pictures, "small_resnet")
+    assert [ours._whole_modules(boundary) for boundary in (0, 1, 2, 3, 13)] == [(0, 0), (1, 1), (1, 1), (2, 3), (9, 13)]
+    x, y = next(iter(pictures.train(0)))
+    whole, frozen = ours._cost(0, x), ours._cost(3, x)
+    assert frozen < whole
+    assert ours._step(x, y, 0, 4) == frozen + (whole - frozen) / 4
+    assert ours._step(x, y, 0, 0) == whole
+    assert one_step(ours, 0, 4) == set(ours.parameters)
 
 
 def test_layers_enter_the_prefix_with_their_average(pictures: data.Data) -> None:

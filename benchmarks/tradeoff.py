@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import sliced
 from benchmarks.experiments import student
 from benchmarks.experiments.pareto import interpolated
 from benchmarks.records import Records, exit_status
@@ -168,7 +167,7 @@ class Run:
         if inside:
             cost += (self._cost(0, x) - cost) / self.way.every
             self.freeze.set_boundary(0)
-            logits = sliced.forward(self.model, x, inside, max(1, len(x) // self.way.every))
+            logits = self._sliced(x, inside)
         else:
             self.freeze.set_boundary(cut)
             logits = self.model(x)
@@ -190,6 +189,17 @@ class Run:
                 for p in self.parameters.values():
                     self._average.setdefault(p, p.detach().clone()).lerp_(p, 1 - AVERAGE)
         return cost
+
+    def _sliced(self, x: Tensor, inside: int) -> Tensor:
+        """The logits; of the first ``inside`` modules only the first pictures' activations are kept for the backward pass.
+        BatchNorm normalises either part by statistics of its own."""
+        modules, learning = list(self.model), max(1, len(x) // self.way.every)
+        prefix, rest = nn.Sequential(*modules[:inside]), nn.Sequential(*modules[inside:])
+        learnt = prefix(x[:learning])
+        with torch.no_grad():
+            constant = prefix(x[learning:])
+        logits: Tensor = rest(torch.cat([learnt, constant]))
+        return logits
 
     def _cost(self, cut: int, x: Tensor) -> float:
         """Multiply-adds of a step whose layers learn from ``cut`` on; counted once, on a copy."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import sliced, tradeoff
+from benchmarks import tradeoff
 from benchmarks.tradeoff import Run, Way
-from localsgd_ext.train import config, data, models
+from localsgd_ext.train import config, data
 
 QUICK = ["--train-size", "64", "--test-size", "32", "--epochs", "4", "--seeds", "1"]
 
@@ -108,29 +108,31 @@ def test_larger_steps_are_larger_in_the_prefix_alone(pictures: data.Data) -> Non
         torch.testing.assert_close(other, 3 * one if name in prefix else one)
 
 
-@pytest.mark.parametrize("name", ["small_resnet", "small_vgg"])
-def test_a_slice_s_gradients_are_those_with_the_rest_held_fixed(name: str) -> None:
-    """Beside a plain forward, after whose layers the other activations are detached."""
-    ours = cast(nn.Sequential, models.build(name, 5, 0)).double().train()
-    theirs = copy.deepcopy(ours)
-    x, y = torch.randn(6, 3, 12, 12, dtype=torch.float64), torch.arange(6) % 5
-    children, learning = 4, 2
+def test_only_a_slice_of_the_pictures_reaches_the_prefix(pictures: data.Data) -> None:
+    """The loss's gradient, and which pictures change it: a picture beyond the slice does so through the layers behind only."""
+    ours = run(Way(every=4, sliced=True), pictures)
+    x, y = next(iter(pictures.train(0)))
+    assert len(x) == 32
+    ours.model.train()
+    activations: list[torch.Tensor] = []
+    handle = ours.model[3].register_forward_hook(lambda module, args, output: activations.append(output))
+    inside, layers = ours._whole_modules(4)
+    loss = F.cross_entropy(ours._sliced(x, inside), y)
+    handle.remove()
+    assert layers == 4
+    assert [(len(a), a.requires_grad) for a in activations] == [(8, True), (24, False)]
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad for name, p in ours.parameters.items()}
 
-    def hold(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return torch.cat([output[:learning], output[learning:].detach()])
-
-    for child in list(theirs)[:children]:
-        for module in child.modules():
-            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
-                module.register_forward_hook(hold)
-    outputs = sliced.forward(ours, x, children, learning), theirs(x)
-    torch.testing.assert_close(*outputs)
-    for output in outputs:
-        F.cross_entropy(output, y).backward()
-    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, other.grad)
-    for mine, other in zip(ours.buffers(), theirs.buffers(), strict=True):
-        torch.testing.assert_close(mine, other)
+    theirs = copy.deepcopy(ours.model)
+    theirs.zero_grad()
+    modules = list(theirs)
+    with torch.no_grad():
+        constant = nn.Sequential(*modules[:inside])(x[8:])
+    both = torch.cat([nn.Sequential(*modules[:inside])(x[:8]), constant])
+    F.cross_entropy(nn.Sequential(*modules[inside:])(both), y).backward()
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad)
 
 
 def test_a_slice_costs_its_share_and_only_whole_modules_are_sliced(pictures: data.Data) -> None:

@@ -150,6 +150,8 @@ class PeakMemory:
         self._local, self._batch_sampler, self._device = local, batch_sampler, device
         self._peaks: dict[bool, tuple[int, int, int]] = {}  # whole -> boundary, batch size, bytes
         self._whole = True
+        self.highest = 0
+        """Bytes: the highest of these peaks since it was last set to 0."""
         self._handles = [
             handle
             for optimizer in local._optimizers
@@ -177,6 +179,7 @@ class PeakMemory:
     def _after(self, *_: Any) -> None:
         peak = torch.cuda.max_memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
+        self.highest = max(self.highest, peak)
         where = 0 if self._whole else self._local.boundary, self._batch_sampler.batch_size
         before = self._peaks.get(self._whole)
         self._peaks[self._whole] = *where, max(peak, before[2]) if before is not None and before[:2] == where else peak

@@ -71,15 +71,29 @@ def test_the_learning_rate_may_grow_with_it(
     scaling: str, factor: float, tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]
 ) -> None:
     plain = _run(trainer(tiny("freeze", **GROWING), "plain"))
-    scaled = _run(trainer(tiny("freeze", **GROWING, lr_scaling=scaling), "scaled"))
+    made = trainer(tiny("freeze", **GROWING, lr_scaling=scaling), "scaled")
+    scaled = _run(made)
     factors = [1, 1, *[factor] * 4]
     assert _column(scaled, "lr") == pytest.approx([f * lr for f, lr in zip(factors, _column(plain, "lr"), strict=True)])
+    # The boundary moves after the last epoch too, and the batch doubles once more.
+    assert made._scheduler.base_lrs == pytest.approx([0.02 * factor**2])
 
 
 def test_a_largest_batch(tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]) -> None:
     enough = {**GROWING, "memory_budget": 2**40}
     assert _column(_run(trainer(tiny("freeze", **enough), "all")), "batch_size") == [16, 32, 64, 64, 64, 64]  # of 96 pictures
     assert _column(_run(trainer(tiny("freeze", **enough, max_batch_size=40), "cap")), "batch_size") == [16, *[32] * 5]
+
+
+def test_the_time_left_knows_what_larger_mini_batches_leave_out(
+    tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 96 pictures a mini-batch of 64 leaves out 32."""
+    made = trainer(tiny("freeze", **{**GROWING, "memory_budget": 2**40}))
+    done: list[int] = []
+    monkeypatch.setattr(made.progress, "advance", done.append)
+    assert _column(_run(made), "mini_batches") == [6, 3, 1, 1, 1, 1]
+    assert sum(done) == 6 * 96
 
 
 def test_with_a_refresh_it_grows_only_where_sgds_could(

@@ -135,9 +135,9 @@ class PeakMemory:
 
     The peak is read, and reset, after every step of an optimizer. Constant is what is allocated when it is asked for, between two
     epochs. A step that stops at a boundary takes no more than one that stopped at an earlier one: that is what is answered before
-    the first step at a new boundary. What comes between two steps, such as an evaluation, counts with the second. After resuming,
-    a kind of step is not known until there was one. Memory that the allocator reserves beyond what is allocated, and workspaces
-    of layers that have only now become local, are not in it: leave room for them.
+    the first step at a new boundary. What comes between two steps, such as an evaluation, counts with the second. The peaks are in
+    the state of :class:`BatchGrowth`, so that a resumed run decides alike. Memory that the allocator reserves beyond what is
+    allocated, and workspaces of layers that have only now become local, are not in it: leave room for them.
 
     Raises:
         ValueError: the network is not on a CUDA device.
@@ -150,6 +150,8 @@ class PeakMemory:
         self._local, self._batch_sampler, self._device = local, batch_sampler, device
         self._peaks: dict[bool, tuple[int, int, int]] = {}  # whole -> boundary, batch size, bytes
         self._whole = True
+        self.highest = 0
+        """Bytes: the highest of these peaks since it was last set to 0."""
         self._handles = [
             handle
             for optimizer in local._optimizers
@@ -166,6 +168,14 @@ class PeakMemory:
         constant = torch.cuda.memory_allocated(self._device)
         return StepMemory(constant, max(0, peak - constant), batch_size)
 
+    def state_dict(self) -> dict[bool, tuple[int, int, int]]:
+        """Boundary, batch and bytes of the highest step that back-propagated through the whole network, and of the highest other."""
+        return dict(self._peaks)
+
+    def load_state_dict(self, state: dict[bool, tuple[int, int, int]]) -> None:
+        """Restore :meth:`state_dict`."""
+        self._peaks = dict(state)
+
     def remove(self) -> None:
         """Take the hooks off the optimizers."""
         for handle in self._handles:
@@ -177,6 +187,7 @@ class PeakMemory:
     def _after(self, *_: Any) -> None:
         peak = torch.cuda.max_memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
+        self.highest = max(self.highest, peak)
         where = 0 if self._whole else self._local.boundary, self._batch_sampler.batch_size
         before = self._peaks.get(self._whole)
         self._peaks[self._whole] = *where, max(peak, before[2]) if before is not None and before[:2] == where else peak
@@ -311,7 +322,8 @@ class BatchGrowth:
 
     def state_dict(self) -> dict[str, Any]:
         """What to resume from, for ``torch.load(weights_only=True)``; the scaled rates are in the states of optimizers and schedulers."""
-        return {"format": STATE_FORMAT, "batch_size": self.batch_size, "growths": self.growths}
+        state = {"format": STATE_FORMAT, "batch_size": self.batch_size, "growths": self.growths}
+        return state | {"peaks": self._measure.state_dict()} if isinstance(self._measure, PeakMemory) else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`, the sampler's batch included. Leaves learning rates alone: load optimizers and schedulers too.
@@ -323,6 +335,8 @@ class BatchGrowth:
             raise ValueError(f"state must have format {STATE_FORMAT}, got {state.get('format')!r}")
         self._batch_sampler.batch_size = state["batch_size"]
         self.growths = state["growths"]
+        if isinstance(self._measure, PeakMemory) and "peaks" in state:  # not in states of a CPU
+            self._measure.load_state_dict(state["peaks"])
         self.predicted = math.nan
 
     def _predict(self, batch_size: int) -> float:

@@ -409,6 +409,28 @@ def test_resumes_bit_for_bit(at):
         assert torch.equal(ours, theirs)
 
 
+def test_the_peaks_of_a_device_are_resumed_too(monkeypatch):
+    """They are the highest of all steps at a boundary: without them the epochs before would be forgotten."""
+    device = FakeDevice(monkeypatch)
+
+    def fresh():
+        run = Run(budget=math.inf, boundaries=(0, 1))
+        run.growth = BatchGrowth(run.local, run.batch_sampler, memory_budget=17_000)
+        run.local.trace(torch.randn(2, 8))
+        return run
+
+    whole = fresh()
+    for peak in (9000, 8000):
+        device.step(whole, peak)
+    assert not whole.growth.step()
+    assert whole.growth.predicted == 18_000
+    resumed = fresh().load(whole.saved())
+    device.step(resumed, 8000)
+    assert not resumed.growth.step()
+    assert resumed.growth.predicted == 18_000
+    assert resumed.growth.state_dict() == whole.growth.state_dict()
+
+
 def test_a_state_of_another_format_is_refused():
     run = Run(budget=1)
     with pytest.raises(ValueError, match="state must have format 1, got 2"):

@@ -22,6 +22,8 @@ class Variant:
     label: str
     method: str
     flags: Mapping[str, Any] = field(default_factory=dict)
+    processes: int = 1
+    """That share every mini-batch, each on a device of its own."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ class Cell:
     def name(self) -> str:
         """What ``--only`` is matched against."""
         return f"{self.network[0]}/{self.network[1]}/{self.variant.label}/seed{self.seed}"
+
+    @property
+    def key(self) -> str:
+        """Names the run, see :func:`key_of`."""
+        assert self.config is not None
+        return key_of(self.config, self.variant.processes)
 
 
 # Options that only some methods read: they do not tell runs of the others apart.
@@ -60,3 +68,8 @@ def digest(config: RunConfig) -> str:
         if config.method in _READ_BY.get(name, (config.method,)) and (name not in defaults or value != defaults[name])
     }
     return hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def key_of(config: RunConfig, processes: int) -> str:
+    """:func:`digest`, and the number of processes where there are several."""
+    return digest(config) + (f"-{processes}" if processes > 1 else "")

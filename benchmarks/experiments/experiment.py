@@ -19,7 +19,7 @@ class Experiment:
     """Tables and pictures are made of the finished cells alone.
 
     ``networks`` takes the study to the networks it is about, ``variants`` one of them to its rows; ``paper`` is what the paper's text
-    states; ``needs`` is what the experiment waits for, if it cannot be run yet. ``tables`` gets the finished runs of all networks.
+    states. ``tables`` gets the finished runs of all networks.
     """
 
     title: str
@@ -28,7 +28,6 @@ class Experiment:
     tables: Callable[[Study, dict[Network, Runs], Timings], dict[str, str]]
     picture: Callable[[Study, dict[Network, Runs]], bytes] | None = None
     paper: str = ""
-    needs: str = ""
     pareto: bool = False
 
     def cells(self, study: Study) -> list[Cell]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 
+from benchmarks.experiments import batch as growing
 from benchmarks.experiments.cells import Network, Variant
 from benchmarks.experiments.experiment import Runs
 from benchmarks.experiments.methods import LITERAL, REFRESH, SGD
 from benchmarks.experiments.scales import Study
 from benchmarks.experiments.store import Result
 from benchmarks.experiments.timing import Timings
-from benchmarks.tables import aligned
+from benchmarks.tables import aligned, number
 
 MIB = 2**20
 SHOWN = 12  # epochs in a table at most
@@ -19,6 +20,11 @@ SHOWN = 12  # epochs in a table at most
 
 def variants(study: Study, network: Network) -> list[Variant]:
     return [SGD, LITERAL, REFRESH]
+
+
+def figure4_variants(study: Study, network: Network) -> list[Variant]:
+    """What would fit is reckoned for those of one device; the others were trained with a batch that grows."""
+    return [*variants(study, network), *growing.grown(study, network)]
 
 
 def chosen(epochs: int) -> list[int]:
@@ -58,9 +64,14 @@ def largest_batch(batch: int, now: float, sgd: float) -> int:
 
 
 def figure4(study: Study, network: Network, runs: Runs, timings: Timings) -> str:
-    """What would fit; a batch that grows is trained nowhere here, see table 3."""
+    """Memory of a step and the batch that would fit, and the batch with which table 3's runs were made."""
+    return "\n\n".join([*_reckoned(study, network, runs), *_trained(study, network, runs)])
+
+
+def _reckoned(study: Study, network: Network, runs: Runs) -> list[str]:
+    """Of one device."""
     if SGD.label not in runs:
-        return f"{SGD.label} is missing: nothing to compare with."
+        return [f"{SGD.label} is missing: nothing to compare with."]
     epochs = study.epochs(network)
     where = chosen(epochs)
     sgd = statistics.fmean(memory(result)[0] for result in runs[SGD.label].values())
@@ -68,10 +79,28 @@ def figure4(study: Study, network: Network, runs: Runs, timings: Timings) -> str
     rows: list[tuple[str, ...]] = [("memory of a step, MiB (batch that fits in SGD's); epoch", *(str(e + 1) for e in where))]
     halves = []
     for label in (variant.label for variant in variants(study, network) if variant.label in runs):
-        columns = zip(*(memory(result) for result in runs[label].values()), strict=True)
-        means = [statistics.fmean(values) for values in columns]
+        means = mean_memory(runs[label])
         rows.append((label, *(f"{means[e] / MIB:.1f} ({largest_batch(batch, means[e], sgd)})" for e in where)))
         half = next((e + 1 for e, value in enumerate(means) if 2 * value <= sgd), None)
         if label != SGD.label:
             halves.append(f"{label}: half of SGD's memory from epoch {half or '-'} of {epochs}.")
-    return "\n\n".join([aligned(rows), " ".join(halves)])
+    return [aligned(rows), " ".join(halves)]
+
+
+def _trained(study: Study, network: Network, runs: Runs) -> list[str]:
+    """Of several devices."""
+    labels = [variant.label for variant in growing.grown(study, network) if variant.label in runs]
+    if not labels:
+        return []
+    where, devices = chosen(study.epochs(network)), study.scale.devices
+    head = f"batch of each of {devices} device{'s' if devices > 1 else ''} of {study.scale.device_memory / MIB:.1f} MiB"
+    rows: list[tuple[str, ...]] = [(f"{head} (memory of a step, MiB); epoch", *(str(e + 1) for e in where))]
+    for label in labels:
+        means, batches = mean_memory(runs[label]), growing.mean_batches(runs[label])
+        rows.append((label, *(f"{number(batches[e])} ({means[e] / MIB:.1f})" for e in where)))
+    return [aligned(rows), "Mean over the seeds."]
+
+
+def mean_memory(runs: Mapping[int, Result]) -> list[float]:
+    """Of a step, epoch by epoch, mean over the seeds."""
+    return [statistics.fmean(values) for values in zip(*(memory(result) for result in runs.values()), strict=True)]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.experiments import overtime
+from benchmarks.experiments import batch, overtime
 from benchmarks.experiments.cells import Network
 from benchmarks.experiments.experiment import Runs
 from benchmarks.experiments.methods import FREEZING, LITERAL, REFRESH, SGD, changed, macs, relative
@@ -60,12 +59,19 @@ def figure4(study: Study, networks: dict[Network, Runs]) -> bytes:
     def draw(axes: Sequence[Any]) -> None:
         for axis, (network, runs) in zip(axes, networks.items(), strict=False):
             for label in (v.label for v in overtime.variants(study, network) if v.label in runs):
-                columns = zip(*(overtime.memory(result) for result in runs[label].values()), strict=True)
-                means = [statistics.fmean(values) / overtime.MIB for values in columns]
+                means = [value / overtime.MIB for value in overtime.mean_memory(runs[label])]
                 axis.plot(range(1, len(means) + 1), means, MARKS[label] + "-", ms=4, color=COLOURS[label], label=label)
             axis.set(xlabel="epoch", ylabel="memory of a step, MiB", ylim=(0, None), title=_name(network))
+        for axis, (network, runs) in zip(axes[len(networks) :], networks.items(), strict=False):
+            for variant, dashes in zip(batch.grown(study, network), ("-", "--"), strict=True):
+                if variant.label in runs:
+                    sizes = batch.mean_batches(runs[variant.label])
+                    axis.step(
+                        range(1, len(sizes) + 1), sizes, dashes, where="mid", color=COLOURS[LITERAL.label], label=variant.label
+                    )
+            axis.set(xlabel="epoch", ylabel="batch of each device", ylim=(0, None), title=_name(network))
 
-    return drawn(len(networks), draw)
+    return drawn(2 * len(networks), draw)
 
 
 def figure5(study: Study, networks: dict[Network, Runs]) -> bytes:

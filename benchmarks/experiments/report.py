@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from benchmarks.experiments.cells import Cell, Network, digest
+from benchmarks.experiments.cells import Cell, Network
 from benchmarks.experiments.scales import Study
 from benchmarks.experiments.store import Result, Store
 
@@ -26,24 +26,27 @@ def interval_note() -> str:
 
 def stamp(study: Study, cells: Iterable[Cell], store: Store) -> str:
     """Scale, what was used of how much, core- or GPU-hours, hardware."""
-    runs: dict[str, Result | None] = {digest(c.config): store.get(c) for c in cells if c.config is not None}
+    runs: dict[str, Result | None] = {c.key: store.get(c) for c in cells if c.config is not None}
     done = [result for result in runs.values() if result is not None]
     if not done:
         return f"Scale {study.scale.name}: none of {len(runs)} runs finished."
     kind = "GPU-hours" if done[0].environment["gpu"] else "core-hours"
     where = sorted({str(r.environment["gpu"] or r.environment["cpu"]) for r in done})
     commits = sorted({str(r.environment["git_commit"])[:9] for r in done})
-    sizes = sorted(
-        {
-            f"{r.config.data}: {r.about['train_images']} training and {r.about['test_images']} test pictures, batch {r.config.batch_size}"
-            for r in done
-        }
-    )
+    sizes = sorted({_sizes(result) for result in done})
     changed = "".join(f", {name} {value}" for name, value in study.flags.items())
     return (
         f"Scale {study.scale.name}{changed}: {len(done)} of {len(runs)} runs finished, {sum(r.hours for r in done):.2f} {kind} of training. "
         f"{'; '.join(sizes)}; seeds {', '.join(map(str, sorted({r.config.seed for r in done})))}. {'; '.join(where)}; "
         f"commit {', '.join(commits)}."
+    )
+
+
+def _sizes(result: Result) -> str:
+    shared = f" over {result.processes} processes" if result.processes > 1 else ""
+    return (
+        f"{result.config.data}: {result.about['train_images']} training and {result.about['test_images']} test pictures, "
+        f"batch {result.config.batch_size}{shared}"
     )
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments.cells import Cell, digest
+from benchmarks.experiments import parallel
+from benchmarks.experiments.cells import Cell
 from benchmarks.experiments.store import Store, line
 from localsgd_ext.train import data, environment
 from localsgd_ext.train.config import RunConfig
@@ -25,7 +26,7 @@ def unfinished(cells: Sequence[Cell], store: Store, only: str = "") -> list[Cell
     pending: dict[str, Cell] = {}
     for cell in sorted(cells, key=lambda cell: cell.seed):  # a stable sort
         if cell.config is not None and re.search(only, cell.name) and store.get(cell) is None:
-            pending.setdefault(digest(cell.config), cell)
+            pending.setdefault(cell.key, cell)
     return list(pending.values())
 
 
@@ -56,14 +57,16 @@ class Runner:
         """Training pictures that the cell still has to see, as far as that is known without its data."""
         assert cell.config is not None
         size = cell.config.train_size or {"imagenet": 1_281_167}.get(cell.config.data, 50_000)
-        return (cell.config.epochs - epochs_done(self._directory(cell.config))) * (size - size % cell.config.batch_size)
+        return (cell.config.epochs - epochs_done(self._directory(cell))) * (size - size % cell.config.batch_size)
 
-    def _directory(self, config: RunConfig) -> Path:
-        return self.work / f"{config.data}-{config.model.replace(':', '-')}-{config.method}-seed{config.seed}-{digest(config)}"
+    def _directory(self, cell: Cell) -> Path:
+        config = cell.config
+        assert config is not None
+        return self.work / f"{config.data}-{config.model.replace(':', '-')}-{config.method}-seed{config.seed}-{cell.key}"
 
     def _train(self, cell: Cell, progress: Progress) -> None:
         assert cell.config is not None
-        path = self._directory(cell.config)
+        path = self._directory(cell)
         with _locked(path) as mine:
             if not mine:
                 progress.say(f"{cell.name}: another process is at it")
@@ -71,11 +74,14 @@ class Runner:
             self.store.refresh()
             if self.store.get(cell) is None:
                 metrics = self._finish(cell, path, progress)
-                self.store.add(cell.network, line(cell.config, metrics, environment.describe(cell.config.device)))
+                here = environment.describe(cell.config.device)
+                self.store.add(cell.network, line(cell.config, metrics, here, cell.variant.processes))
             shutil.rmtree(path, ignore_errors=True)
 
     def _finish(self, cell: Cell, path: Path, progress: Progress) -> list[dict[str, Any]]:
         assert cell.config is not None
+        if cell.variant.processes > 1:
+            return parallel.train(cell.config, path, cell.variant.processes, progress, cell.name)
         resume = (path / CONFIG).exists()
         loaded = self._load(cell.config, progress)
         directory = RunDirectory(path, cell.config, resume=resume)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments.cells import Cell, Network, digest
+from benchmarks.experiments.cells import Cell, Network, key_of
 from localsgd_ext.train.config import RunConfig
 from localsgd_ext.train.files import read_json_lines
 
 # Of an epoch. Times are not among them: they are measured elsewhere, on a quiet machine.
 COLUMNS = (
     "boundary", "train_loss", "test_loss", "test_accuracy", "multiply_adds", "saved_activation_bytes", "peak_device_bytes",
-    "lr", "local_lr"
+    "lr", "local_lr", "batch_size", "reductions", "reduced_bytes"
 )  # fmt: skip
 ONCE = ("num_layers", "train_images", "test_images")  # the same in all epochs
 ENVIRONMENT = ("torch", "cpu", "gpu", "threads", "localsgd_ext", "git_commit", "compiled_kernels")
@@ -34,6 +34,7 @@ class Result:
     environment: dict[str, Any]
     hours: float
     """Of training, on one core or GPU."""
+    processes: int = 1
 
     @property
     def accuracy(self) -> float:
@@ -50,15 +51,29 @@ class Result:
         return [int(boundary) for boundary in self.epochs["boundary"]]
 
     @property
-    def steps(self) -> int:
-        """In an epoch."""
-        return int(self.about["train_images"]) // self.config.batch_size
+    def batches(self) -> list[int]:
+        """Pictures in a mini-batch, of all processes together, epoch by epoch."""
+        kept = self.epochs.get("batch_size") or [None]  # not in lines from before it could grow
+        return [self.config.batch_size] * len(self.boundaries) if None in kept else [int(size) for size in kept]
+
+    @property
+    def mini_batches(self) -> list[int]:
+        """In each epoch."""
+        return [int(self.about["train_images"]) // size for size in self.batches]
+
+    def total(self, column: str) -> int | None:
+        """A column's sum; ``None`` where it was not kept."""
+        kept = self.epochs.get(column) or [None]
+        return None if None in kept else sum(kept)
 
 
-def line(config: RunConfig, metrics: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> dict[str, Any]:
+def line(
+    config: RunConfig, metrics: Sequence[Mapping[str, Any]], environment: Mapping[str, Any], processes: int = 1
+) -> dict[str, Any]:
     """What is kept of a run."""
-    cores = 1 if environment["gpu"] else environment["threads"]
+    cores = processes * (1 if environment["gpu"] else environment["threads"])
     return {
+        **({"processes": processes} if processes > 1 else {}),
         "config": config.replace(root=None).to_json(),
         **{name: metrics[-1][name] for name in ONCE},
         "hours": metrics[-1]["elapsed_train_seconds"] * cores / 3600,
@@ -70,7 +85,7 @@ def line(config: RunConfig, metrics: Sequence[Mapping[str, Any]], environment: M
 def _result(saved: Mapping[str, Any]) -> Result:
     about = {name: saved[name] for name in ONCE}
     config = RunConfig.from_json(saved["config"])
-    return Result(config, saved["epochs"], about, saved["environment"], saved["hours"])
+    return Result(config, saved["epochs"], about, saved["environment"], saved["hours"], saved.get("processes", 1))
 
 
 class Store:
@@ -90,11 +105,11 @@ class Store:
     def _of(self, network: Network) -> dict[str, Result]:
         if network not in self._read:
             found = map(_result, read_json_lines(self.path(network)))
-            self._read[network] = {digest(result.config): result for result in found}
+            self._read[network] = {key_of(result.config, result.processes): result for result in found}
         return self._read[network]
 
     def get(self, cell: Cell) -> Result | None:
-        return None if cell.config is None else self._of(cell.network).get(digest(cell.config))
+        return None if cell.config is None else self._of(cell.network).get(cell.key)
 
     def add(self, network: Network, entry: Mapping[str, Any]) -> None:
         """Appends; what a killed process left of a line goes."""

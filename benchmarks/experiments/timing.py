@@ -92,16 +92,19 @@ class Timings:
 
     def steps_of_sgd(self, result: Result) -> float | None:
         """The whole run's time, in steps of SGD; ``None`` if some of it was not measured."""
+        if result.processes > 1 or len(set(result.batches)) > 1:
+            return None  # steps are timed in one process, with the mini-batches of the beginning
+        steps = result.mini_batches[0]
         if _only_whole(result.config):
             row = self.rows.get(_run_key(result.config))
-            return None if row is None else row["ms"] / row["sgd_ms"] * result.steps * len(result.boundaries)
+            return None if row is None else row["ms"] / row["sgd_ms"] * steps * len(result.boundaries)
         refresh = 1 / result.config.refresh if result.config.refresh else 0.0
         total = 0.0
         for boundary in result.boundaries:
             share = self.share(result.config, boundary)
             if share is None:
                 return None
-            total += result.steps * (refresh + (1 - refresh) * share)  # a refresh is a step of SGD
+            total += steps * (refresh + (1 - refresh) * share)  # a refresh is a step of SGD
         return total
 
 
@@ -123,6 +126,8 @@ def measure(results: Iterable[Result], directory: Path, seconds: float, root: st
     todo: dict[str, Callable[[], dict[str, Any]]] = {}
     devices = set()
     for result in results:
+        if result.processes > 1:
+            continue
         config = result.config.replace(root=root)
         devices.add(config.device)
         if config.method in VARIANTS and config.sample == 1:

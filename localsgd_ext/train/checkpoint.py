@@ -11,8 +11,9 @@ import io
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -57,9 +58,13 @@ def save(directory: Path, epoch: int, identity: dict[str, Any], state: dict[str,
     return path
 
 
-def load(path: Path, identity: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+def load(
+    path: Path, identity: dict[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[int, dict[str, Any]]:
     """Read a checkpoint of the run described by ``identity``: finished epochs and state, tensors on the CPU.
 
+    Args:
+        defaults: what holds for names of ``identity`` that the file does not know: options that are newer than it.
     Raises:
         CheckpointError: not a checkpoint, damaged, of another format, or of another run.
     """
@@ -75,16 +80,21 @@ def load(path: Path, identity: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{path} holds something else than a checkpoint's tensors and numbers: {reason}") from None
-    if found_identity != identity:
-        theirs = found_identity if isinstance(found_identity, dict) else {}
+    theirs = found_identity if isinstance(found_identity, dict) else {}
+    theirs = {name: defaults[name] for name in defaults.keys() & identity.keys()} | theirs if theirs else {}
+    if theirs != identity:
         differing = sorted(k for k in theirs.keys() | identity.keys() if theirs.get(k) != identity.get(k))
         named = ", ".join(f"{k} {theirs.get(k)!r} instead of {identity.get(k)!r}" for k in differing)
         raise CheckpointError(f"{path} is of another run: {named}")
     return epoch, state
 
 
-def load_latest(directory: Path, identity: dict[str, Any], log: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
+def load_latest(
+    directory: Path, identity: dict[str, Any], log: Callable[[str], None], defaults: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[int, dict[str, Any]] | None:
     """The newest usable checkpoint, ``None`` if there are none; one that cannot be used is reported and the one before it tried.
+
+    Arguments and errors as :func:`load`.
 
     Raises:
         CheckpointError: there are checkpoints and none can be used.
@@ -93,7 +103,7 @@ def load_latest(directory: Path, identity: dict[str, Any], log: Callable[[str], 
     problems = []
     for path in paths:
         try:
-            return load(path, identity)
+            return load(path, identity, defaults)
         except CheckpointError as error:
             log(f"{error}; trying the checkpoint before it")
             problems.append(str(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from localsgd_ext.train import compare as comparing
 from localsgd_ext.train import data as data_sets
 from localsgd_ext.train import options as o
 from localsgd_ext.train.checkpoint import CheckpointError
-from localsgd_ext.train.config import DATA_SETS, ONE_PROCESS, RunConfig, resolve
+from localsgd_ext.train.config import DATA_SETS, RunConfig, resolve
 from localsgd_ext.train.loop import Trainer
 from localsgd_ext.train.presets import DEFAULT_MODELS
 from localsgd_ext.train.processes import ALONE, World
@@ -28,6 +28,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train networks with LoCal+SGD: a growing prefix learns locally during the forward pass, the rest by SGD.",
 )
+
+_PARSED: dict[str, Callable[[str], Any]] = {
+    "t_shift": o.parse_t_shift,
+    "memory_budget": o.parse_bytes,
+    "sync": o.parse_sync,
+}
 
 # A full disk or quota, a file size limit; no permission, a read-only file system; a failing disk, a path that is wrong.
 _DISK_TROUBLES = {
@@ -77,6 +83,11 @@ def train(
     channels_last: o.ChannelsLast = None,
     amp: o.Amp = None,
     deterministic: o.Deterministic = None,
+    nan_policy: o.NanPolicy = None,
+    memory_budget: o.MemoryBudget = None,
+    max_batch_size: o.MaxBatchSize = None,
+    lr_scaling: o.LrScaling = None,
+    sync: o.SyncOption = None,
 ) -> None:
     """Train one network with one method; under torchrun in several processes, which share every mini-batch."""
     flags = _given(locals(), leave_out=("out", "resume"))
@@ -90,12 +101,12 @@ def _train(flags: dict[str, Any], out: Path | None, resume: bool, world: World) 
         if resume:
             out = _require_out(out)
             config = rundir.read_config(out).replace(**flags)
-            _check_processes(config, world)
+            processes.check(config, world)
         else:
             flags.setdefault("method", "local" if flags.get("preset") == "paper" else "refresh")
             config = _new_config(flags)
             out = out or Path("runs") / f"{config.data}-{_file_name(config.model)}-{config.method}-seed{config.seed}"
-            _check_processes(config, world)
+            processes.check(config, world)
             # Started again by torchrun, with the command of the first time: the run goes on.
             resume = world.any(world.restarts > 0) and world.from_first(rundir.launched_by(out) == world.launch)
             if world.is_first and not resume:
@@ -108,7 +119,7 @@ def _train(flags: dict[str, Any], out: Path | None, resume: bool, world: World) 
             else:
                 directory = rundir.WatchedRunDirectory(out, config)
     to_do = (config.epochs - rundir.epochs_done(out)) * loaded.steps * config.batch_size
-    with _interruptible(out), progress.choose(to_do, console) if world.is_first else progress.Silence() as display:
+    with _interruptible(out, world), progress.choose(to_do, console) if world.is_first else progress.Silence() as display:
         with _clear_errors(world):
             trainer = Trainer(config, loaded, directory, display, world=world)
             if resume:
@@ -223,11 +234,11 @@ def doctor(context: typer.Context) -> None:
 
 
 def _given(arguments: dict[str, Any], leave_out: tuple[str, ...]) -> dict[str, Any]:
-    """The options that were given, with ``--t-shift`` parsed."""
+    """The options that were given, with those parsed that are of several kinds."""
     given = {name: value for name, value in arguments.items() if value is not None and name not in leave_out}
-    if "t_shift" in given:
-        with _clear_errors():
-            given["t_shift"] = o.parse_t_shift(given["t_shift"])
+    with _clear_errors():
+        for name in _PARSED.keys() & given.keys():
+            given[name] = _PARSED[name](given[name])
     return given
 
 
@@ -258,11 +269,6 @@ def _check_machine(config: RunConfig) -> None:
         raise ValueError(f"--device {config.device} cannot be used here: {reason}") from None
 
 
-def _check_processes(config: RunConfig, world: World) -> None:
-    if world.size > 1 and config.method in ONE_PROCESS:
-        raise ValueError(f"--method {config.method} runs in one process, got {world.size}")
-
-
 def _require_out(out: Path | None) -> Path:
     if out is None:
         raise ValueError("--resume needs --out, the directory of the run to continue")
@@ -285,7 +291,7 @@ def _clear_errors(world: World = ALONE) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _interruptible(out: Path) -> Iterator[None]:
+def _interruptible(out: Path, world: World = ALONE) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
@@ -293,6 +299,8 @@ def _interruptible(out: Path) -> Iterator[None]:
         raise typer.Exit(130) from None
     except (data_sets.UnreadablePictures, rundir.DirectoryInUse, CheckpointError) as error:
         raise _failed(str(error)) from None
+    except FloatingPointError as error:  # --nan-policy raise; all processes fail
+        raise _failed(f"{error}. The epochs before are saved: --resume --out {out} repeats this one", world) from None
     except OSError as error:
         trouble = _disk_trouble(error)
         raise _failed(

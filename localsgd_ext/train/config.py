@@ -7,13 +7,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from localsgd_ext.batch_growth import LR_SCALINGS
 from localsgd_ext.learning import PRESETS as LIBRARY_PRESETS
+from localsgd_ext.nonfinite import NAN_POLICIES
+from localsgd_ext.reduction import Sync
 from localsgd_ext.train import presets
 from localsgd_ext.train.models import PRUNABLE, RESIDUAL
 
 METHODS = ("sgd", "freeze", "refresh", "local", "local-paper", "stochastic-depth", "prunetrain")
 NOT_PREFIX = ("sgd", "stochastic-depth", "prunetrain")
 """Those that treat all layers alike, without a boundary."""
+HEBBIAN = ("local", "local-paper")
+"""Those whose prefix is updated in the forward pass."""
 ONE_PROCESS = ("stochastic-depth", "prunetrain")
 """Those whose network is not the same in every mini-batch, or changes in other ways than by what is frozen."""
 DATA_SETS = ("digits", "glyphs", "cifar10", "cifar100", "imagenet", "fake")
@@ -25,6 +30,7 @@ BAD_IMAGES = ("report", "raise")
 
 # May change between a run and its resumption: where the files are, who reads them and what stops it, not what is computed.
 _INCIDENTAL = frozenset({"root", "workers", "bad_images"})
+_WITH_PREFIX = "one of the methods " + ", ".join(method for method in METHODS if method not in NOT_PREFIX)
 _HYPERPARAMETERS = tuple(f.name for f in dataclasses.fields(presets.Hyperparameters))
 
 
@@ -53,6 +59,12 @@ class RunConfig:
     supervision: str = "absolute"
     sample: float = 1.0
     refresh: int = 0
+    nan_policy: str = "report"
+    memory_budget: int | None = None
+    """Bytes, of each device. ``None``: the batch does not grow."""
+    max_batch_size: int | None = None
+    lr_scaling: str = "none"
+    sync: Sync = "step"
     survival: float = 0.5
     lasso_ratio: float = 0.2
     reconfigure_every: int = 10
@@ -76,6 +88,8 @@ class RunConfig:
             ("lr_schedule", LR_SCHEDULES),
             ("schedule", SCHEDULES),
             ("supervision", SUPERVISIONS),
+            ("nan_policy", NAN_POLICIES),
+            ("lr_scaling", tuple(LR_SCALINGS)),
             ("amp", AMP),
             ("bad_images", BAD_IMAGES),
             ("preset", ("paper", None)),
@@ -103,6 +117,18 @@ class RunConfig:
             _require(self, "t_shift", self.t_shift == "auto", "a number of layers, a fraction of the depth, or auto")
         else:
             _require(self, "t_shift", self.t_shift > 0, "positive")
+        self._check_batch_growth()
+        if self.method in NOT_PREFIX and self.nan_policy != "report":
+            raise ValueError(f"--nan-policy {self.nan_policy} needs {_WITH_PREFIX}; got --method {self.method}")
+        a_number = isinstance(self.sync, int) and not isinstance(self.sync, bool) and self.sync >= 1
+        _require(
+            self, "sync", self.sync in ("step", "epoch") or a_number, "step, epoch or a number of mini-batches, at least 1"
+        )
+        if self.method not in HEBBIAN and self.sync != "step":
+            raise ValueError(
+                f"--sync {self.sync} says when local updates are summed over processes, for --method {' or '.join(HEBBIAN)}; "
+                f"got --method {self.method}"
+            )
         if self.method == "refresh":
             _require(self, "refresh", self.refresh >= 1, "at least 1 for --method refresh")
         if self.method == "stochastic-depth" and self.model not in RESIDUAL:
@@ -114,6 +140,23 @@ class RunConfig:
             raise ValueError(f"--method prunetrain needs one of the networks {', '.join(PRUNABLE)}; got --model {self.model}")
         if self.amp == "fp16" and not self.device.startswith("cuda"):
             raise ValueError(f"--amp fp16 needs a CUDA device, got --device {self.device}; use --amp bf16")
+
+    def _check_batch_growth(self) -> None:
+        if self.memory_budget is None:
+            for name, default in (("max_batch_size", None), ("lr_scaling", "none")):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"--{_flag(name)} {getattr(self, name)} needs --memory-budget, without which the batch does not grow"
+                    )
+            return
+        whole = isinstance(self.memory_budget, int) and not isinstance(self.memory_budget, bool)
+        _require(self, "memory_budget", whole and self.memory_budget >= 1, "a whole number of bytes, at least 1")
+        if self.max_batch_size is not None:
+            _require(self, "max_batch_size", self.max_batch_size >= self.batch_size, f"at least --batch-size {self.batch_size}")
+        if self.method in NOT_PREFIX:
+            raise ValueError(
+                f"--memory-budget needs {_WITH_PREFIX}, whose boundary frees memory for the batch; got --method {self.method}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -132,6 +175,11 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """Everything that decides the numbers that come out."""
         return {name: value for name, value in self.to_json().items() if name not in _INCIDENTAL}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Of the options that have one."""
+        return {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
 
     def replace(self, **changes: Any) -> RunConfig:
         return dataclasses.replace(self, **changes)

@@ -33,10 +33,13 @@ class Data(Protocol):
 
     @property
     def steps(self) -> int:
-        """Mini-batches per training epoch; an incomplete last one is left out, so that all steps cost the same."""
+        """Mini-batches of ``--batch-size`` per training epoch; an incomplete last one is left out, so that all steps cost the same."""
 
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """The training set in the order of this epoch, augmented; of every mini-batch, this process's share."""
+    def train(self, epoch: int, batch_size: int | None = None) -> Iterator[Batch]:
+        """The training set in the order of this epoch, augmented; of every mini-batch, this process's share.
+
+        The order and the augmentation do not depend on ``batch_size``, of a whole mini-batch; ``None``: ``--batch-size``.
+        """
 
     def test(self) -> Iterator[Batch]:
         """The test set in its own order; of several processes each has mini-batches of its own."""
@@ -95,14 +98,15 @@ class InMemory:
     def steps(self) -> int:
         return self.train_size // self._batch_size
 
-    def train(self, epoch: int) -> Iterator[Batch]:
+    def train(self, epoch: int, batch_size: int | None = None) -> Iterator[Batch]:
+        size = batch_size or self._batch_size
         random = torch.Generator().manual_seed(derive_seed(self._seed, epoch))
         device, n = self._train_y.device, self.train_size
         order = torch.randperm(n, generator=random).to(device)
         offsets = torch.randint(0, 2 * self._crop + 1, (2, n), generator=random).to(device)
         flips = torch.randint(0, 2, (n, 1, 1, 1), generator=random).bool().to(device)
-        for start in range(0, self.steps * self._batch_size, self._batch_size):
-            index = order[start : start + self._batch_size][self._world.share(self._batch_size)]
+        for start in range(0, n - n % size, size):
+            index = order[start : start + size][self._world.share(size)]
             images = self._crops[index, offsets[0, index], offsets[1, index]]
             if self._flip:
                 images = torch.where(flips[index], images.flip(3), images)

@@ -64,12 +64,13 @@ class ImageFolders:
     def steps(self) -> int:
         return self.train_size // self._config.batch_size
 
-    def train(self, epoch: int) -> Iterator[Batch]:
+    def train(self, epoch: int, batch_size: int | None = None) -> Iterator[Batch]:
+        size = batch_size or self._config.batch_size
         random = np.random.default_rng(derive_seed(self._config.seed, epoch))
-        order = random.permutation(self._train_index)[: self.steps * self._config.batch_size]
+        order = random.permutation(self._train_index)
         seeds = random.integers(2**63, size=len(order))
-        keys = list(zip(order.tolist(), seeds.tolist(), strict=True))
-        share, size = self._world.share(self._config.batch_size), self._config.batch_size
+        keys = list(zip(order.tolist(), seeds.tolist(), strict=True))[: len(order) - len(order) % size]
+        share = self._world.share(size)
         mine = [key for start in range(0, len(keys), size) for key in keys[start : start + size][share]]
         yield from self._load(self._train, mine, share.stop - share.start)
 

@@ -6,27 +6,24 @@ import contextlib
 import copy
 import io
 import math
-import os
-import random
 import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, StepLR
 
-from localsgd_ext import LocalizedLearning, StaticModeSelection, trace_layers
-from localsgd_ext.distributed import ReplicatedModel
-from localsgd_ext.saved import SavedBytes, saved_activations
-from localsgd_ext.train import checkpoint, models, prunetrain
-from localsgd_ext.train.config import NOT_PREFIX, RunConfig
+from localsgd_ext import trace_layers
+from localsgd_ext.distributed import ReplicatedModel, Traffic
+from localsgd_ext.train import assembly, checkpoint, models, processes, prunetrain
+from localsgd_ext.train.config import RunConfig
+from localsgd_ext.train.cost import Cost, DroppedBranches, whole_cost
 from localsgd_ext.train.data import Data, derive_seed
 from localsgd_ext.train.files import write_atomically, write_json
-from localsgd_ext.train.measure import MultiplyAdds, PhaseTimer, multiply_adds
+from localsgd_ext.train.growing import MiniBatch
+from localsgd_ext.train.measure import PhaseTimer
 from localsgd_ext.train.processes import ALONE, World
 from localsgd_ext.train.progress import Progress
 from localsgd_ext.train.prunetrain import GroupLasso
@@ -43,6 +40,9 @@ class Trainer:
     and its augmentation, may be interleaved in one process, and a resumed run needs no generator's state.
 
     Of the processes of a ``world`` each has a trainer, and all call the same methods; the first one writes.
+
+    Raises:
+        ValueError: the run cannot be made by so many processes, or the network cannot be trained by the method.
     """
 
     def __init__(
@@ -58,26 +58,34 @@ class Trainer:
         self.world = world
         self.epoch = 0
         self.metrics: list[dict[str, Any]] = []
+        processes.check(config, world)
         self._device = torch.device(config.device)
-        _set_determinism(config, self._device)
+        assembly.set_determinism(config, self._device)
         self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = models.build(config.model, data.num_classes, config.seed).to(self._device)
         self.model = self.model.to(memory_format=self._layout)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
-        self.replicas = ReplicatedModel(self.model) if world.size > 1 else None
-        self._scheduler = _scheduler(self.optimizer, config)
+        self.replicas = ReplicatedModel(self.model, sync=config.sync) if world.size > 1 else None
+        self._scheduler = assembly.lr_scheduler(self.optimizer, config)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.amp == "fp16")
-        self._example = torch.zeros(2, 3, data.image_size, data.image_size, device=self._device)
+        self._example = self._pictures(2)
         with self._logged_warnings():
-            self.local = _localized_learning(self)
+            self.local = assembly.localized_learning(config, self.replicas or self.model, self.optimizer, self._boundary_moved)
             self.num_layers = len(self.local.trace(self._example) if self.local else trace_layers(self.model, self._example))
-        self.branches: ResidualBranches | None = None
-        self.whole_cost: tuple[SavedBytes, MultiplyAdds] | None = None
+        self.batch = MiniBatch(
+            config, self.local, self._scheduler, self._pictures(config.batch_size // world.size), data.train_size, world
+        )
+        if self.batch.grows and config.refresh:
+            self.say(
+                "warning: with --refresh the batch grows only where SGD's could: a refresh needs its memory at every boundary"
+            )
+        self.dropped: DroppedBranches | None = None
         if config.method == "stochastic-depth":
-            self.whole_cost = self._whole_cost()
-            self.branches = ResidualBranches(self.model, config.survival)
+            with self._autocast():
+                whole = whole_cost(self.model, self._pictures(config.batch_size))
+            self.dropped = DroppedBranches(ResidualBranches(self.model, config.survival), whole)
         self.lasso = GroupLasso(self.model, config.lasso_ratio) if config.method == "prunetrain" else None
 
     @property
@@ -92,53 +100,48 @@ class Trainer:
     def warm_up(self) -> None:
         """One step on a copy that is thrown away, so that the first run timed does not pay for starting the libraries."""
         model = copy.deepcopy(self.model).train()
-        shape = (self.config.batch_size, 3, self.data.image_size, self.data.image_size)
         with torch.random.fork_rng(), self._autocast():
-            model(torch.zeros(shape, device=self._device)).sum().backward()
-
-    def _whole_cost(self) -> tuple[SavedBytes, MultiplyAdds]:
-        """What a step of the whole network costs, measured on a copy."""
-        model = copy.deepcopy(self.model).train()
-        x = torch.zeros(self.config.batch_size, 3, self.data.image_size, self.data.image_size, device=self._device)
-        x = x.to(memory_format=self._layout)
-        with self._autocast(), saved_activations(model) as saved, multiply_adds(model) as counted:
-            F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.int64, device=self._device))
-        return saved, counted
+            model(self._pictures(self.config.batch_size)).sum().backward()
 
     def run_epoch(self) -> dict[str, Any]:
         """Train for an epoch, evaluate, record and save. Returns what was measured (see ``metrics.jsonl``)."""
         config, number = self.config, self.epoch + 1
         others = (self.world.rank,) if self.world.rank else ()  # so that dropout differs from share to share
-        _seed_everything(derive_seed(config.seed, self.epoch, 1, *others))
+        assembly.seed_everything(derive_seed(config.seed, self.epoch, 1, *others))
         self.data.unreadable.clear()
         self.progress.begin(f"{self.label} epoch {number}/{config.epochs}".strip())
         boundary = self.local.boundary if self.local else 0
         lr = self._scheduler.get_last_lr()[0]
-        parameters = _size(self.model)
+        size, parameters = self.batch.size, _size(self.model)
         local_lr = self.local.sign * self.local.current_lr if self.local and self.local.rule == "hebbian" else None
 
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+        self.batch.begin_epoch()
+        before = self.replicas.traffic if self.replicas else Traffic()
         start = time.perf_counter()
         loss, timer, cost = self._train()
-        loss = self._sum_over_processes([loss])[0] / self.world.size
-        skipped = self.local.skipped if self.local else {}
-        if self.local:
-            with self._logged_warnings():
-                self.local.step(loss)
+        nonfinite = self._nonfinite()
+        self._end_of_epoch(loss)
         self._scheduler.step()
         if self.lasso and number % config.reconfigure_every == 0:
             self._reconfigure()
         seconds = time.perf_counter() - start  # everything that training costs; evaluation and saving are not in it
         test_accuracy, test_loss = self.evaluate()
+        traffic = self.replicas.traffic if self.replicas else Traffic()  # only now: evaluation reduces what --sync lets wait
         (unreadable,) = self._sum_over_processes([float(len(self.data.unreadable))])
 
-        images = self.data.steps * config.batch_size
+        steps = self.data.train_size // size
+        images = steps * size
+        # What larger mini-batches leave out counts as done, or the time left would be that of more pictures than there are.
+        self.progress.advance(self.data.steps * config.batch_size - images)
         elapsed = (self.metrics[-1]["elapsed_train_seconds"] if self.metrics else 0.0) + seconds
         entry = {
             "epoch": number,
             "boundary": boundary,
             "num_layers": self.num_layers,
+            "batch_size": size,
+            "mini_batches": steps,
             "train_images": self.data.train_size,
             "test_images": self.data.test_size,
             "train_loss": _finite(loss),
@@ -151,10 +154,13 @@ class Trainer:
             "saved_activation_bytes": cost.saved_bytes,
             "multiply_adds": cost.multiply_adds * self.world.size,
             "parameters": parameters,
-            "peak_device_bytes": torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None,
+            "peak_device_bytes": self.batch.peak_device_bytes(self._device),
+            "predicted_bytes": self.batch.predicted_bytes,
+            "reductions": traffic.steps - before.steps,
+            "reduced_bytes": traffic.gradients + traffic.correlations - before.gradients - before.correlations,
             "lr": lr,
             "local_lr": local_lr,
-            "skipped_updates": skipped,
+            **nonfinite,
             "unreadable_images": int(unreadable),
         }
         if self.data.unreadable:
@@ -167,21 +173,46 @@ class Trainer:
         self.save()
         line = (
             f"epoch {number}/{config.epochs}  loss {loss:.4f}  accuracy {100 * test_accuracy:.2f} %  "
-            f"prefix {boundary}/{self.num_layers}  {images / seconds:.0f} images/s  saved {cost.saved_bytes / 2**20:.1f} MiB"
+            f"prefix {boundary}/{self.num_layers}  "
+            f"{f'batch {size}  ' if self.batch.grows else ''}{images / seconds:.0f} images/s  "
+            f"saved {cost.saved_bytes / 2**20:.1f} MiB"
         )
         self.directory.log(line)
         self.progress.end(f"{self.label}  {line}".strip())
         return entry
 
+    def _nonfinite(self) -> dict[str, Any]:
+        """What NaN and infinity cost in the epoch, for its entry."""
+        local = self.local
+        return {
+            "skipped_updates": local.skipped if local else {},
+            "skipped_steps": local.skipped_steps if local else 0,
+            "kept_statistics": local.kept_statistics if local else {},
+        }
+
+    def _end_of_epoch(self, loss: float) -> None:
+        """Boundary, sign and batch of the next epoch."""
+        if self.local is None:
+            return
+        with self._logged_warnings():
+            try:
+                self.local.step(loss)
+            except FloatingPointError as error:  # it counts epochs from 0
+                raise FloatingPointError(f"epoch {self.epoch + 1}: {str(error).partition(': ')[2]}") from None
+        with self._autocast():
+            grown = self.batch.step()
+        if grown is not None:
+            self.say(grown)
+
     def _train(self) -> tuple[float, PhaseTimer, Cost]:
-        """One pass over the training set: mean loss, times, and what its steps cost."""
+        """One pass over the training set: mean loss of all processes, times, and what its steps cost."""
         self.model.train()
         timer = PhaseTimer(self._device)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        cost = Cost(self)
-        steps = 0
+        counted: Tensor | int = 0
+        cost = Cost(self.model, self.local, self.config.sample, self.dropped)
         timer.start()
-        for x, y in self.data.train(self.epoch):
+        for x, y in self.data.train(self.epoch, self.batch.size):
             refreshing = self.local is not None and self.local.refreshing
             timer.kind(refreshing)
             timer.mark("data")
@@ -190,8 +221,8 @@ class Trainer:
             timer.mark("forward")
             self.optimizer.zero_grad(set_to_none=True)
             self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            if self.branches:
-                self.branches.fill_gradients()
+            if self.dropped:
+                self.dropped.branches.fill_gradients()
             if self.lasso:
                 if self.lasso.coefficient is None:
                     self.lasso.set_coefficient(float(loss.detach()))
@@ -201,10 +232,16 @@ class Trainer:
             self._scaler.step(self.optimizer)
             self._scaler.update()
             timer.mark("optimizer")
-            total += loss.detach()
-            steps += 1
+            value = loss.detach()
+            if self.config.nan_policy == "skip":  # in the mean it would leave a trace: the sign of the local updates
+                counted = counted + value.isfinite()
+                total += value.where(value.isfinite(), 0)
+            else:
+                counted += 1
+                total += value
             self.progress.advance(len(y) * self.world.size)
-        return float(total) / steps, timer, cost
+        total_of_all, count = self._sum_over_processes([float(total), float(counted)])
+        return total_of_all / count if count else math.nan, timer, cost
 
     def _reconfigure(self) -> None:
         removed = prunetrain.reconfigure(self.model, self.optimizer, self._example, self._layout)
@@ -247,13 +284,14 @@ class Trainer:
             "scaler": self._scaler.state_dict(),
             "local": local,
             "lasso": self.lasso.coefficient if self.lasso else None,
+            "batch": self.batch.state_dict(),
         }
         if self.world.is_first:
             checkpoint.save(self.directory.path, self.epoch, self.config.identity(), state)
 
     def restore(self) -> None:
         """Go on from the newest usable checkpoint. Raises ``CheckpointError`` if there are some and none can be used."""
-        found = checkpoint.load_latest(self.directory.path, self.config.identity(), self.say)
+        found = checkpoint.load_latest(self.directory.path, self.config.identity(), self.say, RunConfig.defaults())
         if found is not None:
             self.epoch, state = found
             if self.lasso:
@@ -268,6 +306,7 @@ class Trainer:
             self._scaler.load_state_dict(state["scaler"])
             if self.local:
                 self.local.load_state_dict(state["local"])
+            self.batch.load_state_dict(state.get("batch"))  # not in checkpoints from before it could grow
         self.metrics = self.directory.keep_metrics(self.epoch)
         if len(self.metrics) != self.epoch:
             raise checkpoint.CheckpointError(
@@ -286,8 +325,9 @@ class Trainer:
         :func:`localsgd_ext.train.prunetrain.load`); take the hooks off."""
         if self.local:
             self.local.remove()
-        if self.branches:
-            self.branches.fold_()
+        self.batch.remove()
+        if self.dropped:
+            self.dropped.branches.fold_()
         if not self.world.is_first:
             return
         buffer = io.BytesIO()
@@ -297,6 +337,14 @@ class Trainer:
         write_json(self.directory.path / SUMMARY, {"config": self.config.to_json(), "epochs": self.epoch, "last": last})
         self.directory.log("finished")
         self.directory.close()
+
+    def _boundary_moved(self, old: int, new: int) -> None:
+        self.say(f"boundary {old} -> {new} of {self.num_layers} layers")
+
+    def _pictures(self, count: int) -> Tensor:
+        """Black ones, ``[count, 3, H, W]``."""
+        x = torch.zeros(count, 3, self.data.image_size, self.data.image_size, device=self._device)
+        return x.to(memory_format=self._layout)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.amp == "none":
@@ -311,106 +359,6 @@ class Trainer:
             yield
         for warning in caught:
             self.say(f"warning: {warning.message}")
-
-
-class Cost:
-    """What an epoch's steps cost: the first of each kind (a refresh or none) is counted, and stands for the others.
-
-    With stochastic depth every step is of another kind: the whole network was counted beforehand, and a step costs that less the
-    branches that it left out. The memory is the whole network's, as any step may need it.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.saved_bytes = 0
-        """Saved for the backward pass, of the kind of step that saves most."""
-        self.multiply_adds = 0.0
-        """Of all steps together."""
-        self._trainer = trainer
-        self._each: dict[bool, float] = {}
-
-    @contextlib.contextmanager
-    def of_step(self, refreshing: bool) -> Iterator[None]:
-        trainer = self._trainer
-        if trainer.branches and trainer.whole_cost:
-            trainer.branches.dropped.clear()
-            yield
-            saved, counted = trainer.whole_cost
-            left_out = trainer.branches.dropped
-            self.saved_bytes = saved.total
-            self.multiply_adds += sum(
-                n for layer, n in counted.by_layer.items() if trainer.branches.block_of(layer) not in left_out
-            )
-            return
-        if refreshing not in self._each:
-            local = trainer.local
-            learning = local.local_layers if local and local.rule == "hebbian" and not refreshing else ()
-            with (
-                saved_activations(trainer.model) as saved,
-                multiply_adds(trainer.model, learning, trainer.config.sample) as counted,
-            ):
-                yield
-            self.saved_bytes = max(self.saved_bytes, saved.total)
-            self._each[refreshing] = counted.total
-        else:
-            yield
-        self.multiply_adds += self._each[refreshing]
-
-
-def _localized_learning(trainer: Trainer) -> LocalizedLearning | None:
-    config = trainer.config
-    if config.method in NOT_PREFIX:
-        return None
-    return LocalizedLearning(
-        trainer.replicas or trainer.model,
-        trainer.optimizer,
-        epochs=config.epochs,
-        rule="frozen" if config.method in ("freeze", "refresh") else "hebbian",
-        schedule=_local_first(config) if config.schedule == "local-first" else config.schedule,
-        alpha=config.alpha,
-        l_max=config.l_max,
-        t_shift=config.t_shift,
-        lr=config.local_lr,
-        lr_decay=config.local_lr_decay,
-        lr_decay_every=config.local_lr_decay_every,
-        sample=config.sample,
-        refresh=config.refresh or None,
-        supervision=None if config.supervision == "none" else config.supervision,
-        on_boundary_move=lambda old, new: trainer.say(f"boundary {old} -> {new} of {trainer.num_layers} layers"),
-    )
-
-
-def _local_first(config: RunConfig) -> StaticModeSelection:
-    """The linear schedule backwards: every boundary of it as often, the largest first (paper, section 2.2)."""
-
-    def boundary(epoch: int) -> int:
-        forwards = StaticModeSelection(schedule.num_layers, config.epochs, kind="linear", l_max=config.l_max)
-        return forwards.at(max(0, config.epochs - 1 - epoch))
-
-    schedule = StaticModeSelection(kind=boundary, l_max=config.l_max)
-    return schedule
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, config: RunConfig) -> LRScheduler:
-    if config.lr_schedule == "step":
-        return StepLR(optimizer, step_size=config.lr_step, gamma=config.lr_gamma)
-    if config.lr_schedule == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=config.epochs)
-    return ConstantLR(optimizer, factor=1.0)
-
-
-def _set_determinism(config: RunConfig, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = not config.deterministic
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
-        torch.use_deterministic_algorithms(True)
-
-
-def _seed_everything(seed: int) -> None:
-    """For whatever draws from the global generators during an epoch: dropout, stochastic depth."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  # the legacy generator is the global one
-    torch.manual_seed(seed)
 
 
 def _size(model: torch.nn.Module) -> int:

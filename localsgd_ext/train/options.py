@@ -1,17 +1,21 @@
-"""The options that ``localsgd train`` and ``localsgd compare`` share. ``None`` means "not given" throughout."""
+"""The options of ``localsgd train``; ``localsgd compare`` shares all but the last. ``None`` means "not given" throughout."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from localsgd_ext.batch_growth import LR_SCALINGS
+from localsgd_ext.nonfinite import NAN_POLICIES
+from localsgd_ext.reduction import Sync
 from localsgd_ext.train.config import AMP, DATA_SETS, LR_SCHEDULES, METHODS, SCHEDULES, SUPERVISIONS
 from localsgd_ext.train.models import MODELS
 
 _TRAINING, _LOCAL, _BASELINES = "Training", "Localized learning", "Other methods"
-_DATA, _MACHINE = "Data", "Machine"
+_DATA, _MACHINE, _PROCESSES = "Data", "Machine", "Faults, memory and several processes"
 
 
 def _listed(values: tuple[str, ...] | dict[str, object]) -> str:
@@ -108,6 +112,60 @@ Deterministic = Annotated[
         rich_help_panel=_MACHINE,
     ),
 ]
+
+
+NanPolicy = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{_listed(NAN_POLICIES)}: what a mini-batch with NaN or infinity may do. report: what it spoils is named at the end of "
+        "the epoch; skip: it is kept out of weights and statistics; raise: the run ends.",
+        rich_help_panel=_PROCESSES,
+    ),
+]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="What a step may take on each device, such as 10GiB: the batch doubles at the end of an epoch where that fits. On a "
+        "GPU by the peaks of the steps, on a CPU by what they save for the backward pass, parameters, gradients and momentum.",
+        rich_help_panel=_PROCESSES,
+    ),
+]
+MaxBatchSize = Annotated[
+    int | None,
+    typer.Option(help="The batch grows no further (default: to all training pictures).", rich_help_panel=_PROCESSES),
+]
+LrScaling = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{_listed(LR_SCALINGS)}: what the learning rate of SGD is multiplied by where the batch doubles, 1, 2 or 1.41.",
+        rich_help_panel=_PROCESSES,
+    ),
+]
+SyncOption = Annotated[
+    str | None,
+    typer.Option(
+        "--sync",
+        help="Under torchrun, when local updates are summed over the processes: step, a number of mini-batches, or epoch.",
+        rich_help_panel=_PROCESSES,
+    ),
+]
+
+_UNITS = {"": 1, "b": 1}
+for _power, _prefix in enumerate("kmgt", start=1):
+    _UNITS |= {f"{_prefix}b": 1000**_power, f"{_prefix}ib": 1024**_power}
+
+
+def parse_bytes(text: str) -> int:
+    """``10GiB``, ``512 MB``, ``1.5e9`` as bytes, rounded down. Raises ``ValueError`` for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"--memory-budget must be a number of bytes, with a unit or without, such as 10GiB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_sync(text: str) -> Sync:
+    """``step``, ``epoch`` or a whole number; what else there is, is refused where the run is put together."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
 def parse_t_shift(text: str | None) -> int | float | str | None:

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from localsgd_ext.train.config import ONE_PROCESS, RunConfig
+
 T = TypeVar("T")
 
 
@@ -64,6 +66,14 @@ class World:
 
 
 ALONE = World()
+
+
+def check(config: RunConfig, world: World) -> None:
+    """Raises ``ValueError`` for a run that cannot be made by so many processes."""
+    if world.size > 1 and config.method in ONE_PROCESS:
+        raise ValueError(f"--method {config.method} runs in one process, got {world.size}")
+    if world.size == 1 and config.sync != "step":
+        raise ValueError(f"--sync {config.sync} needs several processes, started by torchrun, got one")
 
 
 @contextmanager

@@ -66,10 +66,12 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
     rows = [_row(method, by_method[method], baseline) for method in METHODS if method in by_method]
     first = runs[0]
     about = ("data", "model", "epochs", "batch_size", "preset", "device", "amp", "channels_last")
+    growing = ("memory_budget", "lr_scaling") if first.config.memory_budget is not None else ()
     return {
         "benchmark": {
-            **{name: getattr(first.config, name) for name in about},
+            **{name: getattr(first.config, name) for name in (*about, *growing)},
             **{name: first.last[name] for name in ("train_images", "test_images")},
+            **({"batch_sizes": sorted({m["batch_size"] for run in runs for m in run.metrics})} if growing else {}),
         },
         "seeds": sorted({run.config.seed for run in runs}),
         "environment": {k: v for k, v in first.environment.items() if k != "command"},
@@ -131,11 +133,17 @@ def caption(summary: dict[str, Any]) -> str:
     b, e, seeds = summary["benchmark"], summary["environment"], summary["seeds"]
     hardware = e["gpu"] or f"{e['cpu']}, {e['threads']} thread{'' if e['threads'] == 1 else 's'}"
     size = f"{b['train_images']} training and {b['test_images']} test pictures, "
+    batch = f"batch {b['batch_size']}"
+    if "batch_sizes" in b:
+        largest = b["batch_sizes"][-1]
+        grown = "which did not grow" if largest == b["batch_size"] else f"grown to {largest}"
+        rate = "" if b["lr_scaling"] == "none" else f", learning rate with it ({b['lr_scaling']})"
+        batch += f" ({grown} in {b['memory_budget'] / 2**20:.1f} MiB of each device{rate})"
     preset = "the paper's hyper-parameters, " if b["preset"] else ""
     kernels = "compiled kernels" if e["compiled_kernels"] else "PyTorch reference (no compiled kernels)"
     commit = f", commit {e['git_commit'][:9]}{'+' if e['git_commit'].endswith('+') else ''}" if e["git_commit"] else ""
     return (
-        f"{b['model']} on {b['data']}: {size}{preset}{b['epochs']} epochs, batch {b['batch_size']}, "
+        f"{b['model']} on {b['data']}: {size}{preset}{b['epochs']} epochs, {batch}, "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}; mean ± standard deviation over seeds, "
         f"accuracy after the last epoch. {hardware}; torch {e['torch']}, localsgd_ext {e['localsgd_ext']}{commit}, {kernels}."
     )

@@ -99,7 +99,16 @@ class RunDirectory:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=epoch)
-        for name in ("train_loss", "test_loss", "test_accuracy", "boundary", "lr", "local_lr", "images_per_second"):
+        for name in (
+            "train_loss",
+            "test_loss",
+            "test_accuracy",
+            "boundary",
+            "batch_size",
+            "lr",
+            "local_lr",
+            "images_per_second",
+        ):
             if metrics[name] is not None:
                 self._writer.add_scalar(name, metrics[name], epoch)
         self._writer.add_scalar("saved_activations_mib", metrics["saved_activation_bytes"] / 2**20, epoch)

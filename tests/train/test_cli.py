@@ -63,6 +63,14 @@ def test_the_default_method_is_the_preset_s(options: list[str], method: str, tmp
             ["train", "--data", "cifar10", "--model", "vgg13", "--root", "/nowhere"],
             "batches.meta is missing; download https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
         ),
+        (
+            ["train", "--data", "fake", "--model", "vgg13", "--memory-budget", "10 G"],
+            "--memory-budget must be a number of bytes",
+        ),
+        (
+            ["train", "--data", "fake", "--model", "vgg13", "--method", "local", "--sync", "epoch"],
+            "--sync epoch needs several processes, started by torchrun, got one",
+        ),
         (["train", "--resume"], "--resume needs --out"),
         (["train", "--resume", "--out", "/nowhere"], "--resume: there is no run in /nowhere"),
         (["compare", "--data", "fake", "--model", "vgg13", "--methods", "sgd,adam"], "--methods must be among sgd, freeze"),

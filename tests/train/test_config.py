@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from localsgd_ext.train.config import RunConfig, differences, resolve
-from localsgd_ext.train.options import parse_t_shift
+from localsgd_ext.train.options import parse_bytes, parse_sync, parse_t_shift
 
 
 def _config(**flags: Any) -> RunConfig:
@@ -32,6 +32,24 @@ def _config(**flags: Any) -> RunConfig:
         ({"survival": 0.0}, r"--survival must be in \(0, 1\], got 0.0"),
         ({"t_shift": 0}, "--t-shift must be positive, got 0"),
         ({"train_size": 0}, "--train-size must be at least 1, got 0"),
+        ({"nan_policy": "ignore"}, "--nan-policy must be one of report, skip, raise, got 'ignore'"),
+        (
+            {"method": "sgd", "nan_policy": "skip"},
+            "--nan-policy skip needs one of the methods freeze, refresh, .*; got --method sgd",
+        ),
+        ({"memory_budget": 0}, "--memory-budget must be a whole number of bytes, at least 1, got 0"),
+        ({"memory_budget": 1.5}, r"--memory-budget must be a whole number of bytes, at least 1, got 1\.5"),
+        ({"method": "sgd", "memory_budget": 1}, "--memory-budget needs one of the methods freeze, .*; got --method sgd"),
+        ({"lr_scaling": "linear"}, "--lr-scaling linear needs --memory-budget, without which the batch does not grow"),
+        ({"lr_scaling": "double", "memory_budget": 1}, "--lr-scaling must be one of none, linear, sqrt, got 'double'"),
+        ({"max_batch_size": 64}, "--max-batch-size 64 needs --memory-budget"),
+        ({"max_batch_size": 31, "memory_budget": 1}, "--max-batch-size must be at least --batch-size 32, got 31"),
+        ({"sync": "week"}, "--sync must be step, epoch or a number of mini-batches, at least 1, got week"),
+        ({"sync": 0}, "--sync must be step, epoch or a number of mini-batches, at least 1, got 0"),
+        (
+            {"method": "freeze", "sync": 4},
+            "--sync 4 says when local updates are summed .*, for --method local or local-paper; got --method freeze",
+        ),
         ({"amp": "fp16"}, "--amp fp16 needs a CUDA device, got --device cpu"),
     ],
 )
@@ -61,6 +79,20 @@ def test_t_shift() -> None:
     assert isinstance(parse_t_shift("3"), int)
     with pytest.raises(ValueError, match="--t-shift must be auto, a number of layers or a fraction of the depth, got 'many'"):
         parse_t_shift("many")
+
+
+def test_bytes() -> None:
+    texts = ("1", "10B", "2kB", "2KiB", "1.5 MB", "10gib", "1e9", " 3 TB ")
+    assert [parse_bytes(text) for text in texts] == [1, 10, 2000, 2048, 1_500_000, 10 * 2**30, 10**9, 3 * 10**12]
+    for text in ("", "much", "GiB", "-1", "1 GB more", "10 G", "nan", "inf", "1e400"):
+        with pytest.raises(
+            ValueError, match="--memory-budget must be a number of bytes, with a unit or without, such as 10GiB, got"
+        ):
+            parse_bytes(text)
+
+
+def test_sync() -> None:
+    assert [parse_sync(text) for text in ("step", "epoch", "4", "-1", "4.5")] == ["step", "epoch", 4, -1, "4.5"]
 
 
 def test_the_other_methods_have_their_papers_values_in_the_papers_runs() -> None:

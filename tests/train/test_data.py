@@ -55,6 +55,15 @@ def test_every_picture_comes_once_and_an_incomplete_batch_not_at_all() -> None:
     assert [len(y) for _, y in data.InMemory(_numbered(), _config("fake", batch_size=16)).train(0)] == [16, 16]
 
 
+def test_a_larger_mini_batch_is_the_next_ones_together() -> None:
+    """The batch may grow in mid-run: the order and the augmentation of an epoch stay."""
+    loaded = data.InMemory(_numbered(crop=2, flip=True), _config("fake", batch_size=8))
+    small, large = list(loaded.train(1)), list(loaded.train(1, 16))
+    assert [len(y) for _, y in large] == [16, 16]
+    for i in (0, 1):
+        assert torch.equal(torch.cat([batch[i] for batch in small[:4]]), torch.cat([batch[i] for batch in large]))
+
+
 def test_crops_and_mirror_images_are_of_the_right_picture() -> None:
     source = _numbered(crop=2, flip=True)
     loaded = data.InMemory(source, _config("fake", batch_size=40))

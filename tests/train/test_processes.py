@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -33,8 +34,8 @@ from localsgd_ext.train.rundir import RunDirectory, WatchedRunDirectory
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    """Two classes of 10 training and 7 test pictures, each of one colour."""
-    for split, count in (("train", 10), ("val", 7)):
+    """Two classes of 12 training and 7 test pictures, each of one colour."""
+    for split, count in (("train", 12), ("val", 7)):
         for name in ("cat", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(count):
@@ -53,11 +54,11 @@ def test_shares_make_up_the_mini_batches_of_one_process(
     whole = data.load(config)
     parts = [data.load(config, world=World(rank, size)) for rank in range(size)]
     assert {part.steps for part in parts} == {whole.steps}
-    for epoch in (0, 1):
-        batches = list(whole.train(epoch))
-        assert len(batches) == whole.steps
-        for batch, *shares in zip(batches, *(part.train(epoch) for part in parts), strict=True):
-            assert {len(y) for _, y in shares} == {12 // size}
+    for epoch, batch_size in ((0, None), (1, None), (1, 24)):
+        batches = list(whole.train(epoch, batch_size))
+        assert len(batches) == whole.train_size // (batch_size or 12)
+        for batch, *shares in zip(batches, *(part.train(epoch, batch_size) for part in parts), strict=True):
+            assert {len(y) for _, y in shares} == {(batch_size or 12) // size}
             for i in (0, 1):
                 assert torch.equal(torch.cat([share[i] for share in shares]), batch[i])
     tests = [torch.cat([x for x, _ in [(torch.empty(0), 0), *part.test()]]) for part in parts]
@@ -75,8 +76,8 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny: Callable[..., RunConfig]
         data.load(tiny(), world=World(0, 3))
 
 
-def trained(path: Path, world: World, method: str, epochs: int, resume: bool = False) -> Trainer:
-    config = resolve("fake", "small_resnet", method, **TINY, device="cpu")
+def trained(path: Path, world: World, method: str, epochs: int, resume: bool = False, **changes: Any) -> Trainer:
+    config = resolve("fake", "small_resnet", method, **{**TINY, "device": "cpu", **changes})
     directory = RunDirectory(path, config, resume=resume) if world.is_first else WatchedRunDirectory(path, config)
     trainer = Trainer(config, data.load(config, world=world), directory, Silence(), world=world)
     if resume:
@@ -114,6 +115,47 @@ def test_processes_agree_and_resume(method: str, tmp_path: Path) -> None:
 
 
 @distributed_test(world_size=2)
+def test_the_batch_grows_on_all_processes_and_halves_the_reductions(tmp_path: Path) -> None:
+    """8 pictures of each: 16 fit from boundary 2 on, in the last two epochs."""
+    world = World(dist.get_rank(), dist.get_world_size())
+    options: dict[str, Any] = {"memory_budget": 3_000_000, "lr_scaling": "linear", "nan_policy": "skip", "sync": 2}
+    whole = trained(tmp_path / "whole", world, "local", 4, **options)
+    assert whole.local is not None
+    check_replicas(whole.local, buffers=True)
+    columns = {name: [entry[name] for entry in whole.metrics] for name in whole.metrics[0]}
+    assert columns["boundary"] == [0, 0, 2, 2]
+    assert columns["batch_size"] == [16, 16, 32, 32]
+    assert columns["mini_batches"] == columns["reductions"] == [6, 6, 3, 3]
+    plan = whole.local.plan
+    start = plan.parameters[f"{plan.layers[2]}.weight"]
+    gradients = 4 * sum(p.numel() for name, p in whole.model.named_parameters() if plan.parameters[name] >= start)
+    sizes = [whole.model.get_submodule(name).weight.numel() for name in plan.layers[:2]]
+    correlations = 4 * sum(size + 1 for size in sizes)  # and how often each layer ran
+    # Of three mini-batches the first two together, and the third before the evaluation.
+    assert columns["reduced_bytes"][2:] == [3 * gradients + 2 * correlations] * 2
+
+    trained(tmp_path / "parts", world, "local", 3, **options)
+    dist.barrier()
+    resumed = trained(tmp_path / "parts", world, "local", 1, resume=True, **options)
+    for trainer in (whole, resumed):
+        trainer.finish()
+    if world.is_first:
+        assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("sync", ["step", 4, "epoch"])
+@distributed_test(world_size=2)
+def test_sync_reaches_the_local_updates(sync: Any, tmp_path: Path) -> None:
+    world = World(dist.get_rank(), dist.get_world_size())
+    made = trained(tmp_path / "run", world, "local", 3, sync=sync)
+    assert made.replicas is not None
+    assert made.replicas.sync == sync
+    per_reduction = made.replicas.traffic.correlations // {"step": 6, 4: 2, "epoch": 1}[sync]
+    assert made.local is not None
+    assert per_reduction == 4 * sum(made.model.get_submodule(n).weight.numel() + 1 for n in made.local.layers[:2])
+
+
+@distributed_test(world_size=2)
 def test_a_directory_that_is_not_shared_is_refused(tmp_path: Path) -> None:
     world = World(dist.get_rank(), dist.get_world_size())
     trained(tmp_path / "run", world, "sgd", 1)
@@ -142,6 +184,19 @@ def torchrun(out: Path, options: list[str], *more: str) -> subprocess.Popen[str]
 def test_one_process_killed_and_all_started_again(victim: int, tmp_path: Path, tiny_flags: list[str]) -> None:
     """As torchrun does it, from the last checkpoint; no flag is given for it."""
     options = [*tiny_flags, "--train-size", "960", "--epochs", "6", "--local-lr", "0.001"]
+    if victim == 1:  # the batch grows after the second epoch
+        options += [
+            "--method",
+            "local",
+            "--memory-budget",
+            "3MB",
+            "--lr-scaling",
+            "linear",
+            "--sync",
+            "2",
+            "--nan-policy",
+            "skip",
+        ]
     undisturbed = torchrun(tmp_path / "undisturbed", options)
     disturbed = torchrun(tmp_path / "disturbed", options, "--max-restarts", "1")
     try:
@@ -165,6 +220,7 @@ def test_one_process_killed_and_all_started_again(victim: int, tmp_path: Path, t
     metrics = read_json_lines(tmp_path / "disturbed" / "metrics.jsonl")
     assert [m["epoch"] for m in metrics] == [1, 2, 3, 4, 5, 6]
     assert metrics[-1]["boundary"] > 0
+    assert [m["batch_size"] for m in metrics] == ([16] * 6 if victim == 0 else [16, 16, 32, 32, 32, 32])
     assert read_json(tmp_path / "disturbed" / "summary.json")["epochs"] == 6
 
 

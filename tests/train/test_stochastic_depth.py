@@ -122,7 +122,7 @@ def test_the_weights_of_a_finished_run_give_its_accuracy(
     made.finish()
     plain = models.build("small_resnet", 10, seed=1)
     plain.load_state_dict(torch.load(made.directory.path / "model.pt", weights_only=True))
-    made.model, made.branches = plain, None
+    made.model, made.dropped = plain, None
     accuracy, loss = made.evaluate()
     assert (accuracy, loss) == (made.metrics[-1]["test_accuracy"], pytest.approx(made.metrics[-1]["test_loss"], rel=1e-4))
 
@@ -177,14 +177,14 @@ def test_multiply_adds_are_those_of_all_steps(tiny: Callable[..., RunConfig], tr
     entry = made.run_epoch()
     assert entry["multiply_adds"] == pytest.approx(counted, rel=1e-12)
     # The expected number: the whole network's less the branches' times their probability of being left out, 30 steps.
-    assert made.whole_cost is not None
-    assert made.branches is not None
-    layers = made.whole_cost[1].by_layer
-    blocks = list(made.branches.blocks)
+    assert made.dropped is not None
+    branches, (_, whole) = made.dropped.branches, made.dropped.whole
+    layers = whole.by_layer
+    blocks = list(branches.blocks)
     drop = {block: (number + 1) / len(blocks) * 0.5 for number, block in enumerate(blocks)}
-    expected = sum(n * (1 - drop.get(made.branches.block_of(layer) or "", 0.0)) for layer, n in layers.items())
+    expected = sum(n * (1 - drop.get(branches.block_of(layer) or "", 0.0)) for layer, n in layers.items())
     assert entry["multiply_adds"] / 30 == pytest.approx(expected, rel=0.15)
-    assert expected < 0.75 * made.whole_cost[1].total
+    assert expected < 0.75 * whole.total
 
 
 def test_projections_belong_to_no_branch() -> None:

@@ -51,7 +51,8 @@ class LocalizedLearning:
 
     Layers are the convolution and linear modules with an unmodified forward and a weight of their own, in the order in which
     the first training forward calls them; whatever else there is, is named in one warning. They act only in training mode
-    with gradients enabled. See :class:`HebbianUpdater` for when the write is deferred.
+    with gradients enabled. See :class:`HebbianUpdater` for when the write is deferred. Parameters that the user freezes stay
+    frozen, see :meth:`keep_frozen`.
 
     Args:
         model: the network, on its device, or a :class:`localsgd_ext.distributed.ReplicatedModel` of it, for several processes;
@@ -174,7 +175,9 @@ class LocalizedLearning:
             )
         self._refresher: Refresher | None = None
         if choices.refresh is not None:
-            self._refresher = Refresher(every, self._optimizers, self._updater, lambda: self.epoch)
+            self._refresher = Refresher(
+                every, self._optimizers, self._updater, epoch=lambda: self.epoch, fewer=self._enable_local_layers
+            )
         self._report = EpochReport(self._guard, self._updater, self.replicas)
         self._removed = False
         self._loads = 0  # states loaded so far
@@ -211,8 +214,11 @@ class LocalizedLearning:
 
     @property
     def local_layers(self) -> tuple[str, ...]:
-        """Names of the layers that learn locally (with ``rule="frozen"``: not at all)."""
-        return self.plan.layers[: self.boundary] if self._plan is not None else ()
+        """Names of the layers that learn locally (with ``rule="frozen"``: not at all), but for those whose weight the user froze."""
+        if self._freeze is None:
+            return ()
+        frozen = set(self._freeze.frozen)
+        return tuple(name for name in self.plan.layers[: self.boundary] if f"{name}.weight" in frozen)
 
     @property
     def sign(self) -> int:
@@ -294,6 +300,28 @@ class LocalizedLearning:
         self._apply_boundary(new)
         if self.on_boundary_move is not None and old != new:
             self.on_boundary_move(old, new)
+
+    def keep_frozen(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Freeze parameters of the model for good: neither a refresh nor a boundary that moves back nor :meth:`remove` thaws them.
+
+        The same as ``requires_grad_(False)``, which does for what learns by SGD or is open to a refresh (:attr:`refreshing`), but
+        leaves no trace where the boundary has frozen a parameter already. They make no local updates either. It is no part of
+        :meth:`state_dict`, as ``requires_grad`` is none of the model's. With a ``ReplicatedModel`` all processes must call it.
+
+        Raises:
+            TypeError: something that is not several parameters.
+        """
+        several = () if isinstance(parameters, Tensor) else tuple(parameters)  # a tensor's would be its rows
+        wrong = [each for each in several if not isinstance(each, nn.Parameter)]
+        if wrong or isinstance(parameters, Tensor):
+            given = wrong[0] if wrong else parameters
+            raise TypeError(f"parameters must be an iterable of torch.nn.Parameter, got {type(given).__name__}")
+        for parameter in several:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        if self._freeze is not None:
+            self._freeze.forget(several)
+            self._enable_local_layers()
 
     def replicated_state(self) -> Iterator[tuple[str, Any]]:
         """Name and value of everything beside the model that must be the same on all processes of a ``ReplicatedModel``."""
@@ -440,14 +468,18 @@ class LocalizedLearning:
         if self.replicas is not None and boundary != freeze.boundary:
             self.replicas.rewrap()
         freeze.set_boundary(boundary)
+        self._enable_local_layers()
         if self._updater is not None:
-            repeated = [name for name, calls in zip(self.plan.layers, self.plan.calls, strict=True) if calls > 1]
-            self._updater.enable(self.local_layers, deferred=repeated)
             self._updater.set_lr(self.sign * self.current_lr)
         if self.schedule.needs_update_norm:
             self._epoch_start.begin(self._transition_weight())
         if self._refresher is not None:
             self._refresher.open_if_due()
+
+    def _enable_local_layers(self) -> None:
+        if self._updater is not None:
+            repeated = [name for name, calls in zip(self.plan.layers, self.plan.calls, strict=True) if calls > 1]
+            self._updater.enable(self.local_layers, deferred=repeated)
 
     def _transition_weight(self) -> Tensor:
         weight: Tensor = self.model.get_submodule(self.plan.layers[self.boundary]).weight  # type: ignore[assignment]

@@ -25,7 +25,8 @@ class Refresh:
 
     def __init__(self, every: Every) -> None:
         self._every = every if callable(every) else _checked(every)
-        self._since = 0  # mini-batches since the last refresh
+        self.since = 0
+        """Mini-batches since the last one that was."""
 
     def every(self, epoch: int) -> int:
         """The present period.
@@ -37,17 +38,17 @@ class Refresh:
 
     def due(self, epoch: int) -> bool:
         """Whether the mini-batch that comes next is one."""
-        return self._since + 1 >= self.every(epoch)
+        return self.since + 1 >= self.every(epoch)
 
     def advance(self, epoch: int) -> None:
         """A mini-batch has passed."""
-        self._since = 0 if self.due(epoch) else self._since + 1
+        self.since = 0 if self.due(epoch) else self.since + 1
 
     def state_dict(self) -> dict[str, int]:
-        return {"since": self._since}
+        return {"since": self.since}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._since = state["since"]
+        self.since = state["since"]
 
 
 class Refresher:
@@ -59,15 +60,22 @@ class Refresher:
         refresh: says which mini-batches are due.
         optimizers: all that step in a mini-batch; their steps are watched.
         epoch: called for the present epoch.
+        fewer: called when the prefix was closed and the user has frozen parameters in it meanwhile.
     """
 
     def __init__(
-        self, refresh: Refresh, optimizers: Sequence[Optimizer], updater: HebbianUpdater | None, epoch: Callable[[], int]
+        self,
+        refresh: Refresh,
+        optimizers: Sequence[Optimizer],
+        updater: HebbianUpdater | None,
+        *,
+        epoch: Callable[[], int],
+        fewer: Callable[[], None],
     ) -> None:
         self.refresh = refresh
         self.freeze: PrefixFreeze | None = None
         """What there is to open, once the order of the layers is known."""
-        self._optimizers, self._updater, self._epoch = optimizers, updater, epoch
+        self._optimizers, self._updater, self._epoch, self._fewer = optimizers, updater, epoch, fewer
         self._stepped: set[Optimizer] = set()  # in the present mini-batch
         self._refreshed: set[Optimizer] = set()  # stepped with gradients of the prefix since it was opened
         self._late: set[Optimizer] = set()  # yet to step with the prefix's gradients, though it is closed again
@@ -88,9 +96,12 @@ class Refresher:
             # If one missed a step, mini-batches seem to end with a step too few: it has yet to use its gradients.
             self._late = set(self._optimizers) - self._refreshed
             self._refreshed.clear()
+        before = len(self.freeze.frozen)
         self.freeze.set_open(due, keep_gradients_of=self._late)
         if self._updater is not None:
             self._updater.paused = due
+        if len(self.freeze.frozen) < before:
+            self._fewer()
 
     def remove(self) -> None:
         """Take the hooks off the optimizers."""

@@ -222,7 +222,8 @@ class ReplicatedModel(nn.Module, Joinable):
 def check_replicas(model: nn.Module | LocalizedLearning, *, buffers: bool = False) -> None:
     """Compare the replicas bit for bit, and repair nothing. All processes must call it.
 
-    Compares parameters and, of a :class:`LocalizedLearning`, the optimizers' tensors, local momentum, boundary and sign too.
+    Compares parameters and, of a :class:`LocalizedLearning`, what the next steps depend on: the optimizers' tensors, local momentum,
+    boundary, sign, what is frozen and when the next refresh is.
     ``LocalizedLearning`` calls it for itself before the boundary moves.
 
     Args:

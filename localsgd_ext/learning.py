@@ -326,6 +326,9 @@ class LocalizedLearning:
     def replicated_state(self) -> Iterator[tuple[str, Any]]:
         """Name and value of everything beside the model that must be the same on all processes of a ``ReplicatedModel``."""
         yield from (("epoch", self.epoch), ("boundary", self.boundary), ("sign", self.sign), ("local lr", self.current_lr))
+        yield "parameters frozen by the boundary", sorted(self._freeze.frozen) if self._freeze is not None else []
+        if self._refresher is not None:
+            yield "mini-batches since the last refresh", self._refresher.refresh.since
         if self._updater is not None:
             for name, velocity in self._updater.state_dict()["momentum"].items():
                 yield f"local momentum of {name}", velocity

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from .reduction import CorrelationReducer, Sync, check_sync
 from .wrappers import refuse_wrappers
@@ -60,7 +61,8 @@ class ReplicatedModel(nn.Module, Joinable):
     are averaged over processes, which is the whole batch's only where all shares are of one size. It is ``D`` that is reduced also
     where the Gram form computes it, whose ``G`` would be fewer bytes in layers that widen.
 
-    All processes must make the same number of training forwards; see :meth:`join` for loaders that do not. The number of
+    Before the first training forward ``LocalizedLearning`` makes one more with the same arguments, which changes nothing, to find the
+    order of the layers. All processes must make the same number of training forwards; see :meth:`join` for loaders that do not. The number of
     bytes reduced is in :attr:`traffic`.
 
     Args:
@@ -105,12 +107,18 @@ class ReplicatedModel(nn.Module, Joinable):
         self.num_processes = dist.get_world_size(self._group)
         self.reducer = CorrelationReducer(self._group, every=every, bucket_bytes=bucket_bytes)
         self._traffic = Traffic()
+        self.before_training: Callable[..., object] | None = None
+        """Called with the arguments of the next training forward, before it; ``LocalizedLearning`` finds the order of layers so."""
 
     # ---------------------------------------------------------------- the model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's forward; the arguments are this process's share."""
         Join.notify_join_context(self)
+        if self.before_training is not None and self.module.training and torch.is_grad_enabled():
+            # Not in the middle of the forward: its wrapper would give what gets frozen there gradients of zero.
+            moved_args, moved_kwargs = self._on_device((args, kwargs))
+            self.before_training(*moved_args, **moved_kwargs)
         if self._stale:
             self._drop(len(self._wrappers))
             self._stale = False
@@ -206,6 +214,11 @@ class ReplicatedModel(nn.Module, Joinable):
             dist.broadcast(buffer, group=self._group, group_src=0)
 
     # ---------------------------------------------------------------- inside
+
+    def _on_device(self, inputs: Any) -> Any:
+        """As the wrapper gives them to the network."""
+        devices = self._ddp_kwargs.get("device_ids")
+        return tree_map_only(Tensor, lambda t: t.to(devices[0]), inputs) if devices else inputs
 
     def _drop(self, count: int) -> None:
         """Take the ``count`` oldest wrappers' hooks off the parameters."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,19 +14,29 @@ from .layers import ExecutionPlan, Patterns, Tracer, trace_layers
 from .updater import NO_TRANSFORM
 from .wrappers import refuse_sharded
 
+if TYPE_CHECKING:
+    from .distributed import ReplicatedModel
+
 
 class FirstForward:
     """Watches for the first training forward of ``model`` and hands over the order in which its layers run.
 
     Args:
+        replicas: what ``model`` is in, if it is: before its first training forward there is one more, see :meth:`trace`.
         adopt: called with the plan after that forward, unless it raised. The hooks are still on then: see :meth:`ignore`.
         include, skip: which modules may be layers.
     """
 
     def __init__(
-        self, model: nn.Module, adopt: Callable[[ExecutionPlan], None], *, include: Patterns = None, skip: Patterns = None
+        self,
+        model: nn.Module,
+        replicas: ReplicatedModel | None,
+        adopt: Callable[[ExecutionPlan], None],
+        *,
+        include: Patterns = None,
+        skip: Patterns = None,
     ) -> None:
-        self._model, self._adopt = model, adopt
+        self._model, self._replicas, self._adopt = model, replicas, adopt
         self._include, self._skip = include, skip
         self._stop: Callable[[], None] | None = None  # ends the tracing that goes on
         self._tracer: Tracer | None = None
@@ -34,6 +44,8 @@ class FirstForward:
 
     def watch(self) -> None:
         """From now on, until :meth:`ignore`: once the order is known, torch.compile need not look at the hooks."""
+        if self._replicas is not None:
+            self._replicas.before_training = lambda *args, **kwargs: self._adopt(self.trace(args, kwargs))
         self._handles = [
             self._model.register_forward_pre_hook(CallHook(self._before), prepend=True),
             self._model.register_forward_hook(_AfterForward(self._after), always_call=True),
@@ -41,12 +53,15 @@ class FirstForward:
 
     def ignore(self) -> None:
         """Take the hooks off."""
+        if self._replicas is not None:
+            self._replicas.before_training = None
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExecutionPlan:
         """Find the order by a forward of its own, which changes nothing."""
+        refuse_sharded(self._model)
         self._stop = lambda: None  # this forward is watched by trace_layers, not by our own hooks
         try:
             return trace_layers(self._model, *args, include=self._include, skip=self._skip, **kwargs)

@@ -181,7 +181,7 @@ class LocalizedLearning:
         self._report = EpochReport(self._guard, self._updater, self.replicas)
         self._removed = False
         self._loads = 0  # states loaded so far
-        self._first_forward = FirstForward(model, self._adopt_in_forward, include=include, skip=skip)
+        self._first_forward = FirstForward(model, self.replicas, self._adopt, include=include, skip=skip)
         self._first_forward.watch()
 
     # ---------------------------------------------------------------- what can be asked
@@ -424,14 +424,6 @@ class LocalizedLearning:
             self._updater.load_state_dict(state["updater"])
 
     # ---------------------------------------------------------------- inside
-
-    def _adopt_in_forward(self, plan: ExecutionPlan) -> None:
-        self._adopt(plan)
-        if self.replicas is not None and self.boundary > 0:  # its wrapper would give them gradients of zero in the backward
-            raise RuntimeError(
-                "the schedule starts above 0, and parameters cannot be frozen in the middle of a ReplicatedModel's forward: "
-                "call trace() before the first one"
-            )
 
     def _adopt(self, plan: ExecutionPlan) -> None:
         report_left_out(plan)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from models import TwoBlockResNet, batches, snapshot
-from processes import distributed_test, raises_everywhere
+from processes import distributed_test
 from replicated import SIZE, NoNorm, Run, assert_equal, fixed, share
 from torch.utils.checkpoint import checkpoint
 
@@ -172,15 +172,43 @@ def test_signs_and_boundaries_come_from_all_processes():
     check_replicas(run.local)
 
 
+@pytest.mark.parametrize("build", [NoNorm, TwoBlockResNet])
 @distributed_test(world_size=2)
-def test_a_boundary_above_zero_from_the_first_forward_on():
-    many, one = (Run(replicated=replicated, schedule=fixed(2)) for replicated in (True, False))
-    for run in (many, one):
-        run.local.trace(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+def test_a_boundary_above_zero_from_the_first_forward_on(build):
+    """Traced by the user or not: the order of layers is found before that forward, and nothing is left of how."""
+    runs = [Run(build, replicated=True, schedule=fixed(2)) for _ in range(2)]
+    runs[0].local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    runs[1].model.eval()
+    runs[1].model(torch.zeros(2, 3, 8, 8, dtype=torch.float64))  # no training forward
+    for run in runs:
         run.run(stop=2)
-    assert_equal(one, many, rtol=1e-12, atol=1e-12)
-    untraced = Run(replicated=True, schedule=fixed(2))
-    assert "call trace() before" in raises_everywhere(RuntimeError, lambda: untraced.epoch(0))
+        assert run.local.boundary == 2
+        assert run.model.traffic.steps == 6
+    assert_equal(runs[0], runs[1], rtol=0, atol=0)
+    if build is NoNorm:
+        one = Run(replicated=False, schedule=fixed(2))
+        one.local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+        assert_equal(one.run(stop=2), runs[1], rtol=1e-12, atol=1e-12)
+
+
+@distributed_test(world_size=2)
+def test_the_first_forward_may_raise():
+    run = Run(replicated=True, schedule=fixed(2))
+    with pytest.raises(RuntimeError, match="channels"):
+        run.model(torch.zeros(2, 5, 8, 8, dtype=torch.float64))
+    run.run(stop=1)
+    assert run.local.boundary == 2
+
+
+@distributed_test(world_size=2)
+def test_a_state_from_before_the_first_forward_is_traced_anew():
+    run = Run(replicated=True, schedule=fixed(2))
+    saved = run.saved()
+    run.run(stop=1).load(saved)
+    assert run.local.boundary == 0
+    run.run(stop=1)
+    assert run.local.boundary == 2
+    check_replicas(run.local)
 
 
 # ---- the wrapper by itself

@@ -58,8 +58,10 @@ class ReplicatedModel(nn.Module, Joinable):
     Correlations of local layers are *summed* over the processes, in flat buckets while the forward goes on, and the weights
     written before their next use: by the next forward, in training or not, by ``state_dict()`` or by :meth:`flush`. ``D`` is a
     sum over images, so that this is the step of one process with the whole batch, however unevenly it is shared out. Gradients
-    are averaged over processes, which is the whole batch's only where all shares are of one size. It is ``D`` that is reduced also
-    where the Gram form computes it, whose ``G`` would be fewer bytes in layers that widen.
+    are averaged over processes, which is the whole batch's only where all shares are of one size. Where the
+    first process computes ``D = W·G`` by the Gram form on a CPU, and the lower half of the symmetric ``G`` is fewer numbers (layers
+    that widen), ``G`` is summed instead and each process makes the same product of it, before the write; a boundary's first sum is of
+    ``D`` everywhere. What comes too late for a sum and counts in the next is multiplied by that one's weight.
 
     Before the first training forward ``LocalizedLearning`` makes one more with the same arguments, which changes nothing, to find the
     order of the layers. All processes must make the same number of training forwards; see :meth:`join` for loaders that do not. The number of

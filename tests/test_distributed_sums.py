@@ -57,7 +57,7 @@ def test_buckets(bucket_bytes, expected):
         sums = {each.name: each for each in reducer.take()}
         assert {name: float(each.runs) for name, each in sums.items()} == {"a": 2, "b": 0, "c": 4, "d": 2}
         for name, total in (("a", 3.0), ("b", 0.0), ("c", 6.0), ("d", 3.0)):
-            assert torch.equal(sums[name].correlation, torch.full_like(weights[name], total))
+            assert torch.equal(sums[name].total, torch.full_like(weights[name], total))
         reducer.clear()
         assert reducer.reduced_bytes == (turn + 1) * (4 * (50 + 40 + 7 + 3) + 8 * (3 + 1))
 
@@ -73,7 +73,7 @@ def test_what_comes_after_its_bucket_has_left_counts_in_the_next_sum():
             reducer.add("a", torch.ones(5))
         reducer.end_forward()
         [summed] = reducer.take()
-        runs.append((float(summed.runs), summed.correlation.tolist()))
+        runs.append((float(summed.runs), summed.total.tolist()))
         reducer.clear()
     assert runs == [(2, [2.0] * 5), (2, [2.0] * 5), (4, [4.0] * 5)]
 
@@ -172,9 +172,10 @@ def prefix_by_hand(network, data, windows, lr):
     ("sync", "windows"),
     [("step", [1] * 7), (1, [1] * 7), (3, [3, 3, 1]), (10, [7]), ("epoch", [7])],
 )
+@pytest.mark.parametrize("algorithm", ["auto", "direct"])
 @distributed_test(world_size=2)
-def test_sums_over_forwards_make_one_step(sync, windows):
-    run = Run(replicated=True, sync=sync, schedule=fixed(3))
+def test_sums_over_forwards_make_one_step(algorithm, sync, windows):
+    run = Run(replicated=True, sync=sync, schedule=fixed(3), algorithm=algorithm)
     run.local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
     data = batches(7, SIZE, dtype=torch.float64)
     expected = prefix_by_hand(run.network, data, windows, lr=0.01)
@@ -189,7 +190,8 @@ def test_sums_over_forwards_make_one_step(sync, windows):
     trained = sum(p.numel() for p in run.network.parameters() if p.requires_grad)
     traffic = run.model.traffic
     assert (traffic.steps, before.steps) == (7, 0)
-    assert traffic.correlations == len(windows) * numbers * 8
+    if algorithm == "direct":
+        assert traffic.correlations == len(windows) * numbers * 8
     assert traffic.gradients == 7 * trained * 8
     assert traffic.per_step == (traffic.correlations + traffic.gradients) / 7
 

@@ -90,8 +90,8 @@ class GraphedStep:
         warmup: steps that run as they are before each capture, at least 1.
         recorder: captures in another way than :class:`CudaRecorder`, for tests.
     Raises:
-        ValueError: ``sample`` below 1 or ``nan_policy="skip"``, which decide something on the host in every step; ``warmup``
-            below 1.
+        ValueError: ``sample`` below 1, ``nan_policy="skip"`` or a ``ReplicatedModel``, with which something is decided on the host in
+            every step; ``warmup`` below 1.
         RuntimeError: there is no CUDA device; in a call, layers whose update is deferred (used several times, checkpointed, or
             with gradients flowing through), which would be lost.
         TypeError: in a call, an argument that is no tensor.
@@ -146,7 +146,12 @@ class GraphedStep:
 
 
 def _require_capturable(local: LocalizedLearning) -> None:
-    """Raise ``ValueError`` for an option that decides something on the host in every step."""
+    """Raise ``ValueError`` for what decides something on the host in every step."""
+    if local.replicas is not None:
+        raise ValueError(
+            "local must be of a network in one process in a CUDA graph, got one of a ReplicatedModel, whose forward decides on the host what "
+            "is reduced, waited for and written: a replay would leave that out"
+        )
     if local._updater is not None and local._updater.sample < 1:
         raise ValueError(
             f"sample must be 1 in a CUDA graph, which would see the same slice for ever; got {local._updater.sample}"

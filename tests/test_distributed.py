@@ -13,6 +13,7 @@ from processes import distributed_test
 from replicated import SIZE, NoNorm, Run, assert_equal, fixed, share
 from torch.utils.checkpoint import checkpoint
 
+from localsgd_ext import GraphedStep
 from localsgd_ext.distributed import ReplicatedModel, check_replicas
 
 VARIANTS = {
@@ -309,6 +310,19 @@ def test_a_copy_of_the_network_takes_part_in_nothing():
     before = snapshot(copied)
     copied(torch.zeros(2, 3, 8, 8, dtype=torch.float64)).sum().backward()
     assert all(torch.equal(tensor, before[name]) for name, tensor in copied.state_dict().items())
+
+
+@distributed_test(world_size=1)
+def test_a_graphed_step_is_refused():
+    run = Run(replicated=True)
+
+    class NoRecorder:
+        """Were it needed: this machine may have no GPU."""
+
+    with pytest.raises(
+        ValueError, match="local must be of a network in one process in a CUDA graph, got one of a ReplicatedModel"
+    ):
+        GraphedStep(run.local, run.step, recorder=NoRecorder())
 
 
 @distributed_test(world_size=1)

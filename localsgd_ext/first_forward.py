@@ -45,7 +45,7 @@ class FirstForward:
     def watch(self) -> None:
         """From now on, until :meth:`ignore`: once the order is known, torch.compile need not look at the hooks."""
         if self._replicas is not None:
-            self._replicas.before_training = lambda *args, **kwargs: self._adopt(self.trace(args, kwargs))
+            self._replicas.before_training = torch.compiler.disable(self._before_training)  # type: ignore[no-untyped-call]
         self._handles = [
             self._model.register_forward_pre_hook(CallHook(self._before), prepend=True),
             self._model.register_forward_hook(_AfterForward(self._after), always_call=True),
@@ -75,6 +75,9 @@ class FirstForward:
         if stop is not None:
             stop()
         return tracer
+
+    def _before_training(self, *args: Any, **kwargs: Any) -> None:
+        self._adopt(self.trace(args, kwargs))
 
     def _before(self, module: nn.Module) -> None:
         if self._handles and self._stop is None and module.training and torch.is_grad_enabled():

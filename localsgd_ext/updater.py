@@ -260,7 +260,7 @@ class HebbianUpdater:
             "deferred": [name for name, hook in self._hooks.items() if hook.deferred],
             "turn": int(self._turn),
             "picks": None if self._picks is None else {name: asdict(pick) for name, pick in self._picks.items()},
-            "picks_of": self.enabled,
+            "picks_of": self._picks_of(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -282,7 +282,7 @@ class HebbianUpdater:
             count = state["skipped"].get(name, 0)
             if count or hook.skipped is not None:
                 hook.counter().fill_(count)
-        if self._reducer is not None and state.get("picks_of") == self.enabled:
+        if self._reducer is not None and state.get("picks_of") == self._picks_of():
             # Not agreed upon anew: the first sums would be of D, and round otherwise than where the state was saved.
             picks = state["picks"]
             self._set_picks(None if picks is None else {name: Pick(**saved) for name, saved in picks.items()})
@@ -411,14 +411,17 @@ class HebbianUpdater:
             hook.pick = Pick() if picks is None else picks.get(hook.name, Pick())
         self._picks_wait = True
 
+    def _picks_of(self) -> list[list[str]]:
+        """What picks are for: those of other layers, or of another kind of device, mean nothing here."""
+        return [[name, self._hooks[name].module.weight.device.type] for name in self.enabled]
+
     def _reduce_grams(self) -> None:
         """From now on sum up what the picks say; nothing waits to be reduced."""
         assert self._reducer is not None
         self._picks_wait = False
         before = {name: hook.gram for name, hook in self._hooks.items()}
         for hook in self._hooks.values():
-            on_cpu = hook.module.weight.is_cpu  # where the picks were made it was, but they may come with a state
-            hook.gram = hook.pick.gram if hook.enabled and on_cpu else None
+            hook.gram = hook.pick.gram if hook.enabled else None
         if before != {name: hook.gram for name, hook in self._hooks.items()}:
             self._reducer.lay_out({name: hook.gram_size() for name, hook in self._hooks.items() if hook.gram is not None})
 

@@ -13,7 +13,7 @@ EMULATED_TESTS := tests/emulated tests/test_ops.py tests/test_ops_update.py test
   tests/test_learning_proofs.py tests/test_learning_modules.py tests/test_checkpointing.py tests/test_compiled_training.py tests/gpu/test_gpu_semantics.py
 
 # What runs a third time on the sanitized CPU half: what reads and writes memory, without torch.compile and processes of their own.
-SANITIZED_TESTS := tests/test_ops.py tests/test_ops_update.py tests/test_ops_errors.py tests/test_ops_memory.py tests/test_ops_fuzz.py
+SANITIZED_TESTS := tests/test_ops.py tests/test_ops_update.py tests/test_ops_errors.py tests/test_ops_memory.py tests/test_ops_fuzz.py tests/test_gram_sums.py
 # Loaded before Python, whose own allocations (leaks at exit) are not what is tested.
 SANITIZERS = $(shell $${CXX:-c++} -print-file-name=libasan.so) $(shell $${CXX:-c++} -print-file-name=libubsan.so)
 

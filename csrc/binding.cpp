@@ -28,6 +28,11 @@ void py_hebbian_update_(Tensor weight, Tensor x, OptionalTensor z, Lr lr, Option
                     algorithm, skipped, benchmark);
 }
 
+Tensor py_gram_sums(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Padding padding, Ints dilation, int64_t groups,
+                    std::string padding_mode) {
+    return gram_sums({x, std::nullopt, weight, bias, stride, padding, dilation, groups, padding_mode, true});
+}
+
 Plan py_plan(Tensor x, OptionalTensor z, Tensor weight, OptionalTensor bias, Ints stride, Padding padding, Ints dilation,
              int64_t groups, std::string padding_mode, bool z_is_output, bool benchmark) {
     return plan({x, z, weight, bias, stride, padding, dilation, groups, padding_mode, z_is_output}, benchmark);
@@ -69,6 +74,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("correlation", wrap_pybind_function_no_gil(py_correlation));
     m.def("hebbian_update_", wrap_pybind_function_no_gil(py_hebbian_update_));
     m.def("apply_update_", wrap_pybind_function_no_gil(apply_update_));
+    m.def("gram_sums", wrap_pybind_function_no_gil(py_gram_sums));
+    m.def("correlation_of_gram_sums", wrap_pybind_function_no_gil(correlation_of_gram_sums));
     m.def("plan", wrap_pybind_function_no_gil(py_plan));
     m.def("unavailable", wrap_pybind_function_no_gil(unavailable));
 #if defined(LOCALSGD_WITH_CUDA)

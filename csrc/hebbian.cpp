@@ -262,6 +262,41 @@ void apply_update_(const std::vector<at::Tensor>& weights, const std::vector<at:
     write_on_cpu(weights, correlations, std::get<double>(step), normalize, skipped);
 }
 
+at::Tensor gram_sums(const LayerArguments& arguments) {
+    const Plain plain;
+    const Layer layer = canonical(arguments);
+    const std::string reason = candidate_of(query_of(layer), Algorithm::kGram).obstacle();
+    TORCH_CHECK_VALUE(reason.empty(), "gram_sums ", reason, ", got weight of shape ", text(layer.weight.sizes()));
+    TORCH_CHECK_VALUE(layer.weight.is_cpu(), "gram_sums needs tensors on the CPU, got ", layer.weight.device());
+    if (is_empty(layer))
+        return at::zeros({cpu::gram_sums_size(layer.geometry, layer.bias.has_value())},
+                         layer.weight.options().dtype(layer.accumulate));
+    return cpu::gram_sums(layer);
+}
+
+at::Tensor correlation_of_gram_sums(const at::Tensor& sums, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                                    int64_t groups) {
+    const Plain plain;
+    check_floating(weight, "weight");
+    Geometry g;
+    g.groups = groups;
+    g.in_channels = groups * (weight.dim() > 1 ? weight.size(1) : 1);
+    TORCH_CHECK_VALUE(
+        weight.dim() > 1 && weight.numel() == weight.size(0) * weight.size(1) && groups >= 1 && weight.size(0) % groups == 0,
+        "weight must have a kernel of size 1 and ", groups, " groups of rows, got shape ", text(weight.sizes()));
+    TORCH_CHECK_TYPE(sums.scalar_type() == at::kFloat || sums.scalar_type() == at::kDouble,
+                     "sums must be float32 or float64, got ", toString(sums.scalar_type()));
+    const int64_t wanted = cpu::gram_sums_size(g, bias.has_value());
+    TORCH_CHECK_VALUE(sums.dim() == 1 && sums.size(0) == wanted, "sums must have shape (", wanted, ",), got ",
+                      text(sums.sizes()));
+    TORCH_CHECK_VALUE(!bias || bias->sizes() == weight.sizes().slice(0, 1), "bias must have shape (", weight.size(0),
+                      ",), got ", bias ? text(bias->sizes()) : "");
+    TORCH_CHECK_VALUE(sums.is_cpu() && weight.is_cpu() && (!bias || bias->is_cpu()),
+                      "sums, weight and bias must be on the CPU");
+    if (weight.numel() == 0) return at::zeros(weight.sizes(), sums.options());
+    return cpu::correlation_of_gram_sums(sums, weight, bias, groups);
+}
+
 Plan plan(const LayerArguments& arguments, bool benchmark) {
     const Plain plain;
     const Layer layer = canonical(arguments);

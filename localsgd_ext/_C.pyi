@@ -70,6 +70,18 @@ def hebbian_update_(
 def apply_update_(
     weights: Sequence[Tensor], correlations: Sequence[Tensor], lr: float | Tensor, normalize: bool, skipped: Tensor | None, /
 ) -> None: ...
+def gram_sums(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    padding_mode: str,
+    /,
+) -> Tensor: ...
+def correlation_of_gram_sums(sums: Tensor, weight: Tensor, bias: Tensor | None, groups: int, /) -> Tensor: ...
 def plan(
     x: Tensor,
     z: Tensor | None,

@@ -343,7 +343,7 @@ class BatchGrowth:
         """Bytes of the largest kind of step at the present boundary, with ``batch_size`` samples; NaN: not known."""
         local = self._local
         stops = local.boundary > 0
-        kinds = [True] * (not stops or local._refresh is not None) + [False] * stops
+        kinds = [True] * (not stops or local._refresher is not None) + [False] * stops
         found = [self._measure(whole) for whole in kinds]
         known = [each.at(batch_size) for each in found if each is not None]
         return max(known) if len(known) == len(found) else math.nan

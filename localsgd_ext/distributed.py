@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from .reduction import CorrelationReducer, Sync, check_sync
 from .wrappers import refuse_wrappers
@@ -57,10 +58,13 @@ class ReplicatedModel(nn.Module, Joinable):
     Correlations of local layers are *summed* over the processes, in flat buckets while the forward goes on, and the weights
     written before their next use: by the next forward, in training or not, by ``state_dict()`` or by :meth:`flush`. ``D`` is a
     sum over images, so that this is the step of one process with the whole batch, however unevenly it is shared out. Gradients
-    are averaged over processes, which is the whole batch's only where all shares are of one size. It is ``D`` that is reduced also
-    where the Gram form computes it, whose ``G`` would be fewer bytes in layers that widen.
+    are averaged over processes, which is the whole batch's only where all shares are of one size. Where the
+    first process computes ``D = W·G`` by the Gram form on a CPU, and the lower half of the symmetric ``G`` is fewer numbers (layers
+    that widen), ``G`` is summed instead and each process makes the same product of it, before the write; a boundary's first sum is of
+    ``D`` everywhere. What comes too late for a sum and counts in the next is multiplied by that one's weight.
 
-    All processes must make the same number of training forwards; see :meth:`join` for loaders that do not. The number of
+    Before the first training forward ``LocalizedLearning`` makes one more with the same arguments, which changes nothing, to find the
+    order of the layers. All processes must make the same number of training forwards; see :meth:`join` for loaders that do not. The number of
     bytes reduced is in :attr:`traffic`.
 
     Args:
@@ -105,12 +109,18 @@ class ReplicatedModel(nn.Module, Joinable):
         self.num_processes = dist.get_world_size(self._group)
         self.reducer = CorrelationReducer(self._group, every=every, bucket_bytes=bucket_bytes)
         self._traffic = Traffic()
+        self.before_training: Callable[..., object] | None = None
+        """Called with the arguments of the next training forward, before it; ``LocalizedLearning`` finds the order of layers so."""
 
     # ---------------------------------------------------------------- the model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's forward; the arguments are this process's share."""
         Join.notify_join_context(self)
+        if self.before_training is not None and self.module.training and torch.is_grad_enabled():
+            # Not in the middle of the forward: its wrapper would give what gets frozen there gradients of zero.
+            moved_args, moved_kwargs = self._on_device((args, kwargs))
+            self.before_training(*moved_args, **moved_kwargs)
         if self._stale:
             self._drop(len(self._wrappers))
             self._stale = False
@@ -207,6 +217,11 @@ class ReplicatedModel(nn.Module, Joinable):
 
     # ---------------------------------------------------------------- inside
 
+    def _on_device(self, inputs: Any) -> Any:
+        """As the wrapper gives them to the network."""
+        devices = self._ddp_kwargs.get("device_ids")
+        return tree_map_only(Tensor, lambda t: t.to(devices[0]), inputs) if devices else inputs
+
     def _drop(self, count: int) -> None:
         """Take the ``count`` oldest wrappers' hooks off the parameters."""
         for needed in list(self._wrappers)[: max(0, count)]:
@@ -222,7 +237,8 @@ class ReplicatedModel(nn.Module, Joinable):
 def check_replicas(model: nn.Module | LocalizedLearning, *, buffers: bool = False) -> None:
     """Compare the replicas bit for bit, and repair nothing. All processes must call it.
 
-    Compares parameters and, of a :class:`LocalizedLearning`, the optimizers' tensors, local momentum, boundary and sign too.
+    Compares parameters and, of a :class:`LocalizedLearning`, what the next steps depend on: the optimizers' tensors, local momentum,
+    boundary, sign, what is frozen and when the next refresh is.
     ``LocalizedLearning`` calls it for itself before the boundary moves.
 
     Args:

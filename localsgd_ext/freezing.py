@@ -24,6 +24,10 @@ class PrefixFreeze:
     topology, so no activation there is saved. Frozen parameters get ``grad = None`` (with zero gradients momentum and
     weight decay would go on moving them) and lose their optimizer state; the parameter groups stay as they are.
 
+    What the user has frozen is not thawed: parameters that have ``requires_grad=False`` when the boundary passes them, that get it
+    while the prefix is open (:meth:`set_open`), or are given to :meth:`forget`. One that is frozen here already has it, and to
+    set it again leaves no trace.
+
     Args:
         model: the network ``plan`` was traced from.
         optimizers: their state for frozen parameters is dropped.
@@ -97,7 +101,7 @@ class PrefixFreeze:
                 ]
 
     def set_open(self, is_open: bool, *, keep_gradients_of: Collection[Optimizer] = ()) -> None:
-        """Let gradients through the prefix, as if nothing were frozen, or stop them again; the prefix's are dropped then.
+        """Let gradients through what is frozen here, or stop them again; they are dropped then.
 
         Args:
             keep_gradients_of: optimizers whose parameters keep them, until :meth:`drop_gradients`.
@@ -105,15 +109,25 @@ class PrefixFreeze:
         if is_open == self.is_open:
             return
         self.is_open = is_open
-        for parameter in self._frozen.values():
-            parameter.requires_grad_(is_open)
-            if is_open:
-                self._complete_state(parameter)
-        if not is_open:
-            kept = {parameter for optimizer in keep_gradients_of for parameter in self._frozen_of(optimizer)}
+        if is_open:
             for parameter in self._frozen.values():
-                if parameter not in kept:
-                    parameter.grad = None
+                parameter.requires_grad_(True)
+                self._complete_state(parameter)
+            return
+        theirs = [parameter for parameter in self._frozen.values() if not parameter.requires_grad]
+        for parameter in theirs:
+            parameter.grad = None
+        self.forget(theirs)
+        kept = {parameter for optimizer in keep_gradients_of for parameter in self._frozen_of(optimizer)}
+        for parameter in self._frozen.values():
+            parameter.requires_grad_(False)
+            if parameter not in kept:
+                parameter.grad = None
+
+    def forget(self, parameters: Collection[nn.Parameter]) -> None:
+        """From now on these are as the user has them: nothing here thaws them."""
+        theirs = set(parameters)
+        self._frozen = {name: parameter for name, parameter in self._frozen.items() if parameter not in theirs}
 
     def drop_gradients(self, optimizer: Optimizer) -> None:
         """Of what is frozen and ``optimizer`` has."""

@@ -90,8 +90,8 @@ class GraphedStep:
         warmup: steps that run as they are before each capture, at least 1.
         recorder: captures in another way than :class:`CudaRecorder`, for tests.
     Raises:
-        ValueError: ``sample`` below 1 or ``nan_policy="skip"``, which decide something on the host in every step; ``warmup``
-            below 1.
+        ValueError: ``sample`` below 1, ``nan_policy="skip"`` or a ``ReplicatedModel``, with which something is decided on the host in
+            every step; ``warmup`` below 1.
         RuntimeError: there is no CUDA device; in a call, layers whose update is deferred (used several times, checkpointed, or
             with gradients flowing through), which would be lost.
         TypeError: in a call, an argument that is no tensor.
@@ -100,7 +100,7 @@ class GraphedStep:
     def __init__(self, local: LocalizedLearning, step: Step, *, warmup: int = 3, recorder: Recorder | None = None) -> None:
         if warmup < 1:
             raise ValueError(f"warmup must be at least 1, got {warmup}")
-        local._require_capturable()
+        _require_capturable(local)
         self._local, self._step, self._warmup = local, step, warmup
         self._recorder = CudaRecorder() if recorder is None else recorder
         self._settings: Any = None
@@ -120,7 +120,7 @@ class GraphedStep:
         for i, value in enumerate(inputs):
             if not isinstance(value, Tensor):
                 raise TypeError(f"inputs must be tensors, got {type(value).__name__} as number {i}")
-        settings = (self._generation, *self._local._capture_key())
+        settings = (self._generation, *_held_fast(self._local))
         if settings != self._settings:
             self._settings = settings
             self._graphs.clear()
@@ -130,11 +130,12 @@ class GraphedStep:
             for static, x in zip(graph.inputs, inputs, strict=True):
                 static.copy_(x, non_blocking=True)
             outputs = graph.replay()
-            self._local._mini_batch_passed()  # of which the optimizers' hooks know nothing
+            if self._local._refresher is not None:
+                self._local._refresher.mini_batch_passed()  # of which the optimizers' hooks know nothing
         elif graph.steps < self._warmup:
             graph.steps += 1
             outputs = self._recorder.warm_up(lambda: self._step(*inputs))
-            self._local._require_written()
+            _require_written(self._local)
         else:
             graph.inputs = [x.clone() for x in inputs]
             replay = self._recorder.capture(lambda: self._step(*graph.inputs))
@@ -142,6 +143,40 @@ class GraphedStep:
             graph.replay = replay
             outputs = replay()
         return tree_map_only(Tensor, lambda t: t.detach().clone(), outputs)
+
+
+def _require_capturable(local: LocalizedLearning) -> None:
+    """Raise ``ValueError`` for what decides something on the host in every step."""
+    if local.replicas is not None:
+        raise ValueError(
+            "local must be of a network in one process in a CUDA graph, got one of a ReplicatedModel, whose forward decides on the host what "
+            "is reduced, waited for and written: a replay would leave that out"
+        )
+    if local._updater is not None and local._updater.sample < 1:
+        raise ValueError(
+            f"sample must be 1 in a CUDA graph, which would see the same slice for ever; got {local._updater.sample}"
+        )
+    if local._guard.policy == "skip":
+        raise ValueError("nan_policy must be 'report' or 'raise' in a CUDA graph, as 'skip' waits for the device in every step")
+
+
+def _held_fast(local: LocalizedLearning) -> tuple[Any, ...]:
+    """What a captured step does not see change: it must be captured again."""
+    groups = [group for optimizer in local._optimizers for group in optimizer.param_groups]
+    settings = tuple(
+        tuple((k, id(v) if isinstance(v, Tensor) else v) for k, v in group.items() if k != "params") for group in groups
+    )
+    return local._plan is None, local.boundary, local.model.training, local._loads, settings
+
+
+def _require_written(local: LocalizedLearning) -> None:
+    """Raise ``RuntimeError`` if an update waits for the next forward."""
+    waiting = local._updater.waiting if local._updater is not None else []
+    if waiting:
+        raise RuntimeError(
+            f"a CUDA graph would lose the deferred updates of {', '.join(waiting)}: layers used several times in a forward, "
+            "under activation checkpointing, or with gradients flowing through them"
+        )
 
 
 class _Graph:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from localsgd_ext._C import Plan
 
 __all__ = [
-    "ALGORITHMS", "PADDING_MODES", "apply_update_", "benchmark", "correlation", "hebbian_update_", "is_compiled", "obstacle", "plan"
+    "ALGORITHMS", "PADDING_MODES", "apply_update_", "benchmark", "correlation", "correlation_of_gram_sums", "gram_sums",
+    "hebbian_update_", "is_compiled", "obstacle", "plan"
 ]  # fmt: skip
 
 benchmark = False
@@ -221,6 +222,53 @@ def apply_update_(
             torch.ops.localsgd_ext.apply_update_(list(weights), list(correlations), number, tensor, normalize, skipped)
         return
     _apply_update_(weights, correlations, lr, normalize, skipped)
+
+
+def gram_sums(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    stride: IntOrTuple = 1,
+    padding: IntOrTuple | str = 0,
+    dilation: IntOrTuple = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """Return the sums over positions that ``D`` is linear in, for a layer of kernel size 1: what processes may add up instead.
+
+    ``D = W·G + bias ⊗ Σx`` with ``G = XXᵀ`` (:func:`correlation_of_gram_sums`), so that the ``D`` of several mini-batches, or shares of
+    one, under one ``W`` and ``bias`` is that of their sums. Not for ``torch.compile``; CUDA tensors go to the reference.
+
+    Args:
+        weight: only its shape and dtype matter.
+        bias: whether there is one matters, not what it is.
+    Returns:
+        For every group the lower half of ``G``, row by row, then ``Σx`` of all channels where there is a bias:
+        ``groups * c * (c + 1) / 2 (+ C)`` numbers with ``c = C / groups``, ``float32`` or ``float64``.
+    Raises:
+        ValueError, TypeError: as :func:`correlation` with ``algorithm="gram"``.
+    """
+    if weight.is_cpu and _on_kernels(weight, x):
+        return _C.gram_sums(x, weight, bias, stride, padding, dilation, groups, padding_mode)
+    return reference.gram_sums(
+        x, weight, bias=bias, stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode
+    )
+
+
+def correlation_of_gram_sums(sums: Tensor, weight: Tensor, *, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+    """Return ``D`` of a layer, as :func:`correlation` has it, from sums that :func:`gram_sums` made.
+
+    On a CPU with the same bits whatever the number of threads: processes that hold the same sums agree on ``D``.
+
+    Args:
+        weight, bias: with the values that the forward multiplied by: under autocast, rounded to its dtype.
+    Raises:
+        ValueError, TypeError: ``sums`` of another size or dtype, a weight that is not of kernel size 1.
+    """
+    if sums.is_cpu and _on_kernels(sums, weight):
+        return _C.correlation_of_gram_sums(sums, weight, bias, groups)
+    return reference.correlation_of_gram_sums(sums, weight, bias=bias, groups=groups)
 
 
 def plan(

@@ -1,8 +1,9 @@
-"""Sums the correlations of the local layers over processes, in flat buckets, while the forward goes on."""
+"""Sums the correlations of the local layers, or what they are made of, over processes, in flat buckets, while the forward goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,21 +33,21 @@ class Reduced:
     """The sum over processes (and over forwards, if so asked) for one layer."""
 
     name: str
-    correlation: Tensor
-    """``D``, of the weight's shape; a view that lasts until the next forward."""
+    total: Tensor
+    """Of what was added: ``D``, of the weight's shape, or so many numbers as were asked for. A view that lasts until the next forward."""
     runs: Tensor
-    """How often the layer ran, over all processes: a tensor of one element. 0: ``D`` is zero because there was nothing to sum."""
+    """How often the layer ran, over all processes: a tensor of one element. 0: ``total`` is zero as there was nothing to sum."""
 
 
 class _Bucket:
-    """Correlations of some layers in one flat tensor, and behind them how often each layer ran."""
+    """Sums of some layers in one flat tensor, and behind them how often each layer ran."""
 
-    def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
-        sizes = [weight.numel() for weight in weights.values()]
+    def __init__(self, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, device: torch.device) -> None:
+        sizes = [math.prod(shape) for shape in shapes.values()]
         self.flat = torch.zeros(sum(sizes) + len(sizes), dtype=dtype, device=device)
         pieces = torch.split(self.flat, [*sizes, len(sizes)])
-        self.sums = {name: piece.view(weight.shape) for (name, weight), piece in zip(weights.items(), pieces, strict=False)}
-        self.runs = dict(zip(weights, pieces[-1].unbind(), strict=True))
+        self.sums = {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=False)}
+        self.runs = dict(zip(shapes, pieces[-1].unbind(), strict=True))
         self.work: dist.Work | None = None
 
     @property
@@ -55,9 +56,9 @@ class _Bucket:
 
 
 class CorrelationReducer:
-    """Sums ``D`` of every local layer over the processes of ``group``.
+    """Sums ``D`` of every local layer, or what ``D`` is linear in, over the processes of ``group``.
 
-    ``D`` is a sum over images, so the sum over processes is that of the whole batch, however unevenly it is shared out. It is
+    Both are sums over images, so the sum over processes is that of the whole batch, however unevenly it is shared out. It is
     the same bits on all processes, as every bucket is reduced once and sent to all.
 
     Buckets are laid out once per boundary and always reduced in the same order, whatever order layers run in: a process that
@@ -76,6 +77,8 @@ class CorrelationReducer:
         self.bucket_bytes = bucket_bytes
         self.reduced_bytes = 0
         """Bytes of all buckets given to all-reduce so far."""
+        self._weights: Mapping[str, Tensor] = {}
+        self._last: set[str] = set()  # layers whose buckets come last
         self._buckets: list[_Bucket] = []
         self._bucket_of: dict[str, int] = {}
         self._held: set[str] = set()
@@ -96,20 +99,34 @@ class CorrelationReducer:
         What was summed and not taken yet is forgotten.
         """
         self.discard()
+        self._weights, self._last, self._held = dict(weights), set(held), set(held)
+        self.lay_out({})
+        self._overlap = False
+
+    def lay_out(self, sizes: Mapping[str, int]) -> None:
+        """Lay buckets out anew: for a layer in ``sizes`` so many numbers are summed, in the place of ``D``.
+
+        Between two sums, when nothing waits, and on all processes alike.
+        """
+        assert self._launched == 0
+        weights, held = self._weights, self._last
         order = [name for name in weights if name not in held] + [name for name in weights if name in held]
-        self._buckets, self._bucket_of, self._held = [], {}, set(held)
-        members: dict[str, Tensor] = {}
+        self._buckets, self._bucket_of = [], {}
+        members: dict[str, Sequence[int]] = {}
         for i, name in enumerate(order):
             weight = weights[name]
-            members[name] = weight
+            members[name] = (sizes[name],) if name in sizes else weight.shape
             self._bucket_of[name] = len(self._buckets)
             kind = _dtype_of(weight), weight.device
             following = weights[order[i + 1]] if i + 1 < len(order) else None
-            size = sum(w.numel() for w in members.values()) * kind[0].itemsize
+            size = sum(map(math.prod, members.values())) * kind[0].itemsize
             if following is None or size >= self.bucket_bytes or (_dtype_of(following), following.device) != kind:
                 self._buckets.append(_Bucket(members, *kind))
                 members = {}
-        self._overlap = False
+
+    def has_left(self, name: str) -> bool:
+        """Whether what is added for this layer now comes too late for the present sum, and counts in the next."""
+        return self._bucket_of[name] < self._launched
 
     def hold(self, name: str) -> None:
         """This layer may run again in the same forward: its bucket waits for the end."""
@@ -121,16 +138,16 @@ class CorrelationReducer:
         self._in_forward = True
         self._waiting = set(self._bucket_of)
         late, self._late = self._late, {}
-        for name, correlations in late.items():
-            for correlation in correlations:
-                self._sum(name, correlation)
+        for name, summands in late.items():
+            for summand in summands:
+                self._sum(name, summand)
 
-    def add(self, name: str, correlation: Tensor) -> None:
-        """Take the correlation of a layer that has just run."""
-        if self._bucket_of[name] < self._launched:  # it ran before, and never twice until now: counts in the next sum
-            self._late.setdefault(name, []).append(correlation)
+    def add(self, name: str, summand: Tensor) -> None:
+        """Take the correlation of a layer that has just run, or what :meth:`lay_out` has in its place."""
+        if self.has_left(name):  # it ran before, and never twice until now
+            self._late.setdefault(name, []).append(summand)
             return
-        self._sum(name, correlation)
+        self._sum(name, summand)
         self._waiting.discard(name)
         if self._overlap and self._in_forward and self.every is not None and self._forwards + 1 >= self.every:
             blocked = self._waiting | self._held
@@ -175,9 +192,9 @@ class CorrelationReducer:
         self._forwards = 0
         self._in_forward = False
 
-    def _sum(self, name: str, correlation: Tensor) -> None:
+    def _sum(self, name: str, summand: Tensor) -> None:
         bucket = self._buckets[self._bucket_of[name]]
-        bucket.sums[name].add_(correlation)
+        bucket.sums[name].add_(summand)
         bucket.runs[name].add_(1)
 
     def _launch_next(self) -> None:

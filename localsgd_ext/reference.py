@@ -135,6 +135,63 @@ def hebbian_update_(
     apply_update_([weight], [d], lr, normalize=normalize, skipped=skipped)
 
 
+def gram_sums(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    stride: IntOrTuple = 1,
+    padding: IntOrTuple | str = 0,
+    dilation: IntOrTuple = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """Return the lower halves of ``XXᵀ``, and ``Σx`` where there is a bias; see :func:`localsgd_ext.ops.gram_sums`."""
+    with torch.no_grad(), _no_autocast(x.device.type):
+        x, _, geometry = _canonical(
+            x,
+            None,
+            weight,
+            bias=bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            padding_mode=padding_mode,
+        )
+        rows = _rows(x.to(accumulate_dtype(x, None, weight)), weight, geometry)
+        lower = torch.tril_indices(rows.shape[2], rows.shape[2], device=rows.device)
+        halves = torch.einsum("mgc,mgd->gcd", rows, rows)[:, lower[0], lower[1]].flatten()
+        return halves if bias is None else torch.cat([halves, rows.sum(0).flatten()])
+
+
+def gram_sums_size(weight: Tensor, bias: Tensor | None, groups: int) -> int:
+    """How many numbers :func:`gram_sums` returns for a layer of kernel size 1."""
+    channels = weight.shape[1]
+    return groups * channels * (channels + 1) // 2 + (0 if bias is None else groups * channels)
+
+
+def correlation_of_gram_sums(sums: Tensor, weight: Tensor, *, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+    """Return ``W·G + bias ⊗ Σx``; see :func:`localsgd_ext.ops.correlation_of_gram_sums`."""
+    if weight.dim() < 2 or any(k != 1 for k in weight.shape[2:]) or groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"weight must have a kernel of size 1 and {groups} groups of rows, got shape {tuple(weight.shape)}")
+    channels = weight.shape[1]
+    wanted = gram_sums_size(weight, bias, groups)
+    if sums.shape != (wanted,):
+        raise ValueError(f"sums must have shape ({wanted},), got {tuple(sums.shape)}")
+    if sums.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"sums must be float32 or float64, got {sums.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    with torch.no_grad(), _no_autocast(sums.device.type):
+        size = gram_sums_size(weight, None, groups)
+        halves, of_x = sums[:size], sums[size:]
+        lower = torch.tril_indices(channels, channels, device=sums.device)
+        gram = sums.new_empty(groups, channels, channels)
+        gram[:, lower[0], lower[1]] = gram[:, lower[1], lower[0]] = halves.view(groups, -1)
+        return _times_gram(weight, bias, gram, of_x.view(groups, -1) if bias is not None else None).reshape(weight.shape)
+
+
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
     known = torch.amp.is_autocast_available(device_type)  # not on meta, for one
     return torch.autocast(device_type, enabled=False) if known else nullcontext()
@@ -309,20 +366,31 @@ def _weight_grad(x: Tensor, z: Tensor, weight: Tensor, g: _Geometry) -> Tensor:
 
 def _gram_correlation(x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, g: _Geometry) -> Tensor:
     """``D = W·G + bias ⊗ Σx`` with ``G = XXᵀ``: exact where every output reads one input position (1x1 kernels, linear)."""
+    rows = _rows(x, weight, g)
+    # The forward rounded W and b to its compute dtype, which is z's wherever that is lower (autocast).
+    seen = [p if p is None or z is None or z.dtype.itemsize >= p.dtype.itemsize else p.to(z.dtype) for p in (weight, bias)]
+    assert seen[0] is not None
+    gram = torch.einsum("mgc,mgd->gcd", rows, rows)
+    return _times_gram(seen[0], seen[1], gram, None if bias is None else rows.sum(0)).reshape(weight.shape)
+
+
+def _rows(x: Tensor, weight: Tensor, g: _Geometry) -> Tensor:
+    """What a layer of kernel size 1 multiplies by its weight: ``[M, groups, C/groups]``, but for rows of zeros."""
     if any(k != 1 for k in weight.shape[2:]):
         raise ValueError(
             f"algorithm 'gram' needs a kernel of size 1 or a linear layer, got weight of shape {tuple(weight.shape)}"
         )
-    # The forward rounded W to its compute dtype, which is z's wherever that is lower than W's (autocast).
-    rounded = weight if z is None or z.dtype.itemsize >= weight.dtype.itemsize else weight.to(z.dtype)
     for dim, (stride, pad) in enumerate(zip(g.stride, g.padding, strict=True)):
         first = -(-pad // stride) * stride - pad  # positions inside the zero padding contribute nothing
         x = x[(slice(None),) * (2 + dim) + (slice(first, None, stride),)]
-    rows = x.movedim(1, -1).reshape(-1, g.groups, x.shape[1] // g.groups) if g.stride else x.unsqueeze(1)  # [M, groups, C/g]
-    w = rounded.to(x.dtype).reshape(rows.shape[1], -1, rows.shape[2])  # [groups, K/g, C/g]
-    gram = torch.einsum("mgc,mgd->gcd", rows, rows)
+    return x.movedim(1, -1).reshape(-1, g.groups, x.shape[1] // g.groups) if g.stride else x.unsqueeze(1)
+
+
+def _times_gram(weight: Tensor, bias: Tensor | None, gram: Tensor, sums: Tensor | None) -> Tensor:
+    """``[groups, K/groups, C/groups]``, from ``gram [groups, C/groups, C/groups]`` and, with a bias, ``sums [groups, C/groups]``."""
+    w = weight.to(gram.dtype).reshape(gram.shape[0], -1, gram.shape[2])
     d = torch.einsum("gkc,gcd->gkd", w, gram)
     if bias is not None:
-        rounded_bias = bias if z is None or z.dtype.itemsize >= bias.dtype.itemsize else bias.to(z.dtype)
-        d = d + rounded_bias.to(x.dtype).reshape(d.shape[0], -1, 1) * rows.sum(0).unsqueeze(1)
-    return d.reshape(weight.shape)
+        assert sums is not None
+        d = d + bias.to(gram.dtype).reshape(d.shape[0], -1, 1) * sums.unsqueeze(1)
+    return d

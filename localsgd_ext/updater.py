@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import ops
-from .hooks import CallHook, Hook, in_backward, under_checkpoint, under_transform
+from .hooks import CallHook, in_backward, under_checkpoint, under_transform
+from .layer_hook import LayerHook, Pick, parameter
 from .layers import Patterns, is_plain, select_names
 from .reduction import CorrelationReducer, Reduced
 from .sampling import check_sample, sampled, sampled_correlation
@@ -39,7 +41,9 @@ class HebbianUpdater:
     every micro-batch makes its own local step.
 
     Given a :class:`localsgd_ext.distributed.ReplicatedModel`, every ``D`` is summed over its processes and all writes are
-    deferred; all processes make the same step, that of one process with the whole batch.
+    deferred; all processes make the same step, that of one process with the whole batch. What is summed of a layer that the Gram
+    form computes may be the Gram matrix ``G`` in the place of ``D = W·G``, whose product is then made once, before the write: ``W``
+    and the bias, which must not change in between, are frozen for the optimizer there.
 
     Args:
         model: the network, or a ``ReplicatedModel`` of it; the hooks go on its convolution and linear modules.
@@ -105,7 +109,8 @@ class HebbianUpdater:
         self._sharding_checked = False
         self._reducer: CorrelationReducer | None = None if self.replicas is None else self.replicas.reducer
         self._bound: tuple[list[str], set[str]] = [], set()  # what the reducer has buckets for
-        self._picks: dict[str, str] | None = None  # what "auto" stands for, by layer; None: not agreed upon yet
+        self._picks: dict[str, Pick] | None = None  # what the first process takes, by layer; None: not agreed upon yet
+        self._picks_wait = False  # what they say of G is for the sums after the present ones
         # Index of the present training forward with layers enabled. A tensor: torch.compile neither guards on it nor bakes it in.
         self._turn = torch.full((), -1, dtype=torch.int64, device="cpu")
         self._lr_tensors: dict[torch.device, Tensor] = {}
@@ -114,9 +119,9 @@ class HebbianUpdater:
         modules = dict(model.named_modules())
         names = select_names(model, layers)
         self._hooks = {
-            name: _LayerHook(self, name, modules[name]) for name in modules if name in names and is_plain(modules[name])
+            name: LayerHook(self, name, modules[name]) for name in modules if name in names and is_plain(modules[name])
         }
-        taken = [n for n in self._hooks if any(isinstance(h, _LayerHook) for h in modules[n]._forward_hooks.values())]
+        taken = [n for n in self._hooks if any(isinstance(h, LayerHook) for h in modules[n]._forward_hooks.values())]
         if taken:  # a second one (a notebook cell run twice) would double every step
             raise ValueError(f"model must not be under another updater: {taken[0]!r} is; call remove() on that one first")
         self._handles = [
@@ -162,9 +167,9 @@ class HebbianUpdater:
         if self._reducer is not None and (list(names), deferred) != self._bound:
             self._bound = list(names), deferred
             self._reducer.bind({name: self._hooks[name].module.weight for name in names}, deferred)
-            self._picks = None
+            self._picks, self._picks_wait = None, False
             for hook in self._hooks.values():
-                hook.pick = ""
+                hook.pick, hook.gram = Pick(), None
 
     def set_lr(self, lr: float) -> None:
         """Set the signed learning rate, on the devices too (captured graphs read it there).
@@ -254,6 +259,8 @@ class HebbianUpdater:
             "called": self._called,
             "deferred": [name for name, hook in self._hooks.items() if hook.deferred],
             "turn": int(self._turn),
+            "picks": None if self._picks is None else {name: asdict(pick) for name, pick in self._picks.items()},
+            "picks_of": self._picks_of(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -275,6 +282,11 @@ class HebbianUpdater:
             count = state["skipped"].get(name, 0)
             if count or hook.skipped is not None:
                 hook.counter().fill_(count)
+        if self._reducer is not None and state.get("picks_of") == self._picks_of():
+            # Not agreed upon anew: the first sums would be of D, and round otherwise than where the state was saved.
+            picks = state["picks"]
+            self._set_picks(None if picks is None else {name: Pick(**saved) for name, saved in picks.items()})
+            self._reduce_grams()
 
     def _eager(self, method: Callable[..., None]) -> Callable[..., None]:
         """What communicates is no part of a compiled graph: it breaks there, as at DistributedDataParallel's own buckets."""
@@ -312,7 +324,7 @@ class HebbianUpdater:
             if self._picks is None:
                 self._agree_on_algorithms()
 
-    def _update(self, hook: _LayerHook, x: Tensor, z: Tensor) -> None:
+    def _update(self, hook: LayerHook, x: Tensor, z: Tensor) -> None:
         if not torch.compiler.is_compiling():
             if under_transform():
                 raise RuntimeError(f"layer {hook.name!r} learns locally, {NO_TRANSFORM}")
@@ -329,7 +341,7 @@ class HebbianUpdater:
                     self._reducer.hold(hook.name)
             hook.last_forward = self._forward_id
         hook.fired = True
-        weight = _parameter(hook.module, "weight")
+        weight = parameter(hook.module, "weight")
         if type(weight) is not nn.Parameter and not isinstance(weight, nn.Parameter):
             raise RuntimeError(
                 f"layer {hook.name!r} learns locally and its weight was replaced (functional_call), {NO_TRANSFORM}"
@@ -348,15 +360,17 @@ class HebbianUpdater:
         with torch.no_grad():
             if self.activation is not None:
                 z = self.activation(z.detach())
+            if self._reducer is not None:
+                counts_next = self._picks_wait and self._reducer.has_left(hook.name)
+                self._reducer.add(hook.name, hook.summand(x, z, hook.pick.gram if counts_next else hook.gram))
+                if self._picks is None and self.replicas is not None and self.replicas.rank == 0:
+                    hook.see(x, z)
+                return
             if in_graph:
                 correlation = sampled_correlation(weight, x, z, self.sample, self._turn, **hook.arguments())
             else:
                 correlation = ops.correlation(x, z, weight, **hook.arguments())
-            if self._reducer is not None:
-                if self._picks is None and self.replicas is not None and self.replicas.rank == 0:
-                    hook.see(x, z)
-                self._reducer.add(hook.name, correlation)
-            elif deferred:
+            if deferred:
                 known = self._pending.get(hook.name)
                 self._pending[hook.name] = correlation if known is None else known.add_(correlation)
             else:
@@ -367,32 +381,51 @@ class HebbianUpdater:
         assert self._reducer is not None
         by_device: dict[torch.device, list[Reduced]] = {}
         for each in self._reducer.take():
-            by_device.setdefault(each.correlation.device, []).append(each)
+            by_device.setdefault(each.total.device, []).append(each)
         with torch.no_grad():
             for device, several in by_device.items():
                 hooks = [self._hooks[each.name] for each in several]
+                correlations = [hook.correlation_of(each.total) for hook, each in zip(hooks, several, strict=True)]
                 if self.momentum:
-                    for hook, each in zip(hooks, several, strict=True):
-                        self._write(hook, each.correlation, each.runs > 0)
+                    for hook, correlation, each in zip(hooks, correlations, several, strict=True):
+                        self._write(hook, correlation, each.runs > 0)
                     continue
                 weights = [hook.module.weight for hook in hooks]
                 skipped = torch.zeros(len(hooks), dtype=torch.int64, device=device)
-                correlations = [each.correlation for each in several]
                 ops.apply_update_(weights, correlations, self._lr_on(device), normalize=self.normalize, skipped=skipped)
                 skipped.mul_(torch.stack([each.runs for each in several]) > 0)  # what never ran was not skipped
                 torch._foreach_add_([hook.counter(device) for hook in hooks], list(skipped.unbind()))
         if by_device:
             self._reducer.clear()
+            if self._picks_wait:
+                self._reduce_grams()
 
     def _agree_on_algorithms(self) -> None:
-        """What ``"auto"`` stands for is the first process's choice: those of others may differ, if they are timed."""
+        """The first process's choice is taken: those of others may differ, if they are timed."""
         assert self.replicas is not None
-        picks = {name: hook.pick for name, hook in self._hooks.items() if hook.enabled and hook.pick}
-        self._picks = self.replicas.from_first(picks)
-        for hook in self._hooks.values():
-            hook.pick = self._picks.get(hook.name, "")
+        self._set_picks(self.replicas.from_first({name: hook.pick for name, hook in self._hooks.items() if hook.enabled}))
 
-    def _write(self, hook: _LayerHook, correlation: Tensor, ran: Tensor | None = None) -> None:
+    def _set_picks(self, picks: dict[str, Pick] | None) -> None:
+        self._picks = picks
+        for hook in self._hooks.values():
+            hook.pick = Pick() if picks is None else picks.get(hook.name, Pick())
+        self._picks_wait = True
+
+    def _picks_of(self) -> list[list[str]]:
+        """What picks are for: those of other layers, or of another kind of device, mean nothing here."""
+        return [[name, self._hooks[name].module.weight.device.type] for name in self.enabled]
+
+    def _reduce_grams(self) -> None:
+        """From now on sum up what the picks say; nothing waits to be reduced."""
+        assert self._reducer is not None
+        self._picks_wait = False
+        before = {name: hook.gram for name, hook in self._hooks.items()}
+        for hook in self._hooks.values():
+            hook.gram = hook.pick.gram if hook.enabled else None
+        if before != {name: hook.gram for name, hook in self._hooks.items()}:
+            self._reducer.lay_out({name: hook.gram_size() for name, hook in self._hooks.items() if hook.gram is not None})
+
+    def _write(self, hook: LayerHook, correlation: Tensor, ran: Tensor | None = None) -> None:
         weight = hook.module.weight
         lr = self._lr_on(weight.device)
         if not self.momentum:
@@ -413,67 +446,6 @@ class HebbianUpdater:
         if tensor is None:
             tensor = self._lr_tensors[device] = torch.full((), self.lr, dtype=torch.float64, device=device)
         return tensor
-
-
-class _LayerHook(Hook):
-    """The forward hook of one layer."""
-
-    def __init__(self, updater: HebbianUpdater, name: str, module: nn.Module) -> None:
-        self.updater = updater
-        self.update = updater._eager(updater._update)
-        self.name = name
-        self.module: Any = module
-        self.is_linear = isinstance(module, nn.Linear)
-        self.enabled = False
-        self.deferred = False
-        self.fired = False
-        self.pick = ""
-        """The algorithm that all processes take for this layer; empty: each the updater's."""
-        self.last_forward = -1
-        self.skipped: Tensor | None = None
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if self.enabled and not self.updater.paused and module.training and torch.is_grad_enabled():
-            self.update(self, args[0] if args else kwargs["input"], output)
-
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments that describe the layer's geometry to the operations."""
-        m = self.module
-        bias, algorithm = _parameter(m, "bias"), self.pick or self.updater.algorithm
-        # A user's activation makes z something other than the layer's output: the Gram form would ignore it.
-        z_is_output = self.updater.activation is None
-        if self.is_linear:
-            return {"bias": bias, "z_is_output": z_is_output, "algorithm": algorithm}
-        return {
-            "bias": bias,
-            "stride": m.stride,
-            "padding": m.padding,
-            "dilation": m.dilation,
-            "groups": m.groups,
-            "padding_mode": m.padding_mode,
-            "z_is_output": z_is_output,
-            "algorithm": algorithm,
-        }
-
-    def see(self, x: Tensor, z: Tensor) -> None:
-        """Pick the algorithm that ``"auto"`` stands for with these operands, if there is a choice."""
-        arguments = self.arguments()
-        if arguments.pop("algorithm") == "auto" and not ops.obstacle(self.module.weight, x, z):
-            self.pick = ops.plan(x, z, self.module.weight, **arguments).pick
-
-    def counter(self, device: torch.device | None = None) -> Tensor:
-        device = self.module.weight.device if device is None else device
-        if self.skipped is None:
-            self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        elif self.skipped.device != device:  # the model was moved
-            self.skipped = self.skipped.to(device)
-        return self.skipped
-
-
-def _parameter(module: Any, name: str) -> Any:
-    """``getattr`` without the detour that ``nn.Module`` makes, which takes longer than everything else in a hook."""
-    own = module._parameters
-    return own[name] if name in own else getattr(module, name)
 
 
 def _refuse_capture(x: Tensor) -> None:

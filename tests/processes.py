@@ -28,7 +28,9 @@ import torch.distributed as dist
 TIMEOUT = 60.0
 
 _servers = multiprocessing.get_context("forkserver")
-_servers.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "localsgd_ext.distributed", "models"])
+_servers.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torch.distributed", "localsgd_ext.distributed", "models", "replicated"]
+)
 
 
 def distributed_test(world_size: int | None = None, timeout: float = TIMEOUT) -> Callable[..., Any]:

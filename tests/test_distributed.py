@@ -1,7 +1,6 @@
 """Several processes against one with the whole batch."""
 
 import copy
-import io
 import itertools
 import warnings
 
@@ -9,108 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from models import TwoBlockResNet, batches, seeded, snapshot, twice_used
-from processes import alone, distributed_test, raises_everywhere
-from torch import nn
+from models import TwoBlockResNet, batches, snapshot
+from processes import distributed_test
+from replicated import SIZE, NoNorm, Run, assert_equal, fixed, share
 from torch.utils.checkpoint import checkpoint
 
-from localsgd_ext import HebbianUpdater, LocalizedLearning, StaticModeSelection, ops, reduction, reference
+from localsgd_ext import GraphedStep
 from localsgd_ext.distributed import ReplicatedModel, check_replicas
-
-EPOCHS, SIZE = 6, 8
-
-
-class NoNorm(nn.Module):
-    """Five layers without BatchNorm, whose statistics would differ from share to share: 3x3, 1x1 widening, 1x1, 3x3, linear."""
-
-    def __init__(self):
-        super().__init__()
-        shapes = [(3, 4, 3), (4, 9, 1), (9, 5, 1), (5, 6, 3)]
-        self.convs = nn.ModuleList(nn.Conv2d(c, k, size, padding=size // 2) for c, k, size in shapes)
-        self.fc = nn.Linear(6, 4)
-
-    def forward(self, x):
-        for conv in self.convs:
-            x = F.relu(conv(x))
-        return self.fc(x.mean((2, 3)))
-
-
-def share(x, y, group=None):
-    """This process's part of a mini-batch."""
-    return tuple(t.chunk(dist.get_world_size(group))[dist.get_rank(group)] for t in (x, y))
-
-
-def fixed(boundary):
-    return StaticModeSelection(kind=lambda epoch: boundary, l_max=0.8)
-
-
-class Run:
-    """A run of a few epochs over moves of the boundary; ``replicated`` or in one process with all images."""
-
-    def __init__(
-        self, build=NoNorm, *, replicated, dtype=torch.float64, group=None, sync="step", bucket_bytes=400, ddp=None, **options
-    ):
-        self.replicated, self.group, self.to_none = replicated, group, True
-        self.network = seeded(build).to(dtype)
-        self.dtype = dtype
-        self.model = self.network
-        if replicated:
-            self.model = ReplicatedModel(self.network, sync=sync, bucket_bytes=bucket_bytes, process_group=group, **(ddp or {}))
-        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-        schedule = StaticModeSelection(kind=lambda epoch: (0, 2, 3, 3, 1, 3, 3)[epoch], l_max=0.8)
-        self.moves = []
-        with alone():
-            self.local = LocalizedLearning(
-                self.model,
-                self.optimizer,
-                **{"epochs": EPOCHS, "preset": "paper", "schedule": schedule, "lr": 0.01, **options},
-                on_boundary_move=lambda old, new: self.moves.append((old, new)),
-            )
-
-    def loss(self, x, y):
-        return F.cross_entropy(self.model(x), y)
-
-    def step(self, x, y):
-        if self.replicated:
-            x, y = share(x, y, self.group)
-        loss = self.loss(x, y)
-        self.optimizer.zero_grad(set_to_none=self.to_none)
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
-
-    def epoch(self, number, batches_per_epoch=3):
-        self.model.train()
-        data = batches(batches_per_epoch, SIZE, seed=number, dtype=self.dtype)
-        losses = [self.step(x, y) for x, y in data]
-        self.local.step(sum(losses) / len(losses) + (number % 3 == 1))  # rises, so that the sign is negative at times
-
-    def run(self, start=0, stop=EPOCHS):
-        for number in range(start, stop):
-            self.epoch(number)
-        return self
-
-    def saved(self):
-        """A checkpoint, as bytes, through the safe loader."""
-        state = {"local": self.local.state_dict(), "model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
-        file = io.BytesIO()
-        torch.save(state, file)
-        return file.getvalue()
-
-    def load(self, saved):
-        state = torch.load(io.BytesIO(saved), weights_only=True)
-        self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.local.load_state_dict(state["local"])
-        return self
-
-
-def assert_equal(one, many, *, rtol, atol):
-    assert (one.local.boundary, one.local.sign) == (many.local.boundary, many.local.sign)
-    ours, theirs = many.network.state_dict(), one.network.state_dict()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
-
 
 VARIANTS = {
     "literal rule": {},
@@ -216,233 +120,6 @@ def test_shares_of_different_sizes_count_by_their_images():
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-# ---- when a sum is made, and what of
-
-
-@distributed_test(world_size=2)
-def test_reductions_start_while_the_forward_goes_on():
-    run = Run(replicated=True, schedule=fixed(3), bucket_bytes=1)  # a bucket per layer
-    run.local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
-    assert run.model.reducer.num_buckets == 3
-    events, x = [], torch.zeros(2, 3, 8, 8, dtype=torch.float64)
-    for i, conv in enumerate(run.network.convs):
-        conv.register_forward_pre_hook(lambda *_, i=i: events.append(f"layer {i}"))
-    all_reduce = dist.all_reduce
-    reduction.dist.all_reduce = lambda *args, **kwargs: events.append("reduce") or all_reduce(*args, **kwargs)
-    try:
-        run.model(x)
-        first, events[:] = list(events), []
-        run.model(x)
-    finally:
-        reduction.dist.all_reduce = all_reduce
-    assert first == ["layer 0", "layer 1", "layer 2", "layer 3", "reduce", "reduce", "reduce"]  # repeats are not known yet
-    assert events == ["layer 0", "reduce", "layer 1", "reduce", "layer 2", "reduce", "layer 3"]
-
-
-@pytest.mark.parametrize(
-    ("bucket_bytes", "expected"),
-    [
-        (1, [["a"], ["b"], ["d"], ["c"]]),
-        (300, [["a", "b"], ["d"], ["c"]]),  # "d" is float64
-        (1 << 20, [["a", "b"], ["d"], ["c"]]),
-        (200, [["a"], ["b"], ["d"], ["c"]]),
-    ],
-)
-@distributed_test(world_size=2)
-def test_buckets(bucket_bytes, expected):
-    """Closed when full and where the dtype changes; layers that run several times come last; summed whatever they hold."""
-    reducer = reduction.CorrelationReducer(None, bucket_bytes=bucket_bytes)
-    weights = {"a": torch.zeros(5, 10), "b": torch.zeros(4, 5, 2), "c": torch.zeros(7), "d": torch.zeros(3).double()}
-    reducer.bind(weights, held={"c"})
-    assert [list(bucket.sums) for bucket in reducer._buckets] == expected
-    for turn in range(2):
-        reducer.begin_forward()
-        for name in ("a", "c", "d", "c"):  # never "b"
-            reducer.add(name, torch.full_like(weights[name], 1.0 + dist.get_rank()))
-        reducer.end_forward()
-        sums = {each.name: each for each in reducer.take()}
-        assert {name: float(each.runs) for name, each in sums.items()} == {"a": 2, "b": 0, "c": 4, "d": 2}
-        for name, total in (("a", 3.0), ("b", 0.0), ("c", 6.0), ("d", 3.0)):
-            assert torch.equal(sums[name].correlation, torch.full_like(weights[name], total))
-        reducer.clear()
-        assert reducer.reduced_bytes == (turn + 1) * (4 * (50 + 40 + 7 + 3) + 8 * (3 + 1))
-
-
-@distributed_test(world_size=2)
-def test_what_comes_after_its_bucket_has_left_counts_in_the_next_sum():
-    reducer = reduction.CorrelationReducer(None)
-    reducer.bind({"a": torch.zeros(5)})
-    runs = []
-    for times in (1, 2, 1):
-        reducer.begin_forward()
-        for _ in range(times):
-            reducer.add("a", torch.ones(5))
-        reducer.end_forward()
-        [summed] = reducer.take()
-        runs.append((float(summed.runs), summed.correlation.tolist()))
-        reducer.clear()
-    assert runs == [(2, [2.0] * 5), (2, [2.0] * 5), (4, [4.0] * 5)]
-
-
-class Moody(nn.Module):
-    """Runs its middle layer as often as it is told."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 5, 1)
-        self.fc = nn.Linear(5, 4)
-        self.times = 1
-
-    def forward(self, x):
-        x = F.relu(self.a(x))
-        for _ in range(self.times):
-            x = F.relu(self.b(x))
-        return self.fc(F.relu(self.c(x)).mean((2, 3)))
-
-
-@distributed_test(world_size=2)
-def test_processes_may_differ_in_which_layers_run():
-    """The first skips the layer now and then and the second runs it twice: no mismatch, and all make the same step."""
-    model = ReplicatedModel(seeded(Moody).double(), bucket_bytes=1)
-    updater = HebbianUpdater(model, ["a", "b", "c"], lr=0.01)
-    updater.enable(["a", "b", "c"])
-    for times in [(1, 1), (1, 1), (0, 1), (1, 1), (1, 2), (1, 1), (0, 0), (2, 1)]:
-        before = model.module.b.weight.clone()
-        model.module.times = times[dist.get_rank()]
-        model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
-        updater.flush()
-        check_replicas(model)
-        assert torch.equal(model.module.b.weight, before) == (times == (0, 0))
-    assert updater.skipped() == {}  # a layer that no process ran has skipped no update
-
-
-@pytest.mark.parametrize("alone_too", [False, True], ids=["traced", "updater alone"])
-@distributed_test(world_size=2)
-def test_layers_that_run_twice_make_one_step(alone_too):
-    results = []
-    for replicated in (True, False):
-        network = seeded(twice_used).double()
-        model = ReplicatedModel(network, bucket_bytes=1) if replicated else network
-        with alone():
-            if alone_too:
-                HebbianUpdater(model, ["a", "middle.conv"], lr=0.01).enable(["a", "middle.conv"])
-            else:
-                schedule = StaticModeSelection(kind=lambda epoch: 2, l_max=0.8)
-                local = LocalizedLearning(model, None, epochs=4, preset="paper", lr=0.01, schedule=schedule)
-                local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
-        for x, y in batches(4, SIZE, dtype=torch.float64):
-            model(share(x, y)[0] if replicated else x)
-        results.append(network.eval()(batches(1, 2, dtype=torch.float64)[0][0]))
-    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
-
-
-@distributed_test(world_size=2)
-def test_all_take_the_first_processs_algorithm():
-    chosen = "direct" if dist.get_rank() == 0 else "library"
-    plan = ops.plan
-
-    class Chosen:
-        pick = chosen
-
-    asked = []
-    ops.plan = lambda *args, **kwargs: asked.append(plan(*args, **kwargs)) or Chosen
-    run = Run(replicated=True)
-    run.run(stop=3)
-    hooks = [run.local._updater._hooks[name] for name in run.local.local_layers]
-    assert [hook.arguments()["algorithm"] for hook in hooks] == ["direct"] * 3
-    assert len(asked) == (2 + 3 if dist.get_rank() == 0 else 0)  # once for each layer and boundary (2, then 3)
-
-
-# ---- sums over several forwards
-
-
-def prefix_by_hand(network, data, windows, lr):
-    """Weights of the first three convolutions after normalised steps along sums of D over windows of mini-batches."""
-    weights = [conv.weight.detach().clone() for conv in network.convs]
-    biases = [conv.bias.detach() for conv in network.convs]
-    data = iter(data)
-    for window in windows:
-        sums = [torch.zeros_like(weight) for weight in weights[:3]]
-        for x, _ in (next(data) for _ in range(window)):
-            for i, total in enumerate(sums):
-                padding = weights[i].shape[-1] // 2
-                z = F.conv2d(x, weights[i], biases[i], padding=padding)
-                total += reference.correlation(x, z, weights[i], padding=padding)
-                x = F.relu(z)
-        for weight, total in zip(weights, sums, strict=False):
-            weight += lr * total / total.norm()
-    return weights[:3]
-
-
-@pytest.mark.parametrize(
-    ("sync", "windows"),
-    [("step", [1] * 7), (1, [1] * 7), (3, [3, 3, 1]), (10, [7]), ("epoch", [7])],
-)
-@distributed_test(world_size=2)
-def test_sums_over_forwards_make_one_step(sync, windows):
-    run = Run(replicated=True, sync=sync, schedule=fixed(3))
-    run.local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
-    data = batches(7, SIZE, dtype=torch.float64)
-    expected = prefix_by_hand(run.network, data, windows, lr=0.01)
-    before = run.model.traffic
-    for x, y in data:
-        run.step(x, y)
-    run.local.step(1.0)
-    for weight, conv in zip(expected, run.network.convs, strict=False):
-        torch.testing.assert_close(conv.weight, weight, rtol=1e-12, atol=1e-12)
-    check_replicas(run.local)
-    numbers = sum(weight.numel() + 1 for weight in expected)  # and how often each layer ran
-    trained = sum(p.numel() for p in run.network.parameters() if p.requires_grad)
-    traffic = run.model.traffic
-    assert (traffic.steps, before.steps) == (7, 0)
-    assert traffic.correlations == len(windows) * numbers * 8
-    assert traffic.gradients == 7 * trained * 8
-    assert traffic.per_step == (traffic.correlations + traffic.gradients) / 7
-
-
-USES = {
-    "evaluation": lambda run: run.model.eval()(torch.zeros(1, 3, 8, 8, dtype=torch.float64)),
-    "evaluation of the network": lambda run: run.network.eval()(torch.zeros(1, 3, 8, 8, dtype=torch.float64)),
-    "no_grad": lambda run: torch.no_grad()(run.model)(torch.zeros(1, 3, 8, 8, dtype=torch.float64)),
-    "state_dict of the network": lambda run: run.network.state_dict(),
-    "state_dict of the wrapper": lambda run: run.model.state_dict(),
-    "state_dict of localized learning": lambda run: run.local.state_dict(),
-    "flush": lambda run: run.model.flush(),
-    "check_replicas": lambda run: check_replicas(run.local),
-    "remove": lambda run: run.local.remove(),
-}
-
-
-@pytest.mark.parametrize("sync", ["step", 5, "epoch"])
-@pytest.mark.parametrize("use", USES)
-@distributed_test(world_size=2)
-def test_whatever_waits_is_written_before_the_next(use, sync):
-    run = Run(replicated=True, sync=sync, schedule=fixed(3))
-    run.local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
-    data = batches(1, SIZE, dtype=torch.float64)
-    expected = prefix_by_hand(run.network, data, [1], lr=0.01)
-    run.step(*data[0])
-    USES[use](run)
-    for weight, conv in zip(expected, run.network.convs, strict=False):
-        torch.testing.assert_close(conv.weight, weight, rtol=1e-12, atol=1e-12)
-
-
-@distributed_test(world_size=2)
-def test_a_mini_batch_through_the_prefix_finds_nothing_waiting():
-    run = Run(replicated=True, sync="epoch", schedule=fixed(3), refresh=3)
-    run.local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
-    data = batches(3, SIZE, dtype=torch.float64)
-    expected = prefix_by_hand(run.network, data, [2], lr=0.01)
-    for x, y in data[:2]:
-        run.step(x, y)
-    seen = []
-    run.network.convs[0].register_forward_pre_hook(lambda conv, _: seen.append(conv.weight.detach().clone()))
-    assert run.local.refreshing
-    run.step(*data[2])
-    torch.testing.assert_close(seen[0], expected[0], rtol=1e-12, atol=1e-12)
-    check_replicas(run.local)
-
-
 # ---- resuming
 
 
@@ -496,116 +173,43 @@ def test_signs_and_boundaries_come_from_all_processes():
     check_replicas(run.local)
 
 
+@pytest.mark.parametrize("build", [NoNorm, TwoBlockResNet])
 @distributed_test(world_size=2)
-def test_a_boundary_above_zero_from_the_first_forward_on():
-    many, one = (Run(replicated=replicated, schedule=fixed(2)) for replicated in (True, False))
-    for run in (many, one):
-        run.local.trace(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+def test_a_boundary_above_zero_from_the_first_forward_on(build):
+    """Traced by the user or not: the order of layers is found before that forward, and nothing is left of how."""
+    runs = [Run(build, replicated=True, schedule=fixed(2)) for _ in range(2)]
+    runs[0].local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    runs[1].model.eval()
+    runs[1].model(torch.zeros(2, 3, 8, 8, dtype=torch.float64))  # no training forward
+    for run in runs:
         run.run(stop=2)
-    assert_equal(one, many, rtol=1e-12, atol=1e-12)
-    untraced = Run(replicated=True, schedule=fixed(2))
-    assert "call trace() before" in raises_everywhere(RuntimeError, lambda: untraced.epoch(0))
-
-
-# ---- trouble
-
-
-@distributed_test(world_size=2)
-def test_what_is_not_finite_on_one_process_alone_raises_on_all():
-    """GradScaler keeps parameters finite; the loss is what is left, and the others must not wait for this process."""
-    network = seeded(NoNorm)
-    model = ReplicatedModel(network)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
-    local = LocalizedLearning(model, optimizer, epochs=4, schedule=fixed(2), nan_policy="raise")
-    local.trace(torch.zeros(2, 3, 8, 8))
-    last = dist.get_rank() == dist.get_world_size() - 1
-    with pytest.raises(FloatingPointError, match="the epoch loss is nan" if last else "not finite on rank 1"):
-        local.step(float("nan") if last else 1.0)
-    local.step(1.0)
+        assert run.local.boundary == 2
+        assert run.model.traffic.steps == 6
+    assert_equal(runs[0], runs[1], rtol=0, atol=0)
+    if build is NoNorm:
+        one = Run(replicated=False, schedule=fixed(2))
+        one.local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+        assert_equal(one.run(stop=2), runs[1], rtol=1e-12, atol=1e-12)
 
 
 @distributed_test(world_size=2)
-def test_a_nan_on_one_process_poisons_none():
-    run = Run(replicated=True, schedule=fixed(3), supervision=None)
-    run.local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
-    data = batches(4, SIZE, dtype=torch.float64)
-    spoiled = data[1][0].clone()
-    spoiled[-1, 0, 0, 0] = float("nan")  # on the last process
-    finite = []
-    for x, y in [data[0], (spoiled, data[1][1]), data[2]]:
-        before = snapshot(run.network)
-        x, y = share(x, y)
-        loss = run.loss(x, y)
-        run.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        finite.append(all(p.grad.isfinite().all() for p in run.network.parameters() if p.requires_grad))
-        if finite[-1]:  # gradients are averaged, so that all processes see that one of them is not finite
-            run.optimizer.step()
-        else:
-            assert all(torch.equal(tensor, before[name]) for name, tensor in run.network.state_dict().items())
-    assert finite == [True, False, True]
-    assert run.local.skipped == {f"convs.{i}": 1 for i in range(3)}
-    assert all(p.isfinite().all() for p in run.network.parameters())
+def test_the_first_forward_may_raise():
+    run = Run(replicated=True, schedule=fixed(2))
+    with pytest.raises(RuntimeError, match="channels"):
+        run.model(torch.zeros(2, 5, 8, 8, dtype=torch.float64))
+    run.run(stop=1)
+    assert run.local.boundary == 2
+
+
+@distributed_test(world_size=2)
+def test_a_state_from_before_the_first_forward_is_traced_anew():
+    run = Run(replicated=True, schedule=fixed(2))
+    saved = run.saved()
+    run.run(stop=1).load(saved)
+    assert run.local.boundary == 0
+    run.run(stop=1)
+    assert run.local.boundary == 2
     check_replicas(run.local)
-
-
-@distributed_test(world_size=2)
-def test_a_process_that_runs_out_of_batches_stops_all():
-    run = Run(replicated=True, schedule=fixed(3), refresh=2)
-    run.local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
-    data = batches(3 + dist.get_rank(), SIZE, dtype=torch.float64)
-
-    def epoch():
-        with run.model.join():
-            for x, y in data:
-                run.step(x, y)
-
-    message = raises_everywhere(RuntimeError, epoch)
-    assert "exhausted" in message
-
-
-@distributed_test(world_size=2)
-def test_loaders_of_one_length_pass_through_join():
-    runs = [Run(replicated=True) for _ in range(2)]
-    with runs[0].model.join():
-        for x, y in batches(3, SIZE, dtype=torch.float64):
-            runs[0].step(x, y)
-    for x, y in batches(3, SIZE, dtype=torch.float64):
-        runs[1].step(x, y)
-    assert_equal(runs[1], runs[0], rtol=0, atol=0)
-
-
-PLANTED = {
-    "parameter convs.1.weight": lambda run: run.network.convs[1].weight.data[0, 0].add_(1e-15),
-    "parameter convs.3.bias": lambda run: run.network.convs[3].bias.data.neg_(),
-    "momentum_buffer of fc.weight": lambda run: run.optimizer.state[run.network.fc.weight]["momentum_buffer"].mul_(2),
-    "local momentum of convs.0": lambda run: run.local._updater._velocity["convs.0"].mul_(2),
-    "sign": lambda run: setattr(run.local.supervision, "sign", -run.local.sign),
-}
-
-
-@pytest.mark.parametrize("what", PLANTED)
-@distributed_test(world_size=4)
-def test_a_difference_is_found_and_not_repaired(what):
-    run = Run(replicated=True, momentum=0.5).run(stop=3)
-    check_replicas(run.local)
-    if dist.get_rank() in (1, 3):
-        PLANTED[what](run)
-    before = snapshot(run.network)
-    message = raises_everywhere(RuntimeError, lambda: check_replicas(run.local))
-    assert f"{what} is not the same on rank 1, 3 as on rank 0" in message
-    assert all(torch.equal(tensor, before[name]) for name, tensor in run.network.state_dict().items())
-
-
-@distributed_test(world_size=2)
-def test_drift_is_found_before_the_boundary_moves():
-    run = Run(replicated=True)
-    run.epoch(0)
-    run.epoch(1)  # no move to 3 yet
-    if dist.get_rank() == 1:
-        run.network.fc.weight.data.mul_(1.5)
-    message = raises_everywhere(RuntimeError, lambda: [run.epoch(number) for number in (2, 3)])
-    assert "parameter" in message
 
 
 # ---- the wrapper by itself
@@ -654,6 +258,31 @@ def test_wrappers_are_kept_while_the_prefix_opens_and_closes():
 
 
 @distributed_test(world_size=2)
+def test_what_the_user_freezes_is_out_of_all_reductions():
+    """The weight and the bias of a layer, while the prefix is open; then one that the boundary has frozen already."""
+    many, one = (Run(replicated=replicated, refresh=2, schedule=fixed(3)) for replicated in (True, False))
+    for run in (many, one):
+        run.local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+        run.step(*batches(1, SIZE, dtype=torch.float64)[0])
+        assert run.local.refreshing
+        run.network.state_dict()  # so that what waits is written
+        frozen = [*run.network.convs[1].parameters(), run.network.convs[0].weight]
+        before = [parameter.detach().clone() for parameter in frozen]
+        run.network.convs[1].requires_grad_(False)
+        run.epoch(0)
+        assert not run.local.refreshing
+        assert run.local.local_layers == ("convs.0", "convs.2")
+        moved = [not torch.equal(*pair) for pair in zip(frozen, before, strict=True)]
+        assert moved == [False, False, True]
+        run.local.keep_frozen(frozen[2:])
+        before = [parameter.detach().clone() for parameter in frozen]
+        run.epoch(1)
+        assert all(map(torch.equal, frozen, before))
+    assert_equal(one, many, rtol=1e-12, atol=1e-12)
+    check_replicas(many.local)
+
+
+@distributed_test(world_size=2)
 def test_only_the_first_process_may_save():
     run = Run(replicated=True).run(stop=3)
     if dist.get_rank() == 0:
@@ -681,6 +310,19 @@ def test_a_copy_of_the_network_takes_part_in_nothing():
     before = snapshot(copied)
     copied(torch.zeros(2, 3, 8, 8, dtype=torch.float64)).sum().backward()
     assert all(torch.equal(tensor, before[name]) for name, tensor in copied.state_dict().items())
+
+
+@distributed_test(world_size=1)
+def test_a_graphed_step_is_refused():
+    run = Run(replicated=True)
+
+    class NoRecorder:
+        """Were it needed: this machine may have no GPU."""
+
+    with pytest.raises(
+        ValueError, match="local must be of a network in one process in a CUDA graph, got one of a ReplicatedModel"
+    ):
+        GraphedStep(run.local, run.step, recorder=NoRecorder())
 
 
 @distributed_test(world_size=1)

@@ -134,8 +134,12 @@ std::optional<bool> update_by_rows(const Layer& layer, double lr, bool normalize
     return true;
 }
 
-// D = W G + b (sum x)^T with G = X^T X, since z = X W^T + b. Outputs that read padding see x = 0 and add nothing.
-at::Tensor gram(const Layer& layer) {
+struct Grams {
+    at::Tensor matrices; // [groups, C/groups, C/groups]
+    at::Tensor sums;     // [groups, 1, C/groups] of X's columns, where there is a bias
+};
+
+Grams grams_of(const Layer& layer) {
     const Geometry& g = layer.geometry;
     const int64_t in = g.in_per_group();
     const PatchSource x = source_of(layer.x, g);
@@ -146,13 +150,51 @@ at::Tensor gram(const Layer& layer) {
         gram_into(x, tasks, partials.mutable_data_ptr<double>(), layer.bias ? sums.mutable_data_ptr<double>() : nullptr);
     else
         gram_into(x, tasks, partials.mutable_data_ptr<float>(), layer.bias ? sums.mutable_data_ptr<float>() : nullptr);
-    const at::Tensor w = as_forward_saw(layer.weight, layer).reshape({g.groups, g.out_per_group(), in});
-    at::Tensor d = at::bmm(w, partials.select(0, 0));
+    return {partials.select(0, 0), layer.bias ? sums.sum(0) : sums};
+}
+
+// D = W G + b (sum x)^T with G = X^T X, since z = X W^T + b. Outputs that read padding see x = 0 and add nothing.
+at::Tensor gram(const Layer& layer) {
+    const Geometry& g = layer.geometry;
+    const Grams grams = grams_of(layer);
+    const at::Tensor w = as_forward_saw(layer.weight, layer).reshape({g.groups, g.out_per_group(), g.in_per_group()});
+    at::Tensor d = at::bmm(w, grams.matrices);
     if (layer.bias) {
         const at::Tensor b = as_forward_saw(*layer.bias, layer).reshape({g.groups, g.out_per_group(), 1});
-        d.baddbmm_(b, sums.sum(0));
+        d.baddbmm_(b, grams.sums);
     }
     return d.view(layer.weight.sizes());
+}
+
+// W G as a correlation whose positions are the rows of G and of W^T: unlike BLAS, the same bits with any number of threads.
+template <typename Acc>
+void product_into(const at::Tensor& w, const at::Tensor& gram, const at::Tensor& d) { // [K, C], [C, C], [K, C]
+    Geometry g;
+    g.in_channels = w.size(1);
+    g.out_channels = w.size(0);
+    g.input[2] = g.output[2] = w.size(1);
+    const int64_t in = w.size(1);
+    direct_into<Acc>({{gram.const_data_ptr<Acc>(), kKindOf<Acc>, g, {0, 1, {0, 0, in}}},
+                      {w.const_data_ptr<Acc>(), kKindOf<Acc>, output_geometry(g), {0, in, {0, 0, 1}}}},
+                     d);
+}
+
+template <typename Acc>
+void pack_halves(const at::Tensor& matrices, const at::Tensor& packed) {
+    const int64_t groups = matrices.size(0), in = matrices.size(1);
+    for (int64_t group = 0; group < groups; ++group)
+        pack_half(matrices.const_data_ptr<Acc>() + group * in * in, in, packed.mutable_data_ptr<Acc>() + group * half(in));
+}
+
+template <typename Acc>
+at::Tensor product_with_halves(const at::Tensor& packed, const at::Tensor& w) { // w [groups, K/groups, C/groups]
+    const int64_t in = w.size(2);
+    const at::Tensor gram = at::empty({in, in}, w.options()), d = at::empty(w.sizes(), w.options());
+    for (int64_t group = 0; group < w.size(0); ++group) {
+        unpack_half(packed.const_data_ptr<Acc>() + group * half(in), in, gram.mutable_data_ptr<Acc>());
+        product_into<Acc>(w.select(0, group), gram, d.select(0, group));
+    }
+    return d;
 }
 
 template <typename Acc>
@@ -201,6 +243,30 @@ at::Tensor correlate(const Layer& given, Algorithm algorithm, bool as_weight) {
     default:
         return as_weight ? library_gradient(layer).to(layer.accumulate) : library_correlation(layer);
     }
+}
+
+int64_t gram_sums_size(const Geometry& g, bool bias) { return g.groups * half(g.in_per_group()) + (bias ? g.in_channels : 0); }
+
+at::Tensor gram_sums(const Layer& layer) {
+    const Geometry& g = layer.geometry;
+    const Grams grams = grams_of(layer);
+    const at::Tensor packed = at::empty({gram_sums_size(g, layer.bias.has_value())}, accumulator(layer));
+    layer.accumulate == at::kDouble ? pack_halves<double>(grams.matrices, packed) : pack_halves<float>(grams.matrices, packed);
+    if (layer.bias) packed.narrow(0, packed.numel() - g.in_channels, g.in_channels).copy_(grams.sums.view({-1}));
+    return packed;
+}
+
+at::Tensor correlation_of_gram_sums(const at::Tensor& sums, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                                    int64_t groups) {
+    const int64_t in = weight.size(1), channels = groups * in;
+    const at::Tensor packed = sums.contiguous();
+    const at::Tensor w = weight.to(sums.scalar_type()).reshape({groups, -1, in}).contiguous();
+    const at::Tensor d =
+        sums.scalar_type() == at::kDouble ? product_with_halves<double>(packed, w) : product_with_halves<float>(packed, w);
+    if (bias) // products of single numbers: again no BLAS
+        d.addcmul_(bias->to(sums.scalar_type()).reshape({groups, -1, 1}),
+                   packed.narrow(0, packed.numel() - channels, channels).view({groups, 1, in}));
+    return d.view(weight.sizes());
 }
 
 bool update(const Layer& given, Algorithm algorithm, double lr, bool normalize) {

@@ -102,6 +102,19 @@ void gram_part(const PatchSource& x, const Tasks& tasks, int64_t task, Acc* part
 
 int64_t gram_rows(const Geometry& g) { return g.groups * ceil_div(g.in_per_group(), kBlock); }
 
+namespace {
+
+// The elements above the diagonal of the columns [first, last), from those below it.
+template <typename Acc>
+void mirror(Acc* gram, int64_t channels, int64_t first, int64_t last) {
+    for (int64_t left = 0; left <= first; left += kBlock) // in blocks whose rows and columns stay in the cache
+        for (int64_t row = first; row < last; ++row)
+            for (int64_t column = left; column < std::min(left + kBlock, row); ++column)
+                gram[column * channels + row] = gram[row * channels + column];
+}
+
+} // namespace
+
 template <typename Acc>
 void finish_gram(const Geometry& g, int64_t parts, int64_t task, Acc* partials) {
     const int64_t channels = g.in_per_group(), blocks = ceil_div(channels, kBlock), whole = g.groups * channels * channels;
@@ -111,15 +124,30 @@ void finish_gram(const Geometry& g, int64_t parts, int64_t task, Acc* partials) 
         for (int64_t row = first; row < last; ++row)
             for (int64_t column = 0; column <= row; ++column)
                 gram[row * channels + column] += gram[part * whole + row * channels + column];
-    for (int64_t left = 0; left <= first; left += kBlock) // in blocks whose rows and columns stay in the cache
-        for (int64_t row = first; row < last; ++row)
-            for (int64_t column = left; column < std::min(left + kBlock, row); ++column)
-                gram[column * channels + row] = gram[row * channels + column];
+    mirror(gram, channels, first, last);
+}
+
+template <typename Acc>
+void pack_half(const Acc* gram, int64_t channels, Acc* packed) {
+    for (int64_t row = 0; row < channels; ++row) packed = std::copy_n(gram + row * channels, row + 1, packed);
+}
+
+template <typename Acc>
+void unpack_half(const Acc* packed, int64_t channels, Acc* gram) {
+    for (int64_t first = 0; first < channels; first += kBlock) {
+        const int64_t last = std::min(first + kBlock, channels);
+        for (int64_t row = first; row < last; ++row) std::copy_n(packed + half(row), row + 1, gram + row * channels);
+        mirror(gram, channels, first, last);
+    }
 }
 
 template void gram_part<float>(const PatchSource&, const Tasks&, int64_t, float*, float*, bool);
 template void gram_part<double>(const PatchSource&, const Tasks&, int64_t, double*, double*, bool);
 template void finish_gram<float>(const Geometry&, int64_t, int64_t, float*);
 template void finish_gram<double>(const Geometry&, int64_t, int64_t, double*);
+template void pack_half<float>(const float*, int64_t, float*);
+template void pack_half<double>(const double*, int64_t, double*);
+template void unpack_half<float>(const float*, int64_t, float*);
+template void unpack_half<double>(const double*, int64_t, double*);
 
 } // namespace localsgd

@@ -21,4 +21,11 @@ int64_t gram_rows(const Geometry& geometry);
 template <typename Acc>
 void finish_gram(const Geometry& geometry, int64_t parts, int64_t task, Acc* partials);
 
+// The lower half of a symmetric matrix [channels, channels], diagonal included, row by row: half() numbers; and back.
+inline int64_t half(int64_t channels) { return channels * (channels + 1) / 2; }
+template <typename Acc>
+void pack_half(const Acc* gram, int64_t channels, Acc* packed);
+template <typename Acc>
+void unpack_half(const Acc* packed, int64_t channels, Acc* gram);
+
 } // namespace localsgd

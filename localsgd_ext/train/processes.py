@@ -96,5 +96,7 @@ def started() -> Iterator[World]:
     dist.init_process_group(store=store, rank=rank, world_size=size)
     try:
         yield World(rank, size, restarts, launch)
+        # The last of what gloo's threads do: one that let go of a tensor while the interpreter is shutting down would abort the process.
+        dist.barrier()
     finally:
         dist.destroy_process_group()

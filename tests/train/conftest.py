@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from tiny import TINY
 
 from localsgd_ext.train import data
 from localsgd_ext.train.config import RunConfig, resolve
 from localsgd_ext.train.loop import Trainer
 from localsgd_ext.train.progress import Lines
 from localsgd_ext.train.rundir import RunDirectory
-
-# 14 layers and 4 epochs: equation 2 gives K = 1 (floored up), so the boundary may move after the second epoch.
-TINY: dict[str, Any] = {
-    "train_size": 96,
-    "test_size": 40,
-    "image_size": 8,
-    "batch_size": 16,
-    "epochs": 4,
-    "lr": 0.02,
-    "alpha": 9.0,
-}
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,10 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TINY
 from PIL import Image
 from processes import distributed_test
 from same_runs import assert_same_run
+from tiny import TINY
 
 from localsgd_ext.__main__ import main
 from localsgd_ext.distributed import check_replicas

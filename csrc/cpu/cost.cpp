@@ -196,16 +196,18 @@ double library_us(const Query& q) {
     if (g.depthwise()) {
         const double bytes = operand_bytes(q);
         const auto& speeds = bytes > core(q).cached_bytes ? core(q).depthwise_bytes_per_us : core(q).depthwise_cached;
+        // Not as fast from memory as from a cache.
+        const double share = !bf16 ? 1 : on_tiles(q, true) && q.channels_last && bytes > 8e6 ? 0.4 : 0.5;
         // Other kernels than small, dense ones are not vectorised.
         const bool vectorised = g.taps() <= 9 && product(g.dilation) == 1 && slow <= 1;
-        const double sums = vectorised ? memory_us(q, bytes, speeds[q.channels_last ? 0 : 1] * (bf16 ? 0.5 : 1))
+        const double sums = vectorised ? memory_us(q, bytes, speeds[q.channels_last ? 0 : 1] * share)
                                        : wgrad_flops(g) / ((q.channels_last ? 4.5e3 : 1.6e3) * q.threads);
         return sums + convert + 10 * kCallUs;
     }
     const double grouped = g.groups > 1 ? 2 : 1;
     const bool on_units = on_tiles(q, true); // so fast that little hides behind products
     const double flops =
-        wgrad_flops(g) * slow * grouped * narrow(double(g.out_per_group())) * (on_units ? g.in_per_group() < 8 ? 1.7 : 1.3 : 1);
+        wgrad_flops(g) * slow * grouped * narrow(double(g.out_per_group())) * (on_units ? g.in_per_group() < 8 ? 2.6 : 1.3 : 1);
     const double rest = memory_us(q, operand_bytes(q), on_units ? (q.channels_last ? 10e3 : 5e3) : kStreamBytesPerUs) +
                         convert + order + 10 * kCallUs;
     if (g.pointwise()) {

@@ -54,6 +54,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no further layer after that")
     parser.add_argument("--seconds", type=float, default=0.5, help="of timing a layer, at least 5 rounds")
     parser.add_argument("--threads", type=int, help="of a CPU, instead of as many as PyTorch takes")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor time, for a machine with other work; --threads 1 only"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out (c), which takes seconds to compile each time")
     parser.add_argument("--predict", metavar="DEVICE", help=f"one of {', '.join(roofline.DEVICES)}")
     parser.add_argument("--table", type=Path, metavar="FILE.json", help="only print the tables of a results file")
@@ -67,6 +70,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                 parser.error(f"--{option} must be of {', '.join(known)}, got {value!r}")
     if args.resume and args.out is None:
         parser.error("--resume needs --out")
+    if args.cpu_time and (args.device != "cpu" or args.threads != 1):
+        parser.error(f"--cpu-time needs --device cpu --threads 1, got --device {args.device} and {args.threads} threads")
     if args.batch is None and args.device == "cpu" and not args.predict:
         args.batch = CPU_BATCH
     return args
@@ -145,7 +150,7 @@ def measure(args: argparse.Namespace) -> int:
     networks, todo = work(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    timer = timer_for(args.device)
+    timer = timer_for(args.device, args.cpu_time)
     records = Records(args.out, header(args, timer.device, networks), resume=args.resume)
     records.save()
     print(f"{len(todo)} layers x dtypes x layouts, {torch.get_num_threads()} threads", file=sys.stderr)

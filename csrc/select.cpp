@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "cpu/cost.h"
-#include "cpu/vectors.h"
+#include "cpu/tiles.h"
 
 namespace localsgd {
 namespace {
@@ -67,7 +67,7 @@ const char* algorithm_name(Algorithm algorithm) {
 Cpu this_cpu() {
     Cpu cpu;
 #ifdef LOCALSGD_HAS_TARGETS
-    static const bool vectors = __builtin_cpu_supports("avx512bf16"), tiles = __builtin_cpu_supports("amx-bf16");
+    static const bool vectors = __builtin_cpu_supports("avx512bf16"), tiles = has_tiles();
     cpu.wide = has_wide_registers();
     cpu.bf16 = tiles ? Cpu::Bf16::kTiles : vectors ? Cpu::Bf16::kVectors : Cpu::Bf16::kEmulated;
 #endif

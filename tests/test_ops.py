@@ -125,7 +125,7 @@ SHARED = (  # by threads, in several parts of the positions or several strips of
     Case("1x1-parts", (2, 96, 37, 36), (60, 96, 1, 1), bias=True),
     Case("1x1-strips", (2, 300, 13, 12), (40, 300, 1, 1), bias=True),
     Case("1x1-parts-stride2", (2, 100, 73, 72), (60, 100, 1, 1), stride=2),
-    Case("linear-parts", (2001, 120), (70, 120), bias=True),
+    Case("linear-parts", (2101, 120), (70, 120), bias=True),
     Case("linear-strips", (301, 400), (64, 400), bias=True),
 )
 

@@ -49,11 +49,12 @@ at::Tensor product_of_views(const Layer& layer, const Views& x, const Views& z, 
 template <typename Acc>
 void direct_into(const DirectArgs& args, const at::Tensor& d) {
     const Geometry& g = args.x.geometry;
-    const Tasks tasks = direct_tasks(g, at::get_num_threads());
+    const Unit unit = unit_for(args.x.kind == Kind::bf16 && args.z.kind == Kind::bf16);
+    const Tasks tasks = direct_tasks(g, at::get_num_threads(), unit);
     const at::Tensor sums = at::empty({tasks.parts, direct_elements<Acc>(g)}, d.options());
     Acc* const partials = sums.mutable_data_ptr<Acc>();
     at::parallel_for(0, tasks.count(g), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) direct_part(args, tasks, task, partials);
+        for (int64_t task = begin; task < end; ++task) direct_part(args, tasks, task, partials, unit);
     });
     at::parallel_for(0, direct_blocks(g), std::max<int64_t>(1, 1024 / g.patch()), [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block)
@@ -81,14 +82,14 @@ at::Tensor direct(const Layer& layer, bool as_weight) {
 // The forward rounded W and b to its compute dtype, which is z's wherever that is lower (autocast).
 at::Tensor as_forward_saw(const at::Tensor& parameter, const Layer& layer) {
     const bool rounded = layer.z && layer.z->element_size() < parameter.element_size();
-    return (rounded ? parameter.to(layer.z->scalar_type()) : parameter).to(layer.accumulate);
+    return rounded ? parameter.to(layer.z->scalar_type()) : parameter;
 }
 
 template <typename Acc>
-void gram_into(const PatchSource& x, const Tasks& tasks, Acc* partials, Acc* sums) {
+void gram_into(const PatchSource& x, const Tasks& tasks, Unit unit, Acc* partials, Acc* sums) {
     const Geometry& g = x.geometry;
     at::parallel_for(0, tasks.count(g), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) gram_part(x, tasks, task, partials, sums);
+        for (int64_t task = begin; task < end; ++task) gram_part(x, tasks, task, partials, sums, unit);
     });
     at::parallel_for(0, gram_rows(g), 8, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) finish_gram(g, tasks.parts, task, partials);
@@ -101,9 +102,10 @@ at::Tensor gram_of_rows(const at::Tensor& rows) {
     g.in_channels = rows.size(0);
     g.input[2] = g.output[2] = rows.size(1);
     const PatchSource source{rows.const_data_ptr(), kind_of(rows), g, {0, rows.stride(0), {0, 0, rows.stride(1)}}};
-    const Tasks tasks = gram_tasks(g, at::get_num_threads());
+    const Unit unit = unit_for(false);
+    const Tasks tasks = gram_tasks(g, at::get_num_threads(), unit);
     const at::Tensor grams = at::empty({tasks.parts, rows.size(0), rows.size(0)}, rows.options().dtype(at::kDouble));
-    gram_into<double>(source, tasks, grams.mutable_data_ptr<double>(), nullptr);
+    gram_into<double>(source, tasks, unit, grams.mutable_data_ptr<double>(), nullptr);
     return grams.select(0, 0);
 }
 
@@ -139,17 +141,34 @@ struct Grams {
     at::Tensor sums;     // [groups, 1, C/groups] of X's columns, where there is a bias
 };
 
+// W G for each group. `w` is given away: no copy of another dtype need live beside it.
+at::Tensor weighted(const Geometry& g, at::Tensor w, const at::Tensor& grams) {
+    if (kind_of(w) != Kind::bf16 || grams.scalar_type() != at::kFloat || !has_tiles()) {
+        w = w.to(grams.scalar_type());
+        return at::bmm(w, grams);
+    }
+    const at::Tensor weights = w.contiguous(), d = at::empty(w.sizes(), grams.options());
+    const auto* const from = static_cast<const uint16_t*>(weights.const_data_ptr());
+    const auto* const gram = grams.const_data_ptr<float>();
+    auto* const to = d.mutable_data_ptr<float>();
+    at::parallel_for(0, gram_product_tasks(g), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) gram_product(g, from, gram, task, to);
+    });
+    return d;
+}
+
 Grams grams_of(const Layer& layer) {
     const Geometry& g = layer.geometry;
     const int64_t in = g.in_per_group();
     const PatchSource x = source_of(layer.x, g);
-    const Tasks tasks = gram_tasks(g, at::get_num_threads());
+    const Unit unit = unit_for(x.kind == Kind::bf16);
+    const Tasks tasks = gram_tasks(g, at::get_num_threads(), unit);
     const at::Tensor partials = at::empty({tasks.parts, g.groups, in, in}, accumulator(layer));
     const at::Tensor sums = layer.bias ? at::empty({tasks.parts, g.groups, 1, in}, accumulator(layer)) : at::Tensor();
     if (layer.accumulate == at::kDouble)
-        gram_into(x, tasks, partials.mutable_data_ptr<double>(), layer.bias ? sums.mutable_data_ptr<double>() : nullptr);
+        gram_into(x, tasks, unit, partials.mutable_data_ptr<double>(), layer.bias ? sums.mutable_data_ptr<double>() : nullptr);
     else
-        gram_into(x, tasks, partials.mutable_data_ptr<float>(), layer.bias ? sums.mutable_data_ptr<float>() : nullptr);
+        gram_into(x, tasks, unit, partials.mutable_data_ptr<float>(), layer.bias ? sums.mutable_data_ptr<float>() : nullptr);
     return {partials.select(0, 0), layer.bias ? sums.sum(0) : sums};
 }
 
@@ -157,10 +176,10 @@ Grams grams_of(const Layer& layer) {
 at::Tensor gram(const Layer& layer) {
     const Geometry& g = layer.geometry;
     const Grams grams = grams_of(layer);
-    const at::Tensor w = as_forward_saw(layer.weight, layer).reshape({g.groups, g.out_per_group(), g.in_per_group()});
-    at::Tensor d = at::bmm(w, grams.matrices);
+    at::Tensor d =
+        weighted(g, as_forward_saw(layer.weight, layer).reshape({g.groups, g.out_per_group(), g.in_per_group()}), grams.matrices);
     if (layer.bias) {
-        const at::Tensor b = as_forward_saw(*layer.bias, layer).reshape({g.groups, g.out_per_group(), 1});
+        const at::Tensor b = as_forward_saw(*layer.bias, layer).to(layer.accumulate).reshape({g.groups, g.out_per_group(), 1});
         d.baddbmm_(b, grams.sums);
     }
     return d.view(layer.weight.sizes());

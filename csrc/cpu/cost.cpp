@@ -1,6 +1,7 @@
 #include "cost.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace localsgd::cpu {
 namespace {
@@ -81,7 +82,49 @@ bool reads_in_place(const Query& q) {
     return g.pointwise() && !strided(g) && product(g.pad) == 0;
 }
 
+// Our kernels on AMX's tiles, by the same CPU: what a product of whole tiles takes, what packing an element of an operand does
+// in either layout, and what an element of D does from panels into its place.
+constexpr double kTileFlopsPerUs = 1.35e6, kPreciseTileFlopsPerUs = 0.65e6; // the latter of W G, in three parts
+constexpr double kTilePackUs[] = {0.22e-3, 0.3e-3}, kTileTapUs = 0.08e-3, kTileReorderUs = 0.6e-3;
+constexpr double kTileFinishUs[] = {0.9e-3, 1.5e-3};
+
+bool on_tiles(const Query& q, bool reads_z) {
+    return q.cpu.bf16 == Cpu::Bf16::kTiles && q.x_kind == Kind::bf16 && (!reads_z || q.z_kind == Kind::bf16);
+}
+
+double tiles(double size) { return std::ceil(size / 32) * 32; }
+
+double gram_on_tiles_us(const Query& q) {
+    const Geometry& g = q.geometry;
+    const double c = double(g.in_per_group()), elements = double(g.positions() * g.in_channels), all = tiles(c);
+    const double flops = double(g.positions() * g.groups) * all * (all + 32);
+    const bool first = !q.channels_last && g.dims > 0;
+    const double product = double(g.out_channels) * c;
+    const double weighted =
+        q.z_kind == Kind::bf16 ? 6 * product * all / (kPreciseTileFlopsPerUs * q.threads) : gemm_us(q, 2 * product * c);
+    return flops / (kTileFlopsPerUs * q.threads) + weighted +
+           elements * kTilePackUs[first] * (first && strided(g) ? 2 : 1) / q.threads +
+           memory_us(q, elements * kind_size(q.x_kind), kReadBytesPerUs) + double(g.groups) * c * c * 1e-3 / q.threads +
+           4 * kCallUs;
+}
+
+double direct_on_tiles_us(const Query& q) {
+    const Geometry& g = q.geometry;
+    const double rows = double(g.out_per_group()), patch = double(g.patch()),
+                 columns = double(g.positions() * g.groups) * patch;
+    const double flops = 2 * double(g.positions() * g.groups) * tiles(rows) * tiles(patch);
+    const bool first = !q.channels_last && g.dims > 0;
+    const double narrow_runs = g.in_per_group() % 16 == 0 ? 1 : 1 + 4 / double(g.in_per_group());
+    double pack = z_elements(q) * kTilePackUs[first];
+    pack += first && g.pointwise() ? columns * kTilePackUs[1] : columns * narrow_runs * kTileTapUs;
+    if (first && !g.pointwise()) pack += x_elements(q) * kTileReorderUs;
+    const double finish = double(g.out_channels) * patch * kTileFinishUs[first && !g.pointwise()];
+    return flops / (kTileFlopsPerUs * q.threads) + (pack + finish) / q.threads +
+           memory_us(q, operand_bytes(q), kReadBytesPerUs) + 2 * kCallUs;
+}
+
 double gram_us(const Query& q) {
+    if (on_tiles(q, false)) return gram_on_tiles_us(q);
     const Geometry& g = q.geometry;
     const double c = double(g.in_per_group()), elements = double(g.positions() * g.in_channels);
     const double transpose = q.channels_last || g.dims == 0 ? 0 : elements * (strided(g) ? 0.3e-3 : 0.15e-3) / q.threads;
@@ -101,6 +144,7 @@ double few_rows_us(const Query& q) {
 double direct_us(const Query& q) {
     const Geometry& g = q.geometry;
     if (few_rows(g) && !is_wide(q)) return few_rows_us(q);
+    if (on_tiles(q, true)) return direct_on_tiles_us(q);
     const double rows = double(g.out_per_group()), patch = double(g.patch()), image = double(g.image_positions());
     const bool one_run = q.channels_last || g.dims == 0 || g.batch == 1, in_place = reads_in_place(q);
     const bool views = in_place && kind_size(q.x_kind) == element_bytes(q) && kind_size(q.z_kind) == element_bytes(q);
@@ -152,15 +196,20 @@ double library_us(const Query& q) {
     if (g.depthwise()) {
         const double bytes = operand_bytes(q);
         const auto& speeds = bytes > core(q).cached_bytes ? core(q).depthwise_bytes_per_us : core(q).depthwise_cached;
+        // Not as fast from memory as from a cache.
+        const double share = !bf16 ? 1 : on_tiles(q, true) && q.channels_last && bytes > 8e6 ? 0.4 : 0.5;
         // Other kernels than small, dense ones are not vectorised.
         const bool vectorised = g.taps() <= 9 && product(g.dilation) == 1 && slow <= 1;
-        const double sums = vectorised ? memory_us(q, bytes, speeds[q.channels_last ? 0 : 1] * (bf16 ? 0.5 : 1))
+        const double sums = vectorised ? memory_us(q, bytes, speeds[q.channels_last ? 0 : 1] * share)
                                        : wgrad_flops(g) / ((q.channels_last ? 4.5e3 : 1.6e3) * q.threads);
         return sums + convert + 10 * kCallUs;
     }
     const double grouped = g.groups > 1 ? 2 : 1;
-    const double flops = wgrad_flops(g) * slow * grouped * narrow(double(g.out_per_group()));
-    const double rest = memory_us(q, operand_bytes(q), kStreamBytesPerUs) + convert + order + 10 * kCallUs;
+    const bool on_units = on_tiles(q, true); // so fast that little hides behind products
+    const double flops =
+        wgrad_flops(g) * slow * grouped * narrow(double(g.out_per_group())) * (on_units ? g.in_per_group() < 8 ? 2.6 : 1.3 : 1);
+    const double rest = memory_us(q, operand_bytes(q), on_units ? (q.channels_last ? 10e3 : 5e3) : kStreamBytesPerUs) +
+                        convert + order + 10 * kCallUs;
     if (g.pointwise()) {
         const double sliced = strided(g) ? pack_us(q, 1, double(g.in_channels), double(g.output[2]), 1, Kind::f32) : 0;
         if (!q.channels_last)

@@ -56,6 +56,31 @@ LOCALSGD_INLINE void add_part(const Part<Acc>& p) {
 LOCALSGD_BOTH_WIDTHS(add_part, Part<float>, float)
 LOCALSGD_BOTH_WIDTHS(add_part, Part<double>, double)
 
+void add_part_tiles(const Part<float>& p) {
+    static_assert(kMostPanel<float> == kTileColumns);
+    const PatchSource& of_z = p.args.z;
+    ChannelsLast inputs(p.args.x);
+    const int64_t rows = of_z.geometry.in_per_group();
+    const Tiles z(rows), x(std::min(kChunk, p.column_end - p.column_begin));
+    const TileUnit unit;
+    for (int64_t first = p.first; first < p.end; first += kTilePositions) {
+        const int64_t count = std::min(kTilePositions, p.end - first);
+        pack_tiles(of_z, z, 0, rows, first, count);
+        if (packed_form(of_z) == Form::kPairs) transpose_tiles(z, z, rows, count);
+        const PatchSource of_x = inputs.useful() ? inputs.of(first, count) : p.args.x;
+        for (int64_t begin = p.column_begin; begin < p.column_end; begin += kChunk) {
+            const int64_t columns = std::min(kChunk, p.column_end - begin);
+            pack_tiles(of_x, x, begin, begin + columns, first, count);
+            if (packed_form(of_x) == Form::kColumns) transpose_tiles(x, x, columns, count);
+            for (int64_t column = 0; column < columns; column += kTileColumns)
+                for (int64_t row = 0; row < rows; row += kTileColumns)
+                    multiply_tiles(z.panel(row), {{x.panel(column)}}, count,
+                                   {p.d + place<float>(rows, row, begin + column), kTileColumns,
+                                    std::min(kTileColumns, rows - row), kTileColumns, first > p.first});
+        }
+    }
+}
+
 PatchSource of_group(const PatchSource& source, int64_t group) {
     PatchSource s = source;
     s.data = offset(s.data, s.kind, group * s.geometry.in_per_group() * s.strides.channel);
@@ -69,15 +94,15 @@ int64_t direct_elements(const Geometry& g) {
     return g.groups * padded<Acc>(g);
 }
 
-Tasks direct_tasks(const Geometry& g, int64_t threads) {
+Tasks direct_tasks(const Geometry& g, int64_t threads, Unit unit) {
     const int64_t products = g.positions() * g.out_per_group() * g.patch();
     if (g.patch() >= kWide) return {1, std::clamp<int64_t>(threads, 1, g.patch() / 64)};
-    const int64_t most = std::clamp<int64_t>(kMostPartElements / direct_elements<float>(g), 1, kMostParts);
+    const int64_t most = std::clamp<int64_t>(kMostPartElements / direct_elements<float>(g), 1, most_parts(g.positions(), unit));
     return {std::clamp<int64_t>(products / kLeastProducts, 1, most), 1};
 }
 
 template <typename Acc>
-void direct_part(const DirectArgs& a, const Tasks& tasks, int64_t task, Acc* partials, bool wide) {
+void direct_part(const DirectArgs& a, const Tasks& tasks, int64_t task, Acc* partials, Unit unit) {
     const Geometry& g = a.x.geometry;
     const int64_t matrix = task / tasks.strips, part = matrix / g.groups, strip = task % tasks.strips;
     Part<Acc> p{{of_group(a.x, matrix % g.groups), of_group(a.z, matrix % g.groups)}, 0, 0, 0, 0, nullptr};
@@ -92,8 +117,10 @@ void direct_part(const DirectArgs& a, const Tasks& tasks, int64_t task, Acc* par
     p.column_end = column(strip + 1);
     const int64_t rows = g.out_per_group();
     p.d = partials + matrix * padded<Acc>(g);
+    if constexpr (sizeof(Acc) == sizeof(float))
+        if (unit == Unit::kTiles && p.first < p.end) return add_part_tiles(p);
     std::fill(p.d + p.column_begin * rows, p.d + ceil_div(p.column_end, kMostPanel<Acc>) * kMostPanel<Acc> * rows, Acc(0));
-    wide ? add_part_wide(p) : add_part_narrow(p);
+    unit == Unit::kWide ? add_part_wide(p) : add_part_narrow(p);
 }
 
 int64_t direct_blocks(const Geometry& g) { return g.groups * ceil_div(g.out_per_group(), kBlock); }
@@ -106,25 +133,32 @@ void finish_direct(const Geometry& g, int64_t parts, int64_t block, const Acc* p
     const int64_t count = std::min(kBlock, rows - first);
     const Acc* const from = partials + group * padded<Acc>(g);
     const int64_t channel_stride = taps_first ? 1 : taps, tap_stride = taps_first ? channels : 1;
-    for (int64_t column = 0; column < g.patch();) {
-        const int64_t tap = column / channels, c = column % channels;
-        const int64_t run = std::min(channels - c, kPanel - column % kPanel);
-        const Acc* piece = from + place<Acc>(rows, first, column);
+    const auto piece = [&](int64_t tap, int64_t c, int64_t run) {
+        const Acc* sums = from + place<Acc>(rows, first, tap * channels + c);
         Acc* to = d + (group * rows + first) * g.patch() + c * channel_stride + tap * tap_stride;
-        for (int64_t k = 0; k < count; ++k, piece += kPanel, to += g.patch())
-            for (int64_t i = 0; i < run; ++i) {
-                Acc sum = piece[i];
-                for (int64_t part = 1; part < parts; ++part) sum += piece[part * whole + i];
-                to[i * channel_stride] = sum;
+        for (int64_t k = 0; k < count; ++k, sums += kPanel, to += g.patch())
+            if (parts == 1 && channel_stride == 1)
+                std::copy_n(sums, run, to);
+            else
+                for (int64_t i = 0; i < run; ++i) {
+                    Acc sum = sums[i];
+                    for (int64_t part = 1; part < parts; ++part) sum += sums[part * whole + i];
+                    to[i * channel_stride] = sum;
+                }
+    };
+    for (int64_t left = 0; left < channels; left += kPanel) // all taps of some channels: what they write stays in the cache
+        for (int64_t tap = 0; tap < g.taps(); ++tap)
+            for (int64_t c = left, last = std::min(left + kPanel, channels); c < last;) {
+                const int64_t run = std::min(last - c, kPanel - (tap * channels + c) % kPanel);
+                piece(tap, c, run);
+                c += run;
             }
-        column += run;
-    }
 }
 
 template int64_t direct_elements<float>(const Geometry&);
 template int64_t direct_elements<double>(const Geometry&);
-template void direct_part<float>(const DirectArgs&, const Tasks&, int64_t, float*, bool);
-template void direct_part<double>(const DirectArgs&, const Tasks&, int64_t, double*, bool);
+template void direct_part<float>(const DirectArgs&, const Tasks&, int64_t, float*, Unit);
+template void direct_part<double>(const DirectArgs&, const Tasks&, int64_t, double*, Unit);
 template void finish_direct<float>(const Geometry&, int64_t, int64_t, const float*, float*, bool);
 template void finish_direct<double>(const Geometry&, int64_t, int64_t, const double*, double*, bool);
 

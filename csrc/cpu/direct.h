@@ -2,7 +2,7 @@
 #pragma once
 
 #include "patches.h"
-#include "vectors.h"
+#include "tiles.h"
 
 namespace localsgd {
 
@@ -10,7 +10,7 @@ struct DirectArgs {
     PatchSource x, z; // z with output_geometry
 };
 
-Tasks direct_tasks(const Geometry& geometry, int64_t threads);
+Tasks direct_tasks(const Geometry& geometry, int64_t threads, Unit unit);
 
 // Of a part's sums.
 template <typename Acc>
@@ -18,7 +18,7 @@ int64_t direct_elements(const Geometry& geometry);
 
 // Task `task`: a strip of the sums partials[part][group], which are [K/groups, (taps, C/groups)] in panels of columns.
 template <typename Acc>
-void direct_part(const DirectArgs& args, const Tasks& tasks, int64_t task, Acc* partials, bool wide = has_wide_registers());
+void direct_part(const DirectArgs& args, const Tasks& tasks, int64_t task, Acc* partials, Unit unit);
 
 // Some rows of D [K, (C/groups, taps)], or (taps, C/groups) if `taps_first`, of one block: the parts added up in order.
 int64_t direct_blocks(const Geometry& geometry);

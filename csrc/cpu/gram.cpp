@@ -9,7 +9,9 @@
 namespace localsgd {
 namespace {
 
-constexpr int64_t kBlock = 32; // rows of a Gram matrix that are finished together
+constexpr int64_t kBlock = 32;  // rows of a Gram matrix that are finished together
+constexpr int64_t kSide = 256;  // of a block of D = W G
+constexpr int64_t kDepth = 128; // of its sums at once: three panels' worth in the first-level cache
 
 template <typename Acc>
 struct Part {
@@ -67,16 +69,36 @@ LOCALSGD_INLINE void add_part(const Part<Acc>& p) {
 LOCALSGD_BOTH_WIDTHS(add_part, Part<float>, float)
 LOCALSGD_BOTH_WIDTHS(add_part, Part<double>, double)
 
+void add_part_tiles(const Part<float>& p) {
+    const Tiles columns(p.row_end), pairs(p.row_end);
+    const bool in_pairs = packed_form(p.x) == Form::kPairs;
+    const Tiles &packed = in_pairs ? pairs : columns, &transposed = in_pairs ? columns : pairs;
+    const int64_t channels = p.x.geometry.in_per_group();
+    const TileUnit unit;
+    for (int64_t first = p.first; first < p.end; first += kTilePositions) {
+        const int64_t count = std::min(kTilePositions, p.end - first);
+        pack_tiles(p.x, packed, 0, p.row_end, first, count);
+        transpose_tiles(packed, transposed, p.row_end, count);
+        for (int64_t column = 0; column < p.row_end; column += kTileColumns)
+            for (int64_t row = std::max(column, p.row_begin); row < p.row_end; row += kTileColumns)
+                multiply_tiles(columns.panel(row), {{pairs.panel(column)}}, count,
+                               {p.gram + row * channels + column, channels, std::min(kTileColumns, p.row_end - row),
+                                std::min(kTileColumns, p.row_end - column), first > p.first});
+        for (int64_t c = p.row_begin; p.sums && c < p.row_end; c += 16)
+            sum_tiles(pairs.panel(c), count, p.sums + c, std::min<int64_t>(16, p.row_end - c));
+    }
+}
+
 } // namespace
 
-Tasks gram_tasks(const Geometry& g, int64_t threads) {
+Tasks gram_tasks(const Geometry& g, int64_t threads, Unit unit) {
     const int64_t channels = g.in_per_group(), products = g.positions() * channels * channels / 2;
     if (channels >= kWide) return {1, std::clamp<int64_t>(threads, 1, channels / 64)};
-    return {std::clamp<int64_t>(products / kLeastProducts, 1, kMostParts), 1};
+    return {std::clamp<int64_t>(products / kLeastProducts, 1, most_parts(g.positions(), unit)), 1};
 }
 
 template <typename Acc>
-void gram_part(const PatchSource& x, const Tasks& tasks, int64_t task, Acc* partials, Acc* sums, bool wide) {
+void gram_part(const PatchSource& x, const Tasks& tasks, int64_t task, Acc* partials, Acc* sums, Unit unit) {
     constexpr int64_t kPanel = kMostPanel<Acc>;
     Part<Acc> p{x, 0, 0, 0, 0, nullptr, nullptr};
     Geometry& g = p.x.geometry;
@@ -92,12 +114,14 @@ void gram_part(const PatchSource& x, const Tasks& tasks, int64_t task, Acc* part
     p.row_begin = row(task % tasks.strips);
     p.row_end = row(task % tasks.strips + 1);
     p.gram = partials + matrix * channels * channels;
-    std::fill(p.gram + p.row_begin * channels, p.gram + p.row_end * channels, Acc(0));
     if (sums) {
         p.sums = sums + matrix * channels;
         std::fill(p.sums + p.row_begin, p.sums + p.row_end, Acc(0));
     }
-    wide ? add_part_wide(p) : add_part_narrow(p);
+    if constexpr (sizeof(Acc) == sizeof(float))
+        if (unit == Unit::kTiles && p.first < p.end) return add_part_tiles(p);
+    std::fill(p.gram + p.row_begin * channels, p.gram + p.row_end * channels, Acc(0));
+    unit == Unit::kWide ? add_part_wide(p) : add_part_narrow(p);
 }
 
 int64_t gram_rows(const Geometry& g) { return g.groups * ceil_div(g.in_per_group(), kBlock); }
@@ -141,8 +165,37 @@ void unpack_half(const Acc* packed, int64_t channels, Acc* gram) {
     }
 }
 
-template void gram_part<float>(const PatchSource&, const Tasks&, int64_t, float*, float*, bool);
-template void gram_part<double>(const PatchSource&, const Tasks&, int64_t, double*, double*, bool);
+int64_t gram_product_tasks(const Geometry& g) {
+    return g.groups * ceil_div(g.out_per_group(), kSide) * ceil_div(g.in_per_group(), kSide);
+}
+
+void gram_product(const Geometry& g, const uint16_t* weight, const float* gram, int64_t task, float* d) {
+    const int64_t channels = g.in_per_group(), outputs = g.out_per_group();
+    const int64_t across = ceil_div(channels, kSide), each = ceil_div(outputs, kSide) * across;
+    const int64_t group = task / each, first_row = task % each / across * kSide, left = task % across * kSide;
+    const int64_t rows = std::min(kSide, outputs - first_row), columns = std::min(kSide, channels - left);
+    PatchSource w{weight + (group * outputs + first_row) * channels, Kind::bf16, {}, {0, channels, {0, 0, 1}}};
+    w.geometry.in_channels = rows;
+    w.geometry.input[2] = w.geometry.output[2] = channels;
+    const Tiles packed(rows);
+    const std::array<Tiles, 3> thirds{Tiles(columns), Tiles(columns), Tiles(columns)};
+    const TileUnit unit;
+    for (int64_t first = 0; first < channels; first += kDepth) {
+        const int64_t count = std::min(kDepth, channels - first);
+        pack_tiles(w, packed, 0, rows, first, count);
+        if (packed_form(w) == Form::kPairs) transpose_tiles(packed, packed, rows, count); // one channel
+        pack_thirds(gram + (group * channels + first) * channels + left, channels, count, columns, thirds);
+        for (int64_t column = 0; column < columns; column += kTileColumns)
+            for (int64_t row = 0; row < rows; row += kTileColumns)
+                multiply_tiles(packed.panel(row), {{thirds[0].panel(column), thirds[1].panel(column), thirds[2].panel(column)}},
+                               count,
+                               {d + (group * outputs + first_row + row) * channels + left + column, channels,
+                                std::min(kTileColumns, rows - row), std::min(kTileColumns, columns - column), first > 0});
+    }
+}
+
+template void gram_part<float>(const PatchSource&, const Tasks&, int64_t, float*, float*, Unit);
+template void gram_part<double>(const PatchSource&, const Tasks&, int64_t, double*, double*, Unit);
 template void finish_gram<float>(const Geometry&, int64_t, int64_t, float*);
 template void finish_gram<double>(const Geometry&, int64_t, int64_t, double*);
 template void pack_half<float>(const float*, int64_t, float*);

@@ -4,22 +4,26 @@
 #include <cstdint>
 
 #include "patches.h"
-#include "vectors.h"
+#include "tiles.h"
 
 namespace localsgd {
 
-Tasks gram_tasks(const Geometry& geometry, int64_t threads);
+Tasks gram_tasks(const Geometry& geometry, int64_t threads, Unit unit);
 
 // Task `task`: a strip of the rows of partials[part][group] [C, C], up to the diagonal (what is written beyond is of no
 // meaning), and, if wanted, of sums[part][group] [C], the sums of X's columns.
 template <typename Acc>
-void gram_part(const PatchSource& x, const Tasks& tasks, int64_t task, Acc* partials, Acc* sums,
-               bool wide = has_wide_registers());
+void gram_part(const PatchSource& x, const Tasks& tasks, int64_t task, Acc* partials, Acc* sums, Unit unit);
 
 // Adds up the parts in order into the first one, and completes its upper half. Tasks: gram_rows(geometry).
 int64_t gram_rows(const Geometry& geometry);
 template <typename Acc>
 void finish_gram(const Geometry& geometry, int64_t parts, int64_t task, Acc* partials);
+
+// D = W G on tiles, as precise as in fp32, for weights [K, C/groups] in bf16 and whole Gram matrices: one block of each
+// group's D a task, of gram_product_tasks.
+int64_t gram_product_tasks(const Geometry& geometry);
+void gram_product(const Geometry& geometry, const uint16_t* weight, const float* gram, int64_t task, float* d);
 
 // The lower half of a symmetric matrix [channels, channels], diagonal included, row by row: half() numbers; and back.
 inline int64_t half(int64_t channels) { return channels * (channels + 1) / 2; }

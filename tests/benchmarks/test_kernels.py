@@ -32,7 +32,7 @@ class FakeTimer:
 
 @pytest.fixture(autouse=True)
 def _fake_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "timer_for", lambda _device: FakeTimer())
+    monkeypatch.setattr(kernels, "timer_for", lambda _device, _processor_time: FakeTimer())
 
 
 def run(*argv: str) -> int:
@@ -134,6 +134,10 @@ def test_an_error_of_one_layer_does_not_lose_the_others(tmp_path: Path, monkeypa
         (["--networks", "alexnet"], "--networks must be of"),
         (["--layouts", "hwcn"], "--layouts must be of"),
         (["--resume"], "--resume needs --out"),
+        (
+            ["--device", "cpu", "--threads", "2", "--cpu-time"],
+            "--cpu-time needs --device cpu --threads 1, got --device cpu and 2 threads",
+        ),
     ],
 )
 def test_wrong_arguments(argv: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:

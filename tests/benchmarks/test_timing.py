@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -116,3 +117,11 @@ def test_the_cpu_timer_takes_turns_and_the_median() -> None:
     assert ["b", "a"] in rounds
     assert timings["a"].runs == 5
     assert timings["a"].us >= timings["a"].best_us > 0
+
+
+def test_processor_time_does_not_count_what_others_take() -> None:
+    functions = {"waits": lambda: time.sleep(0.02), "computes": lambda: sum(range(100_000))}
+    timings = CpuTimer(processor_time=True).measure(functions, 0.0)
+    assert timings["waits"].us < 5_000
+    assert timings["computes"].us > 100
+    assert {timing.how for timing in timings.values()} == {"cpu"}

@@ -18,6 +18,31 @@ Problem problem(const Geometry& g) {
             test::random_values(g.positions() * g.out_channels, 2)};
 }
 
+// The same with values that are of type T.
+template <typename T>
+Problem problem_of(const Geometry& g) {
+    Problem p = problem(g);
+    for (std::vector<double>* values : {&p.x, &p.z})
+        for (double& value : *values) {
+            T rounded;
+            store(rounded, value);
+            value = static_cast<double>(to_float(rounded));
+        }
+    return p;
+}
+
+template <typename T>
+constexpr Kind kStored = sizeof(T) == 2   ? Kind::bf16
+                         : sizeof(T) == 4 ? Kind::f32
+                                          : Kind::f64;
+
+template <typename T>
+std::vector<Unit> units() {
+    std::vector<Unit> all{Unit::kNarrow, Unit::kWide};
+    if (kStored<T> == Kind::bf16 && has_tiles()) all.push_back(Unit::kTiles);
+    return all;
+}
+
 double x_at(const Problem& p, int64_t n, int64_t c, const Triple& i) {
     const Geometry& g = p.g;
     for (int d = 0; d < 3; ++d)
@@ -57,8 +82,8 @@ std::vector<T> arranged(const std::vector<double>& values, int64_t batch, int64_
     for (int64_t n = 0; n < batch; ++n)
         for (int64_t c = 0; c < channels; ++c)
             for (int64_t i = 0; i < plane; ++i)
-                out[last ? (n * plane + i) * channels + c : (n * channels + c) * plane + i] =
-                    static_cast<T>(values[(n * channels + c) * plane + i]);
+                store(out[last ? (n * plane + i) * channels + c : (n * channels + c) * plane + i],
+                      values[(n * channels + c) * plane + i]);
     return out;
 }
 
@@ -94,9 +119,9 @@ void check_depthwise(const Geometry& g, double tolerance) {
     }
 }
 
-template <typename Acc>
+template <typename Acc, typename T = Acc>
 void check_gram(const Geometry& g, double tolerance) {
-    const Problem p = problem(g);
+    const Problem p = problem_of<T>(g);
     const int64_t channels = g.in_per_group(), whole = g.groups * channels * channels;
     std::vector<double> expected(whole), expected_sums(g.in_channels);
     for_each_product(g, [&](int64_t n, int64_t, int64_t, const Triple& in) {
@@ -110,15 +135,15 @@ void check_gram(const Geometry& g, double tolerance) {
         }
     });
     for (const bool last : {false, true})
-        for (const bool wide : {false, true})
+        for (const Unit unit : units<T>())
             for (const int64_t threads : {1, 3}) {
-                const auto x = arranged<Acc>(p.x, g.batch, g.in_channels, g.input, last);
+                const auto x = arranged<T>(p.x, g.batch, g.in_channels, g.input, last);
                 const auto strides = last ? test::channels_last : test::channels_first;
-                const PatchSource source{x.data(), kKindOf<Acc>, g, strides(g.in_channels, g.input)};
-                const Tasks tasks = gram_tasks(g, threads);
+                const PatchSource source{x.data(), kStored<T>, g, strides(g.in_channels, g.input)};
+                const Tasks tasks = gram_tasks(g, threads, unit);
                 std::vector<Acc> gram(tasks.parts * whole, Acc(NAN)), sums(tasks.parts * g.in_channels, Acc(NAN));
                 for (int64_t task = tasks.count(g) - 1; task >= 0; --task)
-                    gram_part(source, tasks, task, gram.data(), sums.data(), wide);
+                    gram_part(source, tasks, task, gram.data(), sums.data(), unit);
                 for (int64_t task = gram_rows(g) - 1; task >= 0; --task) finish_gram(g, tasks.parts, task, gram.data());
                 const auto allowed = [&](double value) {
                     return tolerance * (std::sqrt(double(g.positions())) + 0.1 * std::abs(value));
@@ -132,9 +157,50 @@ void check_gram(const Geometry& g, double tolerance) {
             }
 }
 
-template <typename Acc>
+// D = W G on tiles is as exact as fp32, though tiles multiply bf16.
+void check_gram_product(int64_t groups, int64_t outputs, int64_t channels) {
+    if (!has_tiles()) return;
+    const Geometry g =
+        test::geometry(1, groups * channels, groups * outputs, groups, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0});
+    const auto values = test::random_values(groups * outputs * channels, 1),
+               sums = test::random_values(groups * channels * channels, 2);
+    std::vector<BFloat16> weight(values.size());
+    std::vector<float> gram(sums.begin(), sums.end()), d(values.size(), NAN);
+    for (size_t i = 0; i < values.size(); ++i) store(weight[i], values[i]);
+    for (int64_t task = gram_product_tasks(g) - 1; task >= 0; --task)
+        gram_product(g, reinterpret_cast<const uint16_t*>(weight.data()), gram.data(), task, d.data());
+    for (int64_t row = 0; row < groups * outputs; ++row)
+        for (int64_t column = 0; column < channels; ++column) {
+            double expected = 0;
+            for (int64_t j = 0; j < channels; ++j)
+                expected += double(to_float(weight[row * channels + j])) *
+                            double(gram[(row / outputs * channels + j) * channels + column]);
+            CHECK(std::abs(d[row * channels + column] - expected) <= 1e-6 * std::sqrt(double(channels)));
+        }
+}
+
+// Not finite sums stay so, and others next to them as they are.
+void gram_product_of_nan() {
+    if (!has_tiles()) return;
+    const Geometry g = test::geometry(1, 2, 1, 1, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0});
+    const uint16_t weight[] = {0x3f80, 0}; // 1, 0
+    for (const float bad :
+         {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN(), bit_cast<float>(0x7f800001u)}) {
+        const float gram[] = {bad, 2, 2, 3};
+        float d[2] = {};
+        gram_product(g, weight, gram, 0, d);
+        CHECK(std::isnan(bad) ? std::isnan(d[0]) : std::isinf(d[0]));
+        CHECK(d[1] == 2);
+    }
+    const float most = std::numeric_limits<float>::max(), gram[] = {most, 0, 0, 0};
+    float d[2] = {};
+    gram_product(g, weight, gram, 0, d);
+    CHECK(d[0] == most);
+}
+
+template <typename Acc, typename T = Acc>
 void check_direct(const Geometry& g, double tolerance) {
-    const Problem p = problem(g);
+    const Problem p = problem_of<T>(g);
     const int64_t channels = g.in_per_group(), taps = g.taps();
     std::vector<double> expected(g.out_channels * g.patch());
     for_each_product(g, [&](int64_t n, int64_t position, int64_t tap, const Triple& in) {
@@ -146,18 +212,18 @@ void check_direct(const Geometry& g, double tolerance) {
     });
     for (const bool x_last : {false, true})
         for (const bool z_last : {false, true})
-            for (const bool wide : {false, true})
+            for (const Unit unit : units<T>())
                 for (const int64_t threads : {1, 3}) {
-                    const auto x = arranged<Acc>(p.x, g.batch, g.in_channels, g.input, x_last);
-                    const auto z = arranged<Acc>(p.z, g.batch, g.out_channels, g.output, z_last);
+                    const auto x = arranged<T>(p.x, g.batch, g.in_channels, g.input, x_last);
+                    const auto z = arranged<T>(p.z, g.batch, g.out_channels, g.output, z_last);
                     const auto strides = [](bool last) { return last ? test::channels_last : test::channels_first; };
                     const DirectArgs args{
-                        {x.data(), kKindOf<Acc>, g, strides(x_last)(g.in_channels, g.input)},
-                        {z.data(), kKindOf<Acc>, output_geometry(g), strides(z_last)(g.out_channels, g.output)}};
-                    const Tasks tasks = direct_tasks(g, threads);
+                        {x.data(), kStored<T>, g, strides(x_last)(g.in_channels, g.input)},
+                        {z.data(), kStored<T>, output_geometry(g), strides(z_last)(g.out_channels, g.output)}};
+                    const Tasks tasks = direct_tasks(g, threads, unit);
                     std::vector<Acc> partials(tasks.parts * direct_elements<Acc>(g), Acc(NAN)), d(expected.size(), Acc(NAN));
                     for (int64_t task = tasks.count(g) - 1; task >= 0; --task)
-                        direct_part(args, tasks, task, partials.data(), wide);
+                        direct_part(args, tasks, task, partials.data(), unit);
                     const bool taps_first = x_last && z_last;
                     for (int64_t block = direct_blocks(g) - 1; block >= 0; --block)
                         finish_direct(g, tasks.parts, block, partials.data(), d.data(), taps_first);
@@ -228,6 +294,7 @@ int main() {
     const auto gram = [](int64_t batch, int64_t channels, int64_t groups, Triple input, Triple stride, Triple pad) {
         const Geometry g = test::geometry(batch, channels, groups, groups, input, {1, 1, 1}, stride, {1, 1, 1}, pad);
         check_gram<float>(g, 1e-5);
+        check_gram<float, BFloat16>(g, 1e-5);
         check_gram<double>(g, 1e-13);
     };
     gram(2, 37, 1, {1, 9, 15}, {1, 1, 1}, {0, 0, 0}); // 270 positions: two tiles and a rest
@@ -238,10 +305,18 @@ int main() {
     gram(1, 64, 1, {1, 70, 75}, {1, 1, 1}, {0, 0, 0});  // several parts
     gram(1, 271, 1, {1, 10, 13}, {1, 1, 1}, {0, 0, 0}); // strips
 
+    check_gram_product(1, 256, 64);
+    check_gram_product(3, 37, 19);
+    check_gram_product(2, 2, 1);
+    check_gram_product(1, 300, 271);
+    check_gram_product(1, 5, 600);
+    gram_product_of_nan();
+
     const auto direct = [](int64_t batch, int64_t in, int64_t out, int64_t groups, Triple input, Triple kernel, Triple stride,
                            Triple dilation, Triple pad) {
         const Geometry g = test::geometry(batch, in, out, groups, input, kernel, stride, dilation, pad);
         check_direct<float>(g, 1e-5);
+        check_direct<float, BFloat16>(g, 1e-5);
         check_direct<double>(g, 1e-13);
     };
     direct(2, 6, 4, 2, {3, 6, 7}, {2, 3, 3}, {1, 2, 1}, {1, 1, 2}, {1, 1, 2});

@@ -73,10 +73,19 @@ void what_the_cpu_multiplies_with_decides() {
     CHECK(make_plan(q).pick == Algorithm::kLibrary);
     q.x_kind = q.z_kind = Kind::bf16;
     CHECK(make_plan(q).pick == Algorithm::kDirect);
-    for (const auto units : {Cpu::Bf16::kVectors, Cpu::Bf16::kTiles}) {
-        q.cpu.bf16 = units;
-        CHECK(make_plan(q).pick == Algorithm::kLibrary);
+    q.cpu.bf16 = Cpu::Bf16::kVectors;
+    CHECK(make_plan(q).pick == Algorithm::kLibrary);
+    q.cpu.bf16 = Cpu::Bf16::kTiles; // ours, too
+    CHECK(make_plan(q).pick == Algorithm::kDirect);
+    q.z_kind = Kind::f32; // nothing of the kind multiplies bf16 by fp32
+    CHECK(make_plan(q).candidate(Algorithm::kDirect).estimated_us > 3e3);
+    Query wide = query(768, 768, 14, 1), narrow = query(64, 256, 56, 1);
+    for (Query* pointwise : {&wide, &narrow}) {
+        pointwise->cpu = q.cpu;
+        pointwise->x_kind = pointwise->z_kind = Kind::bf16;
     }
+    CHECK(make_plan(wide).pick == Algorithm::kDirect); // W G costs more than what G saves
+    CHECK(make_plan(narrow).pick == Algorithm::kGram);
 }
 
 void measurement_decides() {

@@ -176,8 +176,8 @@ Grams grams_of(const Layer& layer) {
 at::Tensor gram(const Layer& layer) {
     const Geometry& g = layer.geometry;
     const Grams grams = grams_of(layer);
-    at::Tensor d =
-        weighted(g, as_forward_saw(layer.weight, layer).reshape({g.groups, g.out_per_group(), g.in_per_group()}), grams.matrices);
+    at::Tensor d = weighted(g, as_forward_saw(layer.weight, layer).reshape({g.groups, g.out_per_group(), g.in_per_group()}),
+                            grams.matrices);
     if (layer.bias) {
         const at::Tensor b = as_forward_saw(*layer.bias, layer).to(layer.accumulate).reshape({g.groups, g.out_per_group(), 1});
         d.baddbmm_(b, grams.sums);

@@ -67,10 +67,11 @@ const char* algorithm_name(Algorithm algorithm) {
 Cpu this_cpu() {
     Cpu cpu;
 #ifdef LOCALSGD_HAS_TARGETS
-    static const bool vectors = __builtin_cpu_supports("avx512bf16"), tiles = has_tiles();
+    static const bool vectors = __builtin_cpu_supports("avx512bf16");
     cpu.wide = has_wide_registers();
-    cpu.bf16 = tiles ? Cpu::Bf16::kTiles : vectors ? Cpu::Bf16::kVectors : Cpu::Bf16::kEmulated;
+    if (vectors) cpu.bf16 = Cpu::Bf16::kVectors;
 #endif
+    if (has_tiles()) cpu.bf16 = Cpu::Bf16::kTiles;
     return cpu;
 }
 

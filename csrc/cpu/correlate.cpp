@@ -49,7 +49,7 @@ at::Tensor product_of_views(const Layer& layer, const Views& x, const Views& z, 
 template <typename Acc>
 void direct_into(const DirectArgs& args, const at::Tensor& d) {
     const Geometry& g = args.x.geometry;
-    const Unit unit = unit_for(args.x.kind == Kind::bf16 && args.z.kind == Kind::bf16);
+    const Unit unit = unit_for(sizeof(Acc) == sizeof(float) && args.x.kind == Kind::bf16 && args.z.kind == Kind::bf16);
     const Tasks tasks = direct_tasks(g, at::get_num_threads(), unit);
     const at::Tensor sums = at::empty({tasks.parts, direct_elements<Acc>(g)}, d.options());
     Acc* const partials = sums.mutable_data_ptr<Acc>();
@@ -161,7 +161,7 @@ Grams grams_of(const Layer& layer) {
     const Geometry& g = layer.geometry;
     const int64_t in = g.in_per_group();
     const PatchSource x = source_of(layer.x, g);
-    const Unit unit = unit_for(x.kind == Kind::bf16);
+    const Unit unit = unit_for(x.kind == Kind::bf16 && layer.accumulate == at::kFloat);
     const Tasks tasks = gram_tasks(g, at::get_num_threads(), unit);
     const at::Tensor partials = at::empty({tasks.parts, g.groups, in, in}, accumulator(layer));
     const at::Tensor sums = layer.bias ? at::empty({tasks.parts, g.groups, 1, in}, accumulator(layer)) : at::Tensor();

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "patches.h"
+
 namespace localsgd::cpu {
 namespace {
 
@@ -115,9 +117,11 @@ double direct_on_tiles_us(const Query& q) {
     const double flops = 2 * double(g.positions() * g.groups) * tiles(rows) * tiles(patch);
     const bool first = !q.channels_last && g.dims > 0;
     const double narrow_runs = g.in_per_group() % 16 == 0 ? 1 : 1 + 4 / double(g.in_per_group());
-    double pack = z_elements(q) * kTilePackUs[first];
+    // Tasks that share out the columns pack all of z each, and turn all of x.
+    const double shared = g.patch() >= kWide ? double(q.threads) : 1;
+    double pack = z_elements(q) * kTilePackUs[first] * shared;
     pack += first && g.pointwise() ? columns * kTilePackUs[1] : columns * narrow_runs * kTileTapUs;
-    if (first && !g.pointwise()) pack += x_elements(q) * kTileReorderUs;
+    if (first && !g.pointwise()) pack += x_elements(q) * kTileReorderUs * shared;
     const double finish = double(g.out_channels) * patch * kTileFinishUs[first && !g.pointwise()];
     return flops / (kTileFlopsPerUs * q.threads) + (pack + finish) / q.threads +
            memory_us(q, operand_bytes(q), kReadBytesPerUs) + 2 * kCallUs;

@@ -20,8 +20,8 @@ int64_t gram_rows(const Geometry& geometry);
 template <typename Acc>
 void finish_gram(const Geometry& geometry, int64_t parts, int64_t task, Acc* partials);
 
-// D = W G on tiles, as precise as in fp32, for weights [K, C/groups] in bf16 and whole Gram matrices: one block of each
-// group's D a task, of gram_product_tasks.
+// D = W G on tiles, as precise as in fp32 above its subnormals, for weights [K, C/groups] in bf16 and whole Gram matrices: one
+// block of each group's D a task, of gram_product_tasks.
 int64_t gram_product_tasks(const Geometry& geometry);
 void gram_product(const Geometry& geometry, const uint16_t* weight, const float* gram, int64_t task, float* d);
 

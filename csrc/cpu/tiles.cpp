@@ -1,12 +1,15 @@
 #include "tiles.h"
 
 #include <algorithm>
+#include <cstring>
 
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 11
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12 // the first with "x86-64-v4"
 #define LOCALSGD_HAS_TILES
+#pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized" // of GCC's own header (its bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -172,11 +175,11 @@ LOCALSGD_TILES void set_up() {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
         uint16_t row_bytes[16] = {};
         uint8_t rows[16] = {};
-        Configuration() {
+        constexpr Configuration() {
             for (int tile = 0; tile < 8; ++tile) row_bytes[tile] = 64, rows[tile] = 16;
         }
     };
-    static const Configuration configuration; // not on the stack: GCC does not know that the instruction reads all of it
+    static constexpr Configuration configuration; // not on the stack: GCC does not know that the instruction reads all of it
     _tile_loadconfig(&configuration);
 }
 
@@ -291,27 +294,40 @@ ChannelsLast::ChannelsLast(const PatchSource& source) : source_(source), inputs_
 LOCALSGD_TILES
 PatchSource ChannelsLast::of(int64_t first, int64_t count) {
     const Geometry& g = source_.geometry;
-    const int64_t height = g.input[1], width = g.input[2];
-    const auto row = [&](int64_t position, int64_t tap) { // of all images' rows
-        const int64_t in_image = position / g.output[2] % g.output[1] * g.stride[1] + tap * g.dilation[1] - g.pad[1];
-        return position / g.image_positions() * height + std::clamp<int64_t>(in_image, 0, height - 1);
+    const int64_t width = g.input[2];
+    const auto read = [&](int dim, int64_t output, int64_t tap) {
+        return output * g.stride[dim] + tap * g.dilation[dim] - g.pad[dim];
     };
-    // All of an image's last rows are between those of its first and the next image's, so that what lies between is read.
-    const int64_t begin = row(first, 0) * width, end = (row(first + count - 1, g.kernel[1] - 1) + 1) * width;
+    const auto inside = [&](int dim, int64_t at) { return std::clamp<int64_t>(at, 0, g.input[dim] - 1); };
+    const auto row = [&](int64_t position, int64_t tap) { return read(1, position / g.output[2] % g.output[1], tap); };
+    const auto start = [&](int64_t position, int64_t tap) { // of that row; never falls from one position to the next
+        return (position / g.image_positions() * g.input[1] + inside(1, row(position, tap))) * width;
+    };
+    const int64_t last = first + count - 1;
+    int64_t begin = start(first, 0), end = start(last, g.kernel[1] - 1) + width;
+    if (g.kernel[1] == 1) { // of rows that are read at all, and may be long, no more than that
+        if (row(first, 0) == inside(1, row(first, 0))) begin += inside(2, read(2, first % g.output[2], 0));
+        if (row(last, 0) == inside(1, row(last, 0))) end += inside(2, read(2, last % g.output[2], g.kernel[2] - 1)) + 1 - width;
+    }
     if (!tiles_) tiles_.emplace(channels_);
     if (int64_t(memory_.size()) < (end - begin) * channels_) memory_.resize((end - begin) * channels_);
-    for (int64_t at = begin; at < end; at += kTilePositions) {
+    const int64_t known = begin < begin_ ? 0 : std::clamp<int64_t>(end_ - begin, 0, end - begin);
+    if (known > 0 && begin > begin_)
+        std::memmove(memory_.data(), memory_.data() + (begin - begin_) * channels_, known * channels_ * sizeof(uint16_t));
+    for (int64_t at = begin + known; at < end; at += kTilePositions) {
         const int64_t part = std::min(kTilePositions, end - at);
         pack_tiles(inputs_, *tiles_, 0, g.in_per_group(), at, part);
         transpose_tiles(*tiles_, *tiles_, channels_, part);
         unpack_pairs(*tiles_, part, channels_, memory_.data() + (at - begin) * channels_);
     }
-    PatchSource last = source_;
-    last.strides = {height * width * channels_, 1, {0, width * channels_, channels_}};
+    begin_ = begin;
+    end_ = end;
+    PatchSource same = source_;
+    same.strides = {g.input[1] * width * channels_, 1, {0, width * channels_, channels_}};
     // Where the first position of all would lie.
-    last.data = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(memory_.data()) -
+    same.data = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(memory_.data()) -
                                               static_cast<uintptr_t>(begin * channels_) * sizeof(uint16_t));
-    return last;
+    return same;
 }
 
 LOCALSGD_TILES

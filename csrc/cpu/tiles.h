@@ -1,4 +1,4 @@
-// Products of bf16 matrices on AMX's tiles: exact products, summed in fp32.
+// Products of bf16 matrices on AMX's tiles: exact products, summed in fp32, but for what is subnormal, which they take for 0.
 //
 // Columns of the patch matrix are packed, kTilePositions positions at a time, into panels of 16; a panel is a row of blocks of
 // 1 KiB, each 32 positions of those 16 columns, in one of two forms, of which one is the transpose of the other in elements of
@@ -59,8 +59,8 @@ inline Form packed_form(const PatchSource& source) { return source.strides.chann
 // as columns 0 and on of `to`; zeros up to the next multiple of 32 positions. The source must be of kind bf16.
 void pack_tiles(const PatchSource& source, const Tiles& to, int64_t begin, int64_t end, int64_t first, int64_t count);
 
-// x, whose channels do not lie side by side, with channels that do: `positions` of its input from position `first` of all
-// images on, [positions, channels of a group up to a multiple of 16].
+// x, whose channels do not lie side by side, with channels that do, [positions of the input, channels of a group up to a
+// multiple of 16]: as many rows of it as some output positions read (of kernels of one row, as many positions).
 class ChannelsLast {
   public:
     explicit ChannelsLast(const PatchSource& source);
@@ -68,13 +68,15 @@ class ChannelsLast {
     // Whether it is of use: several taps read each element, and rows that follow each other in the patches do so in memory.
     bool useful() const { return useful_; }
 
-    // A source like the given one as far as output positions [first, first + count) read it. Lives until the next call.
+    // A source like the given one as far as output positions [first, first + count) read it. Lives until the next call, which
+    // takes over what it reads again: each element is turned once if `first` never falls.
     PatchSource of(int64_t first, int64_t count);
 
   private:
     PatchSource source_, inputs_; // inputs_: every element of the input, as the positions of a layer of kernel size 1
-    int64_t channels_;
+    [[maybe_unused]] int64_t channels_;
     bool useful_;
+    int64_t begin_ = 0, end_ = 0; // positions in memory_
     std::vector<uint16_t> memory_;
     std::optional<Tiles> tiles_;
 };

@@ -235,6 +235,28 @@ void check_direct(const Geometry& g, double tolerance) {
                 }
 }
 
+// Of a long row what is read is turned to channels_last, and what two calls read is turned once.
+void long_rows_are_turned_once() {
+    if (!has_tiles()) return;
+    constexpr int64_t kLength = 1000, kChannels = 3, kPad = 4;
+    const Geometry g = test::geometry(1, kChannels, 1, 1, {1, 1, kLength}, {1, 1, 9}, {1, 1, 1}, {1, 1, 1}, {0, 0, kPad});
+    std::vector<uint16_t> x(kChannels * kLength);
+    for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<uint16_t>(i + 1);
+    const std::vector<uint16_t> original = x;
+    ChannelsLast turned({x.data(), Kind::bf16, g, test::channels_first(kChannels, g.input)});
+    CHECK(turned.useful());
+    for (int64_t first = 0; first < kLength; first += kTilePositions) {
+        const int64_t count = std::min(kTilePositions, kLength - first);
+        const PatchSource part = turned.of(first, count);
+        const int64_t begin = std::max<int64_t>(0, first - kPad), end = std::min(kLength, first + count + kPad);
+        for (int64_t c = 0; c < kChannels; ++c)
+            for (int64_t at = begin; at < end; ++at) {
+                CHECK(static_cast<const uint16_t*>(part.data)[at * part.strides.space[2] + c] == original[c * kLength + at]);
+                x[c * kLength + at] = 0; // whoever reads it again is wrong from here on
+            }
+    }
+}
+
 void ranges() {
     for (int64_t output = 0; output < 5; ++output)
         for (int64_t input = 0; input < 7; ++input)
@@ -311,6 +333,7 @@ int main() {
     check_gram_product(1, 300, 271);
     check_gram_product(1, 5, 600);
     gram_product_of_nan();
+    long_rows_are_turned_once();
 
     const auto direct = [](int64_t batch, int64_t in, int64_t out, int64_t groups, Triple input, Triple kernel, Triple stride,
                            Triple dilation, Triple pad) {
@@ -327,6 +350,9 @@ int main() {
     direct(2, 48, 50, 1, {1, 5, 6}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0});
     direct(1, 8, 12, 4, {1, 5, 9}, {1, 1, 1}, {1, 2, 3}, {1, 1, 1}, {0, 3, 1});
     direct(1, 24, 40, 1, {1, 60, 60}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1}); // several parts
+    direct(2, 5, 9, 1, {1, 1, 1200}, {1, 1, 5}, {1, 1, 2}, {1, 1, 3}, {0, 0, 6});  // one long row
+    direct(2, 17, 9, 1, {1, 3, 301}, {1, 1, 3}, {1, 1, 1}, {1, 1, 1}, {0, 2, 1});  // kernels of one row, rows of padding
+    direct(1, 7, 9, 1, {1, 6, 400}, {1, 3, 3}, {1, 2, 1}, {1, 2, 1}, {0, 2, 1});   // rows longer than a tile
     direct(1, 70, 9, 1, {1, 6, 7}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1});    // several chunks and strips
     return test::finish("correlation");
 }

@@ -86,6 +86,12 @@ void what_the_cpu_multiplies_with_decides() {
     }
     CHECK(make_plan(wide).pick == Algorithm::kDirect); // W G costs more than what G saves
     CHECK(make_plan(narrow).pick == Algorithm::kGram);
+    Query q_threads = query(64, 64, 56, 3);
+    q_threads.cpu = q.cpu;
+    q_threads.x_kind = q_threads.z_kind = Kind::bf16;
+    const double one = make_plan(q_threads).candidate(Algorithm::kDirect).estimated_us;
+    q_threads.threads = 8;
+    CHECK(make_plan(q_threads).candidate(Algorithm::kDirect).estimated_us > one / 7); // all of them turn all of x
 }
 
 void measurement_decides() {

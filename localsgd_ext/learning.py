@@ -181,6 +181,7 @@ class LocalizedLearning:
         self._report = EpochReport(self._guard, self._updater, self.replicas)
         self._removed = False
         self._loads = 0  # states loaded so far
+        self._kept = 0  # calls of keep_frozen that stopped something
         self._first_forward = FirstForward(model, self.replicas, self._adopt, include=include, skip=skip)
         self._first_forward.watch()
 
@@ -316,6 +317,7 @@ class LocalizedLearning:
         if wrong or isinstance(parameters, Tensor):
             given = wrong[0] if wrong else parameters
             raise TypeError(f"parameters must be an iterable of torch.nn.Parameter, got {type(given).__name__}")
+        self._kept += any(parameter.requires_grad for parameter in several)
         for parameter in several:
             parameter.requires_grad_(False)
             parameter.grad = None

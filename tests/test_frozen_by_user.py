@@ -66,6 +66,7 @@ def test_while_the_prefix_is_open(rule):
     assert run.local.refreshing
     for p in parameters[:2]:
         p.requires_grad_(False)
+    assert run.local.local_layers == ("features.0", "features.6")
     assert run.moved(parameters) == [False, False, True]  # in the refresh itself, in the one after it, and in between
     assert all(p.grad is None for p in parameters[:2])
     assert run.local.local_layers == ("features.0", "features.6")

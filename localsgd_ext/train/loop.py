@@ -128,7 +128,7 @@ class Trainer:
             self._reconfigure()
         seconds = time.perf_counter() - start  # everything that training costs; evaluation and saving are not in it
         test_accuracy, test_loss = self.evaluate()
-        traffic = self.replicas.traffic if self.replicas else Traffic()  # only now: evaluation reduces what --sync lets wait
+        traffic = self.replicas.traffic if self.replicas else Traffic()
         (unreadable,) = self._sum_over_processes([float(len(self.data.unreadable))])
 
         steps = self.data.train_size // size

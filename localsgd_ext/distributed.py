@@ -64,8 +64,9 @@ class ReplicatedModel(nn.Module, Joinable):
     ``D`` everywhere. What comes too late for a sum and counts in the next is multiplied by that one's weight.
 
     Before the first training forward ``LocalizedLearning`` makes one more, with copies of its tensors and in the modes that the modules
-    have, to find the order of the layers. It changes no parameter, buffer or random number generator; but hooks and Python state
-    of your own see two forwards (``LocalizedLearning.trace(example)`` beforehand has it where you want it). All processes must make the same number of training forwards; see :meth:`join` for loaders that do not. The number of
+    have, to find the order of the layers. It changes no parameter, buffer or random number generator; but hooks and Python state of
+    your own see two forwards (``LocalizedLearning.trace(example)`` beforehand has it where you want it). All processes must make the
+    same number of training forwards; see :meth:`join` for loaders that do not. The number of
     bytes reduced is in :attr:`traffic`.
 
     Args:

@@ -306,8 +306,9 @@ class LocalizedLearning:
         """Freeze parameters of the model for good: neither a refresh nor a boundary that moves back nor :meth:`remove` thaws them.
 
         The same as ``requires_grad_(False)``, which does for what learns by SGD or is open to a refresh (:attr:`refreshing`), but
-        leaves no trace where the boundary has frozen a parameter already. They make no local updates either. It is no part of
-        :meth:`state_dict`, as ``requires_grad`` is none of the model's. With a ``ReplicatedModel`` all processes must call it.
+        leaves no trace where the boundary has frozen a parameter already. A layer whose weight is frozen makes no local updates
+        either. Call it between mini-batches. It is no part of :meth:`state_dict`, as ``requires_grad`` is none of the model's: when
+        resuming say it again, before or after :meth:`load_state_dict`. With a ``ReplicatedModel`` all processes must call it.
 
         Raises:
             TypeError: something that is not several parameters.
@@ -395,6 +396,7 @@ class LocalizedLearning:
             rule=self.rule,
             supervised=self.supervision is not None,
             known=self._plan,
+            kept_frozen=self._kept_frozen(),
             include=self._include,
             skip=self._skip,
         )
@@ -418,6 +420,9 @@ class LocalizedLearning:
             self._epoch_start.forget()
             self._first_forward.watch()
         if plan is not None:
+            if self._freeze is not None and plan.layers != self._freeze.plan.layers:  # one had layers frozen when it was made
+                self._freeze.remove()
+                self._set_freeze(None)
             self._know(plan)
             self._set_freeze(self._freeze or self._freeze_for(plan))
             self._apply_boundary(self.schedule.boundary)
@@ -445,6 +450,11 @@ class LocalizedLearning:
         self._first_forward.ignore()
         owners = {name.rpartition(".")[0]: position for name, position in plan.parameters.items()}
         self._guard.order = {**owners, **plan.parameters, **plan.norms}
+
+    def _kept_frozen(self) -> set[str]:
+        """Names of the parameters that the user has frozen."""
+        by_the_boundary = set(self._freeze.frozen) if self._freeze is not None else set()
+        return {n for n, p in self.model.named_parameters() if not p.requires_grad and n not in by_the_boundary}
 
     def _freeze_for(self, plan: ExecutionPlan) -> PrefixFreeze:
         return PrefixFreeze(

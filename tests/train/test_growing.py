@@ -11,7 +11,7 @@ import pytest
 import torch
 from same_runs import assert_same_run
 
-from localsgd_ext import batch_growth
+from localsgd_ext import step_memory
 from localsgd_ext.__main__ import main
 from localsgd_ext.train import checkpoint
 from localsgd_ext.train.config import RunConfig
@@ -190,7 +190,7 @@ def test_peaks_of_a_gpu_are_those_of_the_whole_epoch(
         nonlocal peak
         peak = 0
 
-    monkeypatch.setattr(batch_growth, "_device", lambda local: cuda)
+    monkeypatch.setattr(step_memory, "device_of", lambda local: cuda)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
     example: Any = SimpleNamespace(device=cuda)

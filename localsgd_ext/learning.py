@@ -215,7 +215,10 @@ class LocalizedLearning:
 
     @property
     def local_layers(self) -> tuple[str, ...]:
-        """Names of the layers that learn locally (with ``rule="frozen"``: not at all), but for those whose weight the user froze."""
+        """Names of the layers that learn locally (with ``rule="frozen"``: not at all), but for those whose weight the user froze.
+
+        The same while a refresh has the prefix open, when none of them makes a local update.
+        """
         if self._freeze is None:
             return ()
         frozen = set(self._freeze.frozen)

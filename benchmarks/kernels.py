@@ -134,7 +134,8 @@ def measured_row(case: Case, dtype: str, layout: str, timer: Timer, args: argpar
 def header(args: argparse.Namespace, device: roofline.Device, networks: list[dict[str, Any]]) -> dict[str, Any]:
     sheet = {**asdict(device), "kind": "cuda" if args.predict else args.device}
     command = shlex.join(["python", "benchmarks/kernels.py", *(args.argv or [])])
-    where = {} if args.predict else environment.describe(args.device)
+    clock = "processor time" if args.cpu_time else "wall clock"
+    where = {} if args.predict else {**environment.describe(args.device), "clock": clock}
     return {"prediction": bool(args.predict), "command": command, "environment": where, "device": sheet, "networks": networks}
 
 

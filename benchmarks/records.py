@@ -11,7 +11,7 @@ from typing import Any
 from localsgd_ext.train.files import read_json, write_json
 
 # Rows may be mixed in one file only if these agree.
-MUST_AGREE = ("torch", "cpu", "threads", "gpu", "cuda", "cudnn", "git_commit", "compiled_kernels")
+MUST_AGREE = ("torch", "cpu", "threads", "gpu", "cuda", "cudnn", "git_commit", "compiled_kernels", "clock")
 
 
 class Records:

@@ -62,9 +62,14 @@ class ReplicatedModel(nn.Module, Joinable):
     first process computes ``D = W·G`` by the Gram form on a CPU, and the lower half of the symmetric ``G`` is fewer numbers (layers
     that widen), ``G`` is summed instead and each process makes the same product of it, before the write; a boundary's first sum is of
     ``D`` everywhere. What comes too late for a sum and counts in the next is multiplied by that one's weight.
+    The weights of local layers must therefore not change between a forward and the next use of the model, which is warned of once: call
+    :meth:`flush` before you clamp them after ``optimizer.step()``, and thaw no bias of theirs. Use autocast in all forwards of a
+    boundary or in none, and call ``keep_frozen`` between mini-batches.
 
-    Before the first training forward ``LocalizedLearning`` makes one more with the same arguments, which changes nothing, to find the
-    order of the layers. All processes must make the same number of training forwards; see :meth:`join` for loaders that do not. The number of
+    Before the first training forward ``LocalizedLearning`` makes one more, with copies of its tensors and in the modes that the modules
+    have, to find the order of the layers. It changes no parameter, buffer or random number generator; but hooks and Python state of
+    your own see two forwards (``LocalizedLearning.trace(example)`` beforehand has it where you want it). All processes must make the
+    same number of training forwards; see :meth:`join` for loaders that do not. The number of
     bytes reduced is in :attr:`traffic`.
 
     Args:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .hooks import CallHook, Hook, under_transform
-from .layers import ExecutionPlan, Patterns, Tracer, trace_layers
+from .layers import ExecutionPlan, Patterns, Tracer, trace_as_it_is, trace_layers
 from .updater import NO_TRANSFORM
 from .wrappers import refuse_sharded
 
@@ -22,7 +24,7 @@ class FirstForward:
     """Watches for the first training forward of ``model`` and hands over the order in which its layers run.
 
     Args:
-        replicas: what ``model`` is in, if it is: before its first training forward there is one more, see :meth:`trace`.
+        replicas: what ``model`` is in, if it is: before its first training forward there is one more.
         adopt: called with the plan after that forward, unless it raised. The hooks are still on then: see :meth:`ignore`.
         include, skip: which modules may be layers.
     """
@@ -60,11 +62,17 @@ class FirstForward:
         self._handles = []
 
     def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExecutionPlan:
-        """Find the order by a forward of its own, which changes nothing."""
-        refuse_sharded(self._model)
-        self._stop = lambda: None  # this forward is watched by trace_layers, not by our own hooks
-        try:
+        """Find the order by a training forward of its own, which changes nothing."""
+        with self._unwatched():
             return trace_layers(self._model, *args, include=self._include, skip=self._skip, **kwargs)
+
+    @contextmanager
+    def _unwatched(self) -> Iterator[None]:
+        """A context whose forward our own hooks leave to ``trace_layers``."""
+        refuse_sharded(self._model)
+        self._stop = lambda: None
+        try:
+            yield
         finally:
             self.abandon()
 
@@ -77,7 +85,11 @@ class FirstForward:
         return tracer
 
     def _before_training(self, *args: Any, **kwargs: Any) -> None:
-        self._adopt(self.trace(args, kwargs))
+        # The forward that follows must find its arguments as they are, whatever this one writes into them.
+        args, kwargs = tree_map_only(Tensor, lambda t: t.clone(), (args, kwargs))
+        with self._unwatched():  # in the modes that this forward has: BatchNorm in evaluation mode takes a single sample
+            plan = trace_as_it_is(self._model, args, kwargs, include=self._include, skip=self._skip)
+        self._adopt(plan)
 
     def _before(self, module: nn.Module) -> None:
         if self._handles and self._stop is None and module.training and torch.is_grad_enabled():

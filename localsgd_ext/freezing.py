@@ -51,6 +51,8 @@ class PrefixFreeze:
         self.bn_stats = bn_stats
         self.boundary = 0
         self.is_open = False
+        self.forgotten = 0
+        """Rises whenever something frozen here is found to be the user's: see :meth:`forget`."""
         self._keep_state = keep_state
         self._optimizers = optimizers
         self._parameters = dict(model.named_parameters())
@@ -60,8 +62,8 @@ class PrefixFreeze:
 
     @property
     def frozen(self) -> list[str]:
-        """Names of the parameters frozen here; those the user had frozen are not among them."""
-        return list(self._frozen)
+        """Names of the parameters frozen here; those the user has frozen are not among them."""
+        return [name for name, parameter in self._frozen.items() if parameter.requires_grad or not self.is_open]
 
     @property
     def norms(self) -> list[str]:
@@ -127,7 +129,9 @@ class PrefixFreeze:
     def forget(self, parameters: Collection[nn.Parameter]) -> None:
         """From now on these are as the user has them: nothing here thaws them."""
         theirs = set(parameters)
-        self._frozen = {name: parameter for name, parameter in self._frozen.items() if parameter not in theirs}
+        kept = {name: parameter for name, parameter in self._frozen.items() if parameter not in theirs}
+        self.forgotten += len(kept) < len(self._frozen)
+        self._frozen = kept
 
     def drop_gradients(self, optimizer: Optimizer) -> None:
         """Of what is frozen and ``optimizer`` has."""

@@ -76,8 +76,9 @@ class GraphedStep:
 
     Every call is exactly one step. The first ``warmup`` calls run ``step`` as it is, the next one captures it; then it is replayed
     until something changes that a graph holds fast: the boundary, a hyper-parameter of an optimizer that is no tensor (a
-    learning rate that changes in every step should be one, with ``fused=True``), training or evaluation mode, a loaded state.
-    Then all graphs are dropped and it begins anew. Mini-batches of another shape, and those for which
+    learning rate that changes in every step should be one, with ``fused=True``), training or evaluation mode, a loaded state,
+    what :meth:`LocalizedLearning.keep_frozen` freezes (a ``requires_grad_`` of your own is not seen: call :meth:`reset`). Then
+    all graphs are dropped and it begins anew. Mini-batches of another shape, and those for which
     :attr:`LocalizedLearning.refreshing` opens the prefix, have a graph of their own. The local learning rate and its sign are read
     on the device and need no new graph.
 
@@ -166,7 +167,8 @@ def _held_fast(local: LocalizedLearning) -> tuple[Any, ...]:
     settings = tuple(
         tuple((k, id(v) if isinstance(v, Tensor) else v) for k, v in group.items() if k != "params") for group in groups
     )
-    return local._plan is None, local.boundary, local.model.training, local._loads, settings
+    kept = local._kept, 0 if local._freeze is None else local._freeze.forgotten
+    return local._plan is None, local.boundary, local.model.training, local._loads, kept, settings
 
 
 def _require_written(local: LocalizedLearning) -> None:

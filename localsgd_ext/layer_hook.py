@@ -95,6 +95,10 @@ class LayerHook(Hook):
         reduced = algorithm == "gram" and weight.is_cpu and frozen and self.gram_size() < weight.numel()
         self.pick = Pick("" if algorithm == self.updater.algorithm else algorithm, str(z.dtype)[6:] if reduced else "")
 
+    def versions(self) -> tuple[int, ...]:
+        """Of what Gram sums are multiplied by later: others once somebody has written into it."""
+        return tuple(p._version for p in (self.module.weight, self.module.bias) if p is not None)
+
     def gram_size(self) -> int:
         return gram_sums_size(self.module.weight, self.module.bias, 1 if self.is_linear else self.module.groups)
 

@@ -106,18 +106,27 @@ def trace_layers(model: nn.Module, *args: Any, include: Patterns = None, skip: P
     Raises:
         ValueError: a pattern matches no convolution or linear module, or the model has no layer.
     """
+    training = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        return trace_as_it_is(model, args, kwargs, include=include, skip=skip)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def trace_as_it_is(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, include: Patterns = None, skip: Patterns = None
+) -> ExecutionPlan:
+    """:func:`trace_layers` with every module in the mode that it has."""
     lazy = [module for module in model.modules() if any(is_lazy(buffer) for buffer in module.buffers(recurse=False))]
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not is_lazy(buffer)}
-    training = {module: module.training for module in model.modules()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     tracer = Tracer(model, include=include, skip=skip)
-    model.train()
     try:
         with torch.random.fork_rng(devices=devices), torch.enable_grad(), tracer.watching():
             model(*args, **kwargs)
     finally:
-        for module, mode in training.items():
-            module.training = mode
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name in buffers:

@@ -181,6 +181,7 @@ class LocalizedLearning:
         self._report = EpochReport(self._guard, self._updater, self.replicas)
         self._removed = False
         self._loads = 0  # states loaded so far
+        self._kept = 0  # calls of keep_frozen that stopped something
         self._first_forward = FirstForward(model, self.replicas, self._adopt, include=include, skip=skip)
         self._first_forward.watch()
 
@@ -214,7 +215,10 @@ class LocalizedLearning:
 
     @property
     def local_layers(self) -> tuple[str, ...]:
-        """Names of the layers that learn locally (with ``rule="frozen"``: not at all), but for those whose weight the user froze."""
+        """Names of the layers that learn locally (with ``rule="frozen"``: not at all), but for those whose weight the user froze.
+
+        The same while a refresh has the prefix open, when none of them makes a local update.
+        """
         if self._freeze is None:
             return ()
         frozen = set(self._freeze.frozen)
@@ -305,8 +309,9 @@ class LocalizedLearning:
         """Freeze parameters of the model for good: neither a refresh nor a boundary that moves back nor :meth:`remove` thaws them.
 
         The same as ``requires_grad_(False)``, which does for what learns by SGD or is open to a refresh (:attr:`refreshing`), but
-        leaves no trace where the boundary has frozen a parameter already. They make no local updates either. It is no part of
-        :meth:`state_dict`, as ``requires_grad`` is none of the model's. With a ``ReplicatedModel`` all processes must call it.
+        leaves no trace where the boundary has frozen a parameter already. A layer whose weight is frozen makes no local updates
+        either. Call it between mini-batches. It is no part of :meth:`state_dict`, as ``requires_grad`` is none of the model's: when
+        resuming say it again, before or after :meth:`load_state_dict`. With a ``ReplicatedModel`` all processes must call it.
 
         Raises:
             TypeError: something that is not several parameters.
@@ -316,6 +321,7 @@ class LocalizedLearning:
         if wrong or isinstance(parameters, Tensor):
             given = wrong[0] if wrong else parameters
             raise TypeError(f"parameters must be an iterable of torch.nn.Parameter, got {type(given).__name__}")
+        self._kept += any(parameter.requires_grad for parameter in several)
         for parameter in several:
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -393,6 +399,7 @@ class LocalizedLearning:
             rule=self.rule,
             supervised=self.supervision is not None,
             known=self._plan,
+            kept_frozen=self._kept_frozen(),
             include=self._include,
             skip=self._skip,
         )
@@ -416,6 +423,9 @@ class LocalizedLearning:
             self._epoch_start.forget()
             self._first_forward.watch()
         if plan is not None:
+            if self._freeze is not None and plan.layers != self._freeze.plan.layers:  # one had layers frozen when it was made
+                self._freeze.remove()
+                self._set_freeze(None)
             self._know(plan)
             self._set_freeze(self._freeze or self._freeze_for(plan))
             self._apply_boundary(self.schedule.boundary)
@@ -443,6 +453,11 @@ class LocalizedLearning:
         self._first_forward.ignore()
         owners = {name.rpartition(".")[0]: position for name, position in plan.parameters.items()}
         self._guard.order = {**owners, **plan.parameters, **plan.norms}
+
+    def _kept_frozen(self) -> set[str]:
+        """Names of the parameters that the user has frozen."""
+        by_the_boundary = set(self._freeze.frozen) if self._freeze is not None else set()
+        return {n for n, p in self.model.named_parameters() if not p.requires_grad and n not in by_the_boundary}
 
     def _freeze_for(self, plan: ExecutionPlan) -> PrefixFreeze:
         return PrefixFreeze(

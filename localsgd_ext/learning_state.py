@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -20,6 +20,7 @@ def checked_plan(
     rule: str,
     supervised: bool,
     known: ExecutionPlan | None,
+    kept_frozen: Collection[str],
     include: Patterns,
     skip: Patterns,
 ) -> ExecutionPlan | None:
@@ -28,6 +29,8 @@ def checked_plan(
     Args:
         rule, supervised, include, skip: what is in use here, weak supervision among it.
         known: the plan that is in use here, if there is one.
+        kept_frozen: parameters that the user has frozen here. A layer whose weight is one may be missing in either plan: it is none
+            where it was frozen before the order of the layers was found.
     Raises:
         ValueError: the state is of another network (the first difference is named), format or rule.
     """
@@ -40,10 +43,24 @@ def checked_plan(
     if state["plan"] is None:
         return None
     plan = ExecutionPlan.from_state_dict(state["plan"], model)
-    if known is not None and plan.layers != known.layers:
-        here, there = next((here, there) for here, there in zip_longest(known.layers, plan.layers) if here != there)
+    if known is not None and (differing := _first_difference(plan.layers, known.layers, kept_frozen)):
+        there, here = differing
+        frozen = known.left_out.get(there or "", "")
+        if "frozen" in frozen:
+            raise ValueError(
+                f"the state has a layer {there!r}, which is none here: {frozen}; freeze it after load_state_dict()"
+            )
         raise ValueError(f"the state is of another network: its layer {there!r} stands where this one has {here!r}")
     unknown = sorted(set(plan.layers) - select_names(model, include, skip))
     if unknown:
         raise ValueError(f"the state's layer {unknown[0]!r} is excluded here by include or skip")
     return plan
+
+
+def _first_difference(
+    there: Sequence[str], here: Sequence[str], kept_frozen: Collection[str]
+) -> tuple[str | None, str | None] | None:
+    """The first two layers that should be one, ``None`` behind the last, but for those that only one side has, being frozen here."""
+    kept = {name for name in {*there} ^ {*here} if f"{name}.weight" in kept_frozen}
+    pairs = zip_longest(*([name for name in side if name not in kept] for side in (there, here)))
+    return next(((a, b) for a, b in pairs if a != b), None)

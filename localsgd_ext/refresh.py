@@ -96,11 +96,11 @@ class Refresher:
             # If one missed a step, mini-batches seem to end with a step too few: it has yet to use its gradients.
             self._late = set(self._optimizers) - self._refreshed
             self._refreshed.clear()
-        before = len(self.freeze.frozen)
+        before = self.freeze.forgotten
         self.freeze.set_open(due, keep_gradients_of=self._late)
         if self._updater is not None:
             self._updater.paused = due
-        if len(self.freeze.frozen) < before:
+        if self.freeze.forgotten > before:
             self._fewer()
 
     def remove(self) -> None:

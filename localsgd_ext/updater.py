@@ -43,7 +43,7 @@ class HebbianUpdater:
     Given a :class:`localsgd_ext.distributed.ReplicatedModel`, every ``D`` is summed over its processes and all writes are
     deferred; all processes make the same step, that of one process with the whole batch. What is summed of a layer that the Gram
     form computes may be the Gram matrix ``G`` in the place of ``D = W·G``, whose product is then made once, before the write: ``W``
-    and the bias, which must not change in between, are frozen for the optimizer there.
+    and the bias are frozen for the optimizer there, and whoever else changes them in between is warned of, once.
 
     Args:
         model: the network, or a ``ReplicatedModel`` of it; the hooks go on its convolution and linear modules.
@@ -111,6 +111,8 @@ class HebbianUpdater:
         self._bound: tuple[list[str], set[str]] = [], set()  # what the reducer has buckets for
         self._picks: dict[str, Pick] | None = None  # what the first process takes, by layer; None: not agreed upon yet
         self._picks_wait = False  # what they say of G is for the sums after the present ones
+        self._summed_with: dict[str, tuple[int, ...]] = {}  # LayerHook.versions when the present sums of G began
+        self._said_changed = False
         # Index of the present training forward with layers enabled. A tensor: torch.compile neither guards on it nor bakes it in.
         self._turn = torch.full((), -1, dtype=torch.int64, device="cpu")
         self._lr_tensors: dict[torch.device, Tensor] = {}
@@ -199,6 +201,7 @@ class HebbianUpdater:
     def discard(self) -> None:
         """Forget the deferred updates: the weights they were made for are gone."""
         self._pending.clear()
+        self._summed_with.clear()
         if self._reducer is not None:
             self._reducer.discard()
 
@@ -361,8 +364,11 @@ class HebbianUpdater:
             if self.activation is not None:
                 z = self.activation(z.detach())
             if self._reducer is not None:
-                counts_next = self._picks_wait and self._reducer.has_left(hook.name)
-                self._reducer.add(hook.name, hook.summand(x, z, hook.pick.gram if counts_next else hook.gram))
+                counts_next = self._reducer.has_left(hook.name)
+                gram = hook.pick.gram if self._picks_wait and counts_next else hook.gram
+                self._reducer.add(hook.name, hook.summand(x, z, gram))
+                if gram is not None and not counts_next:  # what does is multiplied by the weight that is yet to be written
+                    self._summed_with.setdefault(hook.name, hook.versions())
                 if self._picks is None and self.replicas is not None and self.replicas.rank == 0:
                     hook.see(x, z)
                 return
@@ -380,7 +386,10 @@ class HebbianUpdater:
         """Make the updates whose sums over the processes were launched."""
         assert self._reducer is not None
         by_device: dict[torch.device, list[Reduced]] = {}
-        for each in self._reducer.take():
+        taken = self._reducer.take()
+        if taken:
+            self._report_changed()
+        for each in taken:
             by_device.setdefault(each.total.device, []).append(each)
         with torch.no_grad():
             for device, several in by_device.items():
@@ -399,6 +408,20 @@ class HebbianUpdater:
             self._reducer.clear()
             if self._picks_wait:
                 self._reduce_grams()
+
+    def _report_changed(self) -> None:
+        """Warn once of weights that are no longer those that sums were made with; the sums are over."""
+        changed = [name for name, versions in self._summed_with.items() if versions != self._hooks[name].versions()]
+        self._summed_with.clear()
+        if changed and not self._said_changed:
+            self._said_changed = True
+            warnings.warn(
+                f"weight or bias of {', '.join(changed)} changed between a forward and the local update that is made of it before the "
+                "next one, and is multiplied by them: it is not that of the weights in the forward (call flush() of the ReplicatedModel "
+                "before you change a weight, and leave such a bias frozen)",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _agree_on_algorithms(self) -> None:
         """The first process's choice is taken: those of others may differ, if they are timed."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
-from localsgd_ext import BatchGrowth, LocalizedLearning, ResizableBatchSampler, StaticModeSelection, batch_growth
+from localsgd_ext import BatchGrowth, LocalizedLearning, ResizableBatchSampler, StaticModeSelection, batch_growth, step_memory
 from localsgd_ext.batch_growth import PeakMemory, SavedMemory, StepMemory
 from localsgd_ext.distributed import ReplicatedModel, check_replicas
 
@@ -233,7 +233,8 @@ class FakeDevice:
 
     def __init__(self, monkeypatch):
         self.peak = self.allocated = 0
-        monkeypatch.setattr(batch_growth, "_device", lambda local: torch.device("cuda"))
+        for module in (batch_growth, step_memory):
+            monkeypatch.setattr(module, "device_of", lambda local: torch.device("cuda"))
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: self.allocated)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from models import TwoBlockResNet, batches, snapshot
 from processes import distributed_test
 from replicated import SIZE, NoNorm, Run, assert_equal, fixed, share
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from localsgd_ext import GraphedStep
@@ -190,6 +191,36 @@ def test_a_boundary_above_zero_from_the_first_forward_on(build):
         one = Run(replicated=False, schedule=fixed(2))
         one.local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
         assert_equal(one.run(stop=2), runs[1], rtol=1e-12, atol=1e-12)
+
+
+class Sensitive(nn.Module):
+    """Writes into its input, and has a BatchNorm that one sample is enough for in evaluation mode only."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.hidden, self.norm, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)
+        self.modes = []
+
+    def forward(self, x):
+        self.modes.append((self.norm.training, self.hidden.training))
+        return self.fc(self.norm(self.hidden(self.conv(x.sub_(0.5)).mean((2, 3)))))
+
+
+@distributed_test(world_size=2)
+def test_the_forward_before_the_first_leaves_modes_and_inputs_as_they_are():
+    runs = [Run(Sensitive, replicated=True, schedule=fixed(2)) for _ in range(2)]
+    x = batches(1, dtype=torch.float64)[0][0][:1]
+    outputs = []
+    for run, traced in zip(runs, (True, False), strict=True):
+        run.network.norm.eval()
+        if traced:  # by the user, with other pictures
+            run.local.trace(batches(1, seed=1, dtype=torch.float64)[0][0])
+        run.network.modes.clear()
+        mine = x.clone()
+        outputs.append(run.model(mine))
+        assert torch.equal(mine, x - 0.5)
+        assert run.network.modes == [(False, True)] * (1 if traced else 2)
+    assert torch.equal(*outputs)
 
 
 @distributed_test(world_size=2)

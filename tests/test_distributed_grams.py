@@ -1,5 +1,7 @@
 """Processes that add up Gram matrices where these are smaller than the correlations."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -224,3 +226,31 @@ def test_a_layer_that_the_optimizer_moves_sends_correlations():
     for _ in range(3):
         model(torch.randn(5, 4, dtype=torch.float64))
     assert [updater._hooks[name].gram for name in ("a", "b")] == [None, None]
+
+
+CHANGES = {
+    "a weight is clamped": (True, lambda run: run.network.convs[1].weight.clamp_(-0.05, 0.05)),
+    "a bias is thawed": (True, lambda run: run.network.convs[1].bias.requires_grad_(True)),
+    "behind a flush": (False, lambda run: (run.model.flush(), run.network.convs[1].weight.clamp_(-0.05, 0.05))),
+    "of a layer that learns by SGD": (False, lambda run: run.network.convs[3].weight.clamp_(-0.05, 0.05)),
+    "nothing": (False, lambda run: None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("options", [{}, {"sync": 2}, {"refresh": 3, "momentum": 0.5}], ids=str)
+@distributed_test(world_size=2)
+def test_what_changes_between_a_sum_and_its_product_is_said_once(change, options):
+    said, action = CHANGES[change]
+    run = Run(Widening, replicated=True, algorithm="gram", schedule=fixed(3), **options)
+    run.local.trace(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        for x, y in batches(9, SIZE, dtype=torch.float64):
+            run.step(x, y)
+            with torch.no_grad():
+                action(run)
+        run.model.flush()
+    found = [str(warning.message) for warning in caught if "changed between" in str(warning.message)]
+    assert [message.partition(" changed")[0] for message in found] == ["weight or bias of convs.1"] * said
+    check_replicas(run.local)

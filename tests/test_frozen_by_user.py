@@ -1,5 +1,7 @@
 """What the user has frozen stays as it is, whatever the boundary and refreshes do."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from localsgd_ext import LocalizedLearning, StaticModeSelection
 class Run:
     """``PlainCNN`` with the boundary at ``boundaries[epoch]``, every second mini-batch through the prefix."""
 
-    def __init__(self, *boundaries, rule="frozen", **options):
+    def __init__(self, *boundaries, rule="frozen", trace=True, **options):
         self.model = seeded(PlainCNN)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
         schedule = StaticModeSelection(kind=lambda epoch: (*boundaries, boundaries[-1])[epoch], l_max=0.8)
@@ -19,7 +21,8 @@ class Run:
         self.local = LocalizedLearning(
             self.model, self.optimizer, epochs=len(boundaries), rule=rule, schedule=schedule, **options
         )
-        self.local.trace(torch.zeros(2, 3, 8, 8))
+        if trace:
+            self.local.trace(torch.zeros(2, 3, 8, 8))
 
     def steps(self, count):
         for x, y in batches(count, seed=1):
@@ -66,6 +69,7 @@ def test_while_the_prefix_is_open(rule):
     assert run.local.refreshing
     for p in parameters[:2]:
         p.requires_grad_(False)
+    assert run.local.local_layers == ("features.0", "features.6")
     assert run.moved(parameters) == [False, False, True]  # in the refresh itself, in the one after it, and in between
     assert all(p.grad is None for p in parameters[:2])
     assert run.local.local_layers == ("features.0", "features.6")
@@ -118,3 +122,67 @@ def test_mistakes(wrong):
     run = Run(3)
     with pytest.raises(TypeError, match=r"parameters must be an iterable of torch.nn.Parameter, got (str|int|Parameter)"):
         run.local.keep_frozen(wrong)
+
+
+ORDERS = ("keep trace load", "trace keep load", "keep load", "load keep", "load keep load")
+
+
+@pytest.mark.parametrize("saved_by", ["trace keep", "keep trace"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("rule", ["hebbian", "frozen"])
+@pytest.mark.filterwarnings("ignore:left out of localized learning")
+def test_resuming_whenever_the_freezing_is_said_again(rule, order, saved_by):
+    """It is no part of the state; a layer that is frozen when the order is found is no layer there."""
+
+    def made(steps, state=None):
+        run = Run(3, 3, 0, rule=rule, trace=False)
+        frozen = weight_and_norm(run.model)[:2]
+        if state is not None:
+            run.model.load_state_dict(state[0])
+            run.optimizer.load_state_dict(state[1])
+        does = {
+            "keep": lambda: run.local.keep_frozen(frozen),
+            "trace": lambda: run.local.trace(torch.zeros(2, 3, 8, 8)),
+            "load": lambda: run.local.load_state_dict(state[2]),
+        }
+        for step in steps.split():
+            does[step]()
+        return run
+
+    def finished(run):
+        parameters = weight_and_norm(run.model)
+        for _ in range(2):
+            assert run.moved(parameters) == [False, False, True]
+            run.local.step()
+        assert run.local.boundary == 0
+        assert run.moved(parameters) == [False, False, True]
+        return [*run.model.state_dict().values(), *[p.requires_grad for p in run.model.parameters()]]
+
+    whole = made(saved_by)
+    whole.steps(3)
+    state = copy.deepcopy(run_state(whole))
+    resumed = made(order, state)
+    assert resumed.local.layers == whole.local.layers
+    assert resumed.local.local_layers == whole.local.local_layers
+    assert all(
+        a is b if isinstance(a, bool) else torch.equal(a, b) for a, b in zip(finished(whole), finished(resumed), strict=True)
+    )
+
+
+def run_state(run):
+    local = run.local.state_dict()  # first: it makes deferred updates
+    return run.model.state_dict(), run.optimizer.state_dict(), local
+
+
+@pytest.mark.filterwarnings("ignore:left out of localized learning")
+def test_a_state_with_a_layer_that_was_frozen_here_and_is_no_more():
+    state = Run(3).local.state_dict()
+    run = Run(3, trace=False)
+    run.model.features[3].weight.requires_grad_(False)
+    run.local.trace(torch.zeros(2, 3, 8, 8))
+    run.model.features[3].weight.requires_grad_(True)
+    with pytest.raises(
+        ValueError,
+        match=r"has a layer 'features\.3', which is none here: its weight is frozen .*; freeze it after load_state_dict",
+    ):
+        run.local.load_state_dict(state)

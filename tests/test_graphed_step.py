@@ -167,6 +167,25 @@ def test_a_loaded_state_is_captured_again(loaded: str) -> None:
     assert all(torch.equal(outcomes[0][name], tensor) for name, tensor in outcomes[1].items())
 
 
+@pytest.mark.parametrize("layer", ["features.0", "fc"], ids=["of the prefix", "of the rest"])
+@pytest.mark.parametrize("options", [{"refresh": 2}, {"refresh": 2, "rule": "frozen"}, {}], ids=str)
+def test_what_is_kept_frozen_moves_in_no_replay(options: dict[str, Any], layer: str) -> None:
+    """Neither in that of a refresh nor in the others; in the plain loop's numbers."""
+    graphed, plain = (Run(PlainCNN, (2,) * 3, graphed, **options) for graphed in (True, False))
+    for run in (graphed, plain):
+        run.epoch(0, batches(7))
+        kept = run.model.get_submodule(layer).weight
+        before = kept.detach().clone()
+        run.local.keep_frozen([kept])
+        run.epoch(1, batches(7))
+        run.local.keep_frozen([kept])  # which it is already: no other graph for that
+        warm_ups = run.recorder.warm_ups
+        run.epoch(2, batches(2))
+        assert run.recorder.warm_ups == warm_ups
+        assert torch.equal(kept, before)
+    assert changed(graphed.model, snapshot(plain.model)) == set()
+
+
 def test_what_is_returned_is_a_copy() -> None:
     run = Run(PlainCNN, (1,) * 2, True)
     returned = [run.train_step(x, y) for x, y in batches(6)]

@@ -40,6 +40,7 @@ class MiniBatch:
         self._share = ResizableBatchSampler(range(train_size // world.size), config.batch_size // world.size, drop_last=True)
         self._peaks: PeakMemory | None = None
         self._growth: BatchGrowth | None = None
+        self._stepped = False  # since the epoch began
         if config.memory_budget is None:
             return
         assert local is not None, config.method  # the configuration refuses others
@@ -68,12 +69,12 @@ class MiniBatch:
     @property
     def predicted_bytes(self) -> int | None:
         """What a step of twice the batch was predicted to take at the end of the epoch; ``None``: not asked for, or not known."""
-        predicted = self._growth.predicted if self._growth is not None else float("nan")
+        predicted = self._growth.predicted if self._growth is not None and self._stepped else float("nan")
         return round(predicted) if predicted == predicted else None  # NaN is not equal to itself
 
     def step(self) -> str | None:
         """End an epoch, after ``LocalizedLearning.step()``, under the run's autocast. Says what has grown, if anything has."""
-        before = self.size
+        before, self._stepped = self.size, True
         if self._growth is None or not self._growth.step():
             return None
         return (
@@ -82,7 +83,8 @@ class MiniBatch:
         )
 
     def begin_epoch(self) -> None:
-        """Forget the device's peaks of memory."""
+        """Forget the device's peaks of memory, and what was predicted."""
+        self._stepped = False
         if self._peaks is not None:
             self._peaks.highest = 0
 

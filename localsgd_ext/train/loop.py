@@ -128,7 +128,7 @@ class Trainer:
             self._reconfigure()
         seconds = time.perf_counter() - start  # everything that training costs; evaluation and saving are not in it
         test_accuracy, test_loss = self.evaluate()
-        traffic = self.replicas.traffic if self.replicas else Traffic()  # only now: evaluation reduces what --sync lets wait
+        traffic = self.replicas.traffic if self.replicas else Traffic()
         (unreadable,) = self._sum_over_processes([float(len(self.data.unreadable))])
 
         steps = self.data.train_size // size
@@ -182,12 +182,20 @@ class Trainer:
         return entry
 
     def _nonfinite(self) -> dict[str, Any]:
-        """What NaN and infinity cost in the epoch, for its entry."""
+        """What NaN and infinity cost in the epoch, for its entry. All processes must call it, before the evaluation.
+
+        It reduces what ``--sync`` lets wait. A forward of the evaluation would do so too, but where there are few test pictures not
+        every process makes one.
+        """
         local = self.local
+        kept = local.kept_statistics if local else {}
+        names = [name for name, _ in self.model.named_modules()]
+        # Each process has statistics of its own. Local updates and optimizer steps are the same ones on all of them.
+        everyones = self._sum_over_processes([float(kept.get(name, 0)) for name in names])
         return {
             "skipped_updates": local.skipped if local else {},
             "skipped_steps": local.skipped_steps if local else 0,
-            "kept_statistics": local.kept_statistics if local else {},
+            "kept_statistics": {name: int(count) for name, count in zip(names, everyones, strict=True) if count},
         }
 
     def _end_of_epoch(self, loss: float) -> None:
@@ -199,6 +207,8 @@ class Trainer:
                 self.local.step(loss)
             except FloatingPointError as error:  # it counts epochs from 0
                 raise FloatingPointError(f"epoch {self.epoch + 1}: {str(error).partition(': ')[2]}") from None
+        if self.epoch + 1 == self.config.epochs:  # nobody would train with a larger batch
+            return
         with self._autocast():
             grown = self.batch.step()
         if grown is not None:

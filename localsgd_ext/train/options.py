@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
@@ -156,11 +157,21 @@ for _power, _prefix in enumerate("kmgt", start=1):
 
 
 def parse_bytes(text: str) -> int:
-    """``10GiB``, ``512 MB``, ``1.5e9`` as bytes, rounded down. Raises ``ValueError`` for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([a-z]*)\s*", text.lower())
+    """``10GiB``, ``512 MB``, ``1.5e9`` as bytes, rounded down.
+
+    Raises:
+        ValueError: anything else, a bare ``10G`` too, which means 1000s to some and 1024s to others; or less than a byte.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]{1,2})?)\s*([a-z]*)\s*", text.lower()) if text.isascii() else None
     if match is None or match[2] not in _UNITS:
-        raise ValueError(f"--memory-budget must be a number of bytes, with a unit or without, such as 10GiB, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
+        raise ValueError(
+            "--memory-budget must be a number of bytes, with a unit or without, such as 10GiB "
+            f"(B; kB, MB, GB, TB: 1000s; KiB, MiB, GiB, TiB: 1024s), got {text!r}"
+        )
+    count = int(Fraction(match[1]) * _UNITS[match[2]])
+    if count < 1:
+        raise ValueError(f"--memory-budget must be at least one byte, got {text!r}")
+    return count
 
 
 def parse_sync(text: str) -> Sync:

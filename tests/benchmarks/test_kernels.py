@@ -106,6 +106,19 @@ def test_a_run_on_something_else_does_not_go_on(tmp_path: Path, capsys: pytest.C
     assert "was measured with torch '1.0'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("before", "now"), [([], ["--cpu-time"]), (["--cpu-time"], [])], ids=str)
+def test_times_by_two_clocks_are_not_mixed(
+    before: list[str], now: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _count: None)
+    file, threads = tmp_path / "kernels.json", ["--threads", "1"]
+    assert run("--out", str(file), "--budget", "0", *threads, *before) == 3
+    assert run("--out", str(file), "--resume", *threads, *now) == 2
+    clocks = ["processor time" if flags else "wall clock" for flags in (before, now)]
+    assert "was measured with clock {!r}, this is {!r}".format(*clocks) in capsys.readouterr().err
+    assert run("--out", str(file), "--resume", *threads, *before) == 0
+
+
 def test_an_error_of_one_layer_does_not_lose_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(case: Case, *_args: Any) -> Any:
         if case.dims == 0:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from same_runs import assert_same_run
 
-from localsgd_ext import batch_growth
+from localsgd_ext import step_memory
 from localsgd_ext.__main__ import main
 from localsgd_ext.train import checkpoint
 from localsgd_ext.train.config import RunConfig
@@ -75,8 +75,19 @@ def test_the_learning_rate_may_grow_with_it(
     scaled = _run(made)
     factors = [1, 1, *[factor] * 4]
     assert _column(scaled, "lr") == pytest.approx([f * lr for f, lr in zip(factors, _column(plain, "lr"), strict=True)])
-    # The boundary moves after the last epoch too, and the batch doubles once more.
-    assert made._scheduler.base_lrs == pytest.approx([0.02 * factor**2])
+    assert made._scheduler.base_lrs == pytest.approx([0.02 * factor])
+
+
+def test_after_the_last_epoch_it_does_not_grow(
+    tmp_path: Path, tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]
+) -> None:
+    """Where it would before: nobody trains with it."""
+    made = trainer(tiny("freeze", **{**GROWING, "epochs": 2, "memory_budget": 2**40}))
+    metrics = _run(made)
+    assert made.batch.size == 32
+    assert (tmp_path / "run" / "log.txt").read_text().count("batch 16 -> 32") == 1
+    assert "batch 32 -> 64" not in (tmp_path / "run" / "log.txt").read_text()
+    assert [value is None for value in _column(metrics, "predicted_bytes")] == [False, True]
 
 
 def test_a_largest_batch(tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer]) -> None:
@@ -179,7 +190,7 @@ def test_peaks_of_a_gpu_are_those_of_the_whole_epoch(
         nonlocal peak
         peak = 0
 
-    monkeypatch.setattr(batch_growth, "_device", lambda local: cuda)
+    monkeypatch.setattr(step_memory, "device_of", lambda local: cuda)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
     example: Any = SimpleNamespace(device=cuda)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,32 @@ def test_the_batch_grows_on_all_processes_and_halves_the_reductions(tmp_path: Pa
         trainer.finish()
     if world.is_first:
         assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@distributed_test(world_size=2)
+def test_what_one_process_kept_out_is_counted_for_all(tmp_path: Path) -> None:
+    """A picture of the second process's share spoils its statistics alone, and the local update and the step of both."""
+    world = World(dist.get_rank(), dist.get_world_size())
+    config = resolve("fake", "small_resnet", "local", **{**TINY, "device": "cpu", "nan_policy": "skip"})
+    path = tmp_path / "run"
+    directory = RunDirectory(path, config, resume=False) if world.is_first else WatchedRunDirectory(path, config)
+    made = Trainer(config, data.load(config, world=world), directory, Silence(), world=world)
+    good = made.data.train
+
+    def train(number: int, batch_size: int | None = None) -> Iterator[data.Batch]:
+        for i, (x, y) in enumerate(good(number, batch_size)):
+            if (world.rank, number, i) == (1, 2, 2):
+                x[0, 0, 0, 0] = float("nan")
+            yield x, y
+
+    made.data.train = train  # type: ignore[method-assign]
+    entries = [made.run_epoch() for _ in range(3)]
+    norms = {name: 1 for name, module in made.model.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
+    assert entries[1]["kept_statistics"] == {}
+    assert entries[2]["kept_statistics"] == norms
+    assert entries[2]["skipped_updates"] == dict.fromkeys(made.local.layers[:2], 1)
+    assert entries[2]["skipped_steps"] == 1
+    made.finish()
 
 
 @pytest.mark.parametrize("sync", ["step", 4, "epoch"])

@@ -61,7 +61,7 @@ class LocalizedLearning:
             parameters that get frozen is dropped.
         epochs: length of the run, ``E_max`` of equation 2.
         preset: what is taken for the arguments that are not given. ``None``: ``rule="frozen"``, ``schedule="linear"``,
-            ``l_max=0.9``, ``refresh=4``, what was measured to be worth its cost (``lr=0.0001``, should the rule be Hebbian).
+            ``l_max=0.9``, ``refresh=4`` (``lr=0.0001``, should the rule be Hebbian).
             ``"paper"``: LoCal+SGD as printed, ``rule="hebbian"``, ``schedule="dynamic"``, ``l_max=0.75``, ``refresh=None``,
             ``lr=0.01``.
         schedule: ``"dynamic"`` (Algorithm 1), ``"quadratic"``, ``"linear"``, ``"exponential"`` (static schedules), or a

@@ -289,6 +289,8 @@ void merging() {
 } // namespace
 
 int main() {
+    if (!has_tiles())
+        std::puts("correlation: products on tiles are skipped: no AMX with bf16, or this system does not permit it");
     ranges();
     merging();
     const auto depthwise = [](int64_t batch, int64_t channels, int64_t multiplier, Triple input, Triple kernel, Triple stride,

@@ -21,8 +21,13 @@ REFRESHES = (("quadratic", 4, 0.9), ("linear", 4, 0.9), ("linear", 2, 0.9), ("dy
 WITH_HEBB = 1  # of them, the first ones
 SHARES = (7 / 8, 6 / 8, 5 / 8)  # of SGD's epochs
 FREEZING = (("linear", 0.75), ("quadratic", 0.75), ("dynamic", 0.75))
+BOTH = (("dynamic", 0.75, 7 / 8), ("dynamic", 0.75, 6 / 8), ("linear", 0.75, 7 / 8))
+"""Freezing in a share of SGD's epochs."""
+STILL = (("dynamic", 0.75),)
+"""Freezing in which the prefix's BatchNorm stands still too."""
 LITERAL = ("dynamic",)
 SGD, SHORT, FROZEN = "SGD", "SGD, fewer epochs", "freezing"
+FROZEN_SHORT, FROZEN_STILL = "freezing, fewer epochs", "freezing, BN too"
 OURS = {"freeze": "refresh", "local": "refresh + Hebb"}
 PAPER_RULE = "literal LoCal+SGD"
 
@@ -38,6 +43,23 @@ def families(study: Study, network: Network) -> dict[str, list[Variant]]:
         FROZEN: [
             Variant(f"{FROZEN}, {schedule} to {100 * l_max:.0f} %", "freeze", {"schedule": schedule, "l_max": l_max})
             for schedule, l_max in FREEZING
+        ],
+        FROZEN_SHORT: [
+            Variant(
+                f"{FROZEN}, {schedule} to {100 * l_max:.0f} %, {epochs} epochs",
+                "freeze",
+                {"schedule": schedule, "l_max": l_max, **study.shortened(network, epochs)},
+            )
+            for schedule, l_max, share in BOTH
+            for epochs in (round(share * study.epochs(network)),)
+        ],
+        FROZEN_STILL: [
+            Variant(
+                f"{FROZEN_STILL}, {schedule} to {100 * l_max:.0f} %",
+                "freeze",
+                {"schedule": schedule, "l_max": l_max, "bn_stats": "freeze"},
+            )
+            for schedule, l_max in STILL
         ],
         PAPER_RULE: [Variant(f"{PAPER_RULE}, {schedule}", "local-paper", {"schedule": schedule}) for schedule in LITERAL],
     }
@@ -152,9 +174,19 @@ def _at_equal_cost(name: str, points: Points) -> str:
 
 
 COLOURS = {
-    SGD: "#000000", SHORT: "#0072B2", FROZEN: "#E69F00", PAPER_RULE: "#CC79A7", OURS["freeze"]: "#009E73", OURS["local"]: "#D55E00"
+    SGD: "#000000", SHORT: "#0072B2", FROZEN: "#E69F00", FROZEN_SHORT: "#B8860B", FROZEN_STILL: "#56B4E9", PAPER_RULE: "#CC79A7",
+    OURS["freeze"]: "#009E73", OURS["local"]: "#D55E00"
 }  # fmt: skip
-MARKS = {SGD: "*", SHORT: "o", FROZEN: "s", PAPER_RULE: "v", OURS["freeze"]: "^", OURS["local"]: "D"}
+MARKS = {
+    SGD: "*",
+    SHORT: "o",
+    FROZEN: "s",
+    FROZEN_SHORT: "P",
+    FROZEN_STILL: "X",
+    PAPER_RULE: "v",
+    OURS["freeze"]: "^",
+    OURS["local"]: "D",
+}
 
 
 def picture(study: Study, panels: Mapping[Network, dict[str, dict[int, Result]]]) -> bytes:

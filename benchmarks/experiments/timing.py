@@ -36,8 +36,13 @@ LEAST_ROUNDS = 5
 SAME_MACHINE = tuple(key for key in MUST_AGREE if key != "git_commit")
 WHOLE_RUN_HOURS = 0.5
 """The longest run that is made again for its time."""
-# By method: its variant in benchmarks/step_variants.py. Other methods' steps do not follow from a boundary.
-VARIANTS = {"freeze": "frozen", "local": "local", "local-paper": "local"}
+# By method and bn_stats: the variant in benchmarks/step_variants.py. Other methods' steps do not follow from a boundary.
+VARIANTS = {
+    ("freeze", "update"): "frozen",
+    ("freeze", "freeze"): "frozen eval",
+    ("local", "update"): "local",
+    ("local-paper", "update"): "local",
+}
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,11 +83,10 @@ class Timings:
 
     def share(self, config: RunConfig, boundary: int) -> float | None:
         """What a step that does not refresh takes, of SGD's."""
-        if config.method == "sgd" or (boundary == 0 and config.method in VARIANTS):
+        if config.method == "sgd" or (boundary == 0 and _has_boundary(config)):
             return 1.0
-        if config.method not in VARIANTS or config.sample != 1:
-            return None
-        row = self.rows.get(_key(Shape.of(config), VARIANTS[config.method], boundary))
+        variant = _variant(config)
+        row = None if variant is None else self.rows.get(_key(Shape.of(config), variant, boundary))
         return None if row is None else row["ms"] / row["sgd_ms"]
 
     def sgd_ms(self, config: RunConfig) -> float | None:
@@ -109,7 +113,16 @@ class Timings:
 
 
 def _only_whole(config: RunConfig) -> bool:
-    return config.method not in VARIANTS and config.method != "sgd"
+    return config.method != "sgd" and not _has_boundary(config)
+
+
+def _has_boundary(config: RunConfig) -> bool:
+    return any(config.method == method for method, _ in VARIANTS)
+
+
+def _variant(config: RunConfig) -> str | None:
+    """Whose step a step of ``config`` is; ``None`` where none was made for it."""
+    return VARIANTS.get((config.method, config.bn_stats)) if config.sample == 1 else None
 
 
 def _run_key(config: RunConfig) -> str:
@@ -130,9 +143,9 @@ def measure(results: Iterable[Result], directory: Path, seconds: float, root: st
             continue
         config = result.config.replace(root=root)
         devices.add(config.device)
-        if config.method in VARIANTS and config.sample == 1:
+        if (variant := _variant(config)) is not None:
             for boundary in sorted(set(result.boundaries) - {0}):
-                wanted = (Shape.of(config), VARIANTS[config.method], boundary)
+                wanted = (Shape.of(config), variant, boundary)
                 todo.setdefault(_key(*wanted), partial(_row, *wanted, seconds))
         elif _only_whole(config) and config.seed == 0:
             if result.hours > WHOLE_RUN_HOURS:

@@ -37,6 +37,7 @@ def localized_learning(
         sample=config.sample,
         refresh=config.refresh or None,
         supervision=None if config.supervision == "none" else config.supervision,
+        bn_stats=config.bn_stats,
         nan_policy=config.nan_policy,
         on_boundary_move=on_boundary_move,
     )

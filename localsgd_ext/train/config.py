@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from localsgd_ext.batch_growth import LR_SCALINGS
+from localsgd_ext.freezing import BN_STATS
 from localsgd_ext.learning import PRESETS as LIBRARY_PRESETS
 from localsgd_ext.nonfinite import NAN_POLICIES
 from localsgd_ext.reduction import Sync
@@ -59,6 +60,7 @@ class RunConfig:
     supervision: str = "absolute"
     sample: float = 1.0
     refresh: int = 0
+    bn_stats: str = "update"
     nan_policy: str = "report"
     memory_budget: int | None = None
     """Bytes, of each device. ``None``: the batch does not grow."""
@@ -88,6 +90,7 @@ class RunConfig:
             ("lr_schedule", LR_SCHEDULES),
             ("schedule", SCHEDULES),
             ("supervision", SUPERVISIONS),
+            ("bn_stats", BN_STATS),
             ("nan_policy", NAN_POLICIES),
             ("lr_scaling", tuple(LR_SCALINGS)),
             ("amp", AMP),

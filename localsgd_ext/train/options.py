@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from localsgd_ext.batch_growth import LR_SCALINGS
+from localsgd_ext.freezing import BN_STATS
 from localsgd_ext.nonfinite import NAN_POLICIES
 from localsgd_ext.reduction import Sync
 from localsgd_ext.train.config import AMP, DATA_SETS, LR_SCHEDULES, METHODS, SCHEDULES, SUPERVISIONS
@@ -70,6 +71,13 @@ Sample = Annotated[
 Refresh = Annotated[
     int | None,
     typer.Option(help="One in every so many mini-batches goes through the prefix; 0: none.", rich_help_panel=_LOCAL),
+]
+BnStats = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{_listed(BN_STATS)}: whether the prefix's normalisation goes on following the data, or keeps its running statistics.",
+        rich_help_panel=_LOCAL,
+    ),
 ]
 
 Survival = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -319,7 +320,8 @@ def test_a_method_without_a_boundary_is_timed_by_whole_runs(
 ) -> None:
     from benchmarks.experiments import timing
 
-    monkeypatch.delitem(timing.VARIANTS, "freeze")
+    for bn_stats in ("update", "freeze"):
+        monkeypatch.delitem(timing.VARIANTS, ("freeze", bn_stats))
     words = ["table2", *QUICK, "--models", "small_vgg", "--seeds", "1", "--only", "vgg/(SGD|freezing)/", *places(tmp_path)]
     assert paper.main(words) == 0
     monkeypatch.setattr(timing, "WHOLE_RUN_HOURS", 0)
@@ -409,5 +411,7 @@ def test_whole_runs_are_put_together_from_steps() -> None:
     assert run is not None
     assert timings.steps_of_sgd(run) == pytest.approx(4 * (1 + 0.25 + 0.75 * 0.8 + 0.25 + 0.75 * 0.6))
     assert Timings().steps_of_sgd(run) is None
+    still = dataclasses.replace(run, config=run.config.replace(bn_stats="freeze"))
+    assert timings.steps_of_sgd(still) is None  # measured as a variant of its own
     assert timings.steps_of_sgd(result(sgd, 0, 50)) == 4
     assert json.loads(json.dumps(entry)) == entry

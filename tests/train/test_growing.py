@@ -169,7 +169,7 @@ def test_a_checkpoint_from_before_the_batch_could_grow(
     config = tiny("local")
     _, state = checkpoint.load(path, config.identity())
     del state["batch"]
-    new = ("nan_policy", "memory_budget", "max_batch_size", "lr_scaling", "sync")
+    new = ("bn_stats", "nan_policy", "memory_budget", "max_batch_size", "lr_scaling", "sync")
     old = {name: value for name, value in config.identity().items() if name not in new}
     checkpoint.save(tmp_path / "run", 1, old, state)
     assert trainer(config, "run", resume=True).epoch == 1

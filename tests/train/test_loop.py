@@ -108,6 +108,14 @@ def test_options_reach_the_algorithm(tiny: Callable[..., RunConfig], trainer: Ca
     assert sampled.local is not None
     assert sampled.local._updater is not None
     assert sampled.local._updater.sample == 0.25
+    for bn_stats, still in (("update", False), ("freeze", True)):
+        made = trainer(tiny("freeze", bn_stats=bn_stats), bn_stats)
+        for _ in range(2):
+            made.run_epoch()
+        mean = made.model.state_dict()["0.1.running_mean"].clone()
+        made.run_epoch()
+        assert made.metrics[-1]["boundary"] == 2
+        assert torch.equal(mean, made.model.state_dict()["0.1.running_mean"]) == still
 
 
 @pytest.mark.parametrize("method", ["freeze", "local"])

@@ -175,6 +175,10 @@ def compare(
     channels_last: o.ChannelsLast = None,
     amp: o.Amp = None,
     deterministic: o.Deterministic = None,
+    nan_policy: o.NanPolicy = None,
+    memory_budget: o.MemoryBudget = None,
+    max_batch_size: o.MaxBatchSize = None,
+    lr_scaling: o.LrScaling = None,
 ) -> None:
     """Train with several methods in turn, from the same first weights on the same data, and draw up a table and a picture."""
     flags = _given(locals(), leave_out=("out", "resume", "methods", "seeds"))
@@ -184,15 +188,17 @@ def compare(
             raise ValueError(f"compare runs in one process, got {world.size}: use localsgd train for each method")
         if resume:
             out = _require_out(out)
-            comparison = _resumed_comparison(out, methods, seeds, flags)
+            comparison = comparing.resumed(out, comparing.parse_methods(methods) if methods is not None else None, seeds, flags)
         else:
             names = comparing.parse_methods(methods if methods is not None else "sgd,freeze,refresh,local")
-            configs = {name: _new_config({**flags, "method": name}) for name in names}
+            configs = {name: _new_config({**comparing.options_for(name, names, flags), "method": name}) for name in names}
             first_seed = flags.get("seed", 0)
             comparison = comparing.Comparison(configs, tuple(range(first_seed, first_seed + (1 if seeds is None else seeds))))
             out = out or Path("runs") / f"compare-{comparison.first.data}-{_file_name(comparison.first.model)}"
         _check_machine(comparison.first)
         loaded = comparing.start(comparison, out, console.print, resume=resume)
+        if (said := comparing.left_out(comparison)) is not None:
+            console.print(said, highlight=False, soft_wrap=True)
     with _interruptible(out):
         comparing.run(comparison, out, loaded, lambda total: progress.choose(total, console))
     report.show(report.write(comparing.runs(out), out), console)
@@ -250,16 +256,6 @@ def _new_config(flags: dict[str, Any]) -> RunConfig:
     flags = {"device": "cuda" if torch.cuda.is_available() else "cpu", **flags}
     model = flags.pop("model", None) or DEFAULT_MODELS.get(flags["data"], "small_resnet")
     return resolve(flags.pop("data"), model, flags.pop("method"), flags.pop("preset", None), **flags)
-
-
-def _resumed_comparison(out: Path, methods: str | None, seeds: int | None, flags: dict[str, Any]) -> comparing.Comparison:
-    """The comparison in ``out`` with the given options on top, so that a change shows as a difference."""
-    saved = comparing.read(out)
-    names = comparing.parse_methods(methods) if methods is not None else tuple(saved.configs)
-    configs = {name: saved.configs.get(name, saved.first).replace(method=name, **flags) for name in names}
-    first_seed = flags.get("seed", saved.seeds[0])
-    count = len(saved.seeds) if seeds is None else seeds
-    return comparing.Comparison(configs, tuple(range(first_seed, first_seed + count)))
 
 
 def _check_machine(config: RunConfig) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from localsgd_ext.train import data, models, report
-from localsgd_ext.train.config import METHODS, RunConfig, differences
+from localsgd_ext.train.config import METHODS, NEED_BOUNDARY, NOT_PREFIX, RunConfig, differences, flag
 from localsgd_ext.train.files import read_json, write_json
 from localsgd_ext.train.loop import Trainer
 from localsgd_ext.train.progress import Progress
@@ -56,6 +56,30 @@ def parse_methods(text: str) -> tuple[str, ...]:
     return methods
 
 
+def options_for(method: str, methods: Sequence[str], flags: dict[str, Any]) -> dict[str, Any]:
+    """``flags`` as ``method`` takes them among ``methods``: a method without a boundary leaves out what needs one.
+
+    Where no method has a boundary, nothing is left out: the configuration refuses it.
+    """
+    if method not in NOT_PREFIX or all(m in NOT_PREFIX for m in methods):
+        return flags
+    return {name: value for name, value in flags.items() if name not in NEED_BOUNDARY}
+
+
+def left_out(comparison: Comparison) -> str | None:
+    """Which options do not hold for which methods; ``None``: all hold for all."""
+    without = [method for method in comparison.configs if method in NOT_PREFIX]
+    defaults = RunConfig.defaults()
+    asked = [
+        f"--{flag(name)}"
+        for name in NEED_BOUNDARY
+        if any(getattr(config, name) != defaults[name] for config in comparison.configs.values())
+    ]
+    if not without or not asked:
+        return None
+    return f"{', '.join(asked)}: not for {', '.join(without)}, without a boundary"
+
+
 def read(out: Path) -> Comparison:
     """The comparison begun in ``out``. Raises ``ValueError`` if there is none."""
     if not (out / PLAN).is_file():
@@ -89,12 +113,25 @@ def start(comparison: Comparison, out: Path, log: Callable[[str], None], *, resu
     return loaded
 
 
-def _require_same(saved: Comparison, asked: Comparison, out: Path) -> None:
-    if (list(saved.configs), saved.seeds) != (list(asked.configs), asked.seeds):
+def resumed(out: Path, methods: Sequence[str] | None, seeds: int | None, flags: dict[str, Any]) -> Comparison:
+    """The comparison in ``out`` with the given options on top, so that :func:`start` finds what has changed; ``None``: not given.
+
+    Raises:
+        ValueError: there is none, or it is of other methods or seeds; an option is wrong.
+    """
+    saved = read(out)
+    names = tuple(saved.configs if methods is None else methods)
+    first_seed = flags.get("seed", saved.seeds[0])
+    asked_seeds = tuple(range(first_seed, first_seed + (len(saved.seeds) if seeds is None else seeds)))
+    if (tuple(saved.configs), saved.seeds) != (names, asked_seeds):
         raise ValueError(
             f"--resume: {out} compares {', '.join(saved.configs)} over seeds {list(saved.seeds)}, "
-            f"asked for {', '.join(asked.configs)} over seeds {list(asked.seeds)}"
+            f"asked for {', '.join(names)} over seeds {list(asked_seeds)}"
         )
+    return Comparison({m: c.replace(**options_for(m, names, flags)) for m, c in saved.configs.items()}, saved.seeds)
+
+
+def _require_same(saved: Comparison, asked: Comparison, out: Path) -> None:
     for method, config in asked.configs.items():
         changed = differences(saved.configs[method], config)
         if changed:
@@ -129,14 +166,19 @@ def _run_seed(comparison: Comparison, seed: int, shared: data.Data, out: Path, p
             continue
         resume = (path / CONFIG).exists()
         directory = RunDirectory(path, config.replace(seed=seed), resume=resume)
-        trainers.append(Trainer(directory.config, shared, directory, progress, f"{method} seed {seed}"))
+        label = f"{method} seed {seed}"
+        trainers.append(Trainer(directory.config, shared, directory, progress, label, among_others=True))
         if resume:
             trainers[-1].restore()
     trainers[0].warm_up()
     for epoch in range(comparison.first.epochs):
         for trainer in _rotated(trainers, epoch + seed):
-            if trainer.epoch == epoch:
+            if trainer.epoch != epoch:
+                continue
+            try:
                 trainer.run_epoch()
+            except FloatingPointError as error:  # --nan-policy raise
+                raise FloatingPointError(f"{trainer.label}: {error}") from None
     for trainer in trainers:
         trainer.finish()
 

@@ -18,6 +18,8 @@ from localsgd_ext.train.models import PRUNABLE, RESIDUAL
 METHODS = ("sgd", "freeze", "refresh", "local", "local-paper", "stochastic-depth", "prunetrain")
 NOT_PREFIX = ("sgd", "stochastic-depth", "prunetrain")
 """Those that treat all layers alike, without a boundary."""
+NEED_BOUNDARY = ("nan_policy", "memory_budget", "max_batch_size", "lr_scaling")
+"""Options that only the other methods have."""
 HEBBIAN = ("local", "local-paper")
 """Those whose prefix is updated in the forward pass."""
 ONE_PROCESS = ("stochastic-depth", "prunetrain")
@@ -99,7 +101,7 @@ class RunConfig:
         ):
             if getattr(self, name) not in choices:
                 listed = ", ".join(str(c) for c in choices if c)
-                raise ValueError(f"--{_flag(name)} must be one of {listed}, got {getattr(self, name)!r}")
+                raise ValueError(f"--{flag(name)} must be one of {listed}, got {getattr(self, name)!r}")
         for name in ("epochs", "batch_size", "lr_step", "local_lr_decay_every", "reconfigure_every"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("train_size", "test_size", "image_size"):
@@ -149,7 +151,7 @@ class RunConfig:
             for name, default in (("max_batch_size", None), ("lr_scaling", "none")):
                 if getattr(self, name) != default:
                     raise ValueError(
-                        f"--{_flag(name)} {getattr(self, name)} needs --memory-budget, without which the batch does not grow"
+                        f"--{flag(name)} {getattr(self, name)} needs --memory-budget, without which the batch does not grow"
                     )
             return
         whole = isinstance(self.memory_budget, int) and not isinstance(self.memory_budget, bool)
@@ -206,13 +208,14 @@ def resolve(data: str, model: str, method: str, preset: str | None = None, **fla
 def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
     """The options in which two configurations differ and that matter, as ``--flag: saved -> asked``."""
     old, new = saved.identity(), asked.identity()
-    return [f"--{_flag(name)}: {old[name]} -> {new[name]}" for name in old if old[name] != new[name]]
+    return [f"--{flag(name)}: {old[name]} -> {new[name]}" for name in old if old[name] != new[name]]
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """The option that sets a field, without its dashes."""
     return name.replace("_", "-")
 
 
 def _require(config: RunConfig, name: str, holds: bool, requirement: str) -> None:
     if not holds:
-        raise ValueError(f"--{_flag(name)} must be {requirement}, got {getattr(config, name)}")
+        raise ValueError(f"--{flag(name)} must be {requirement}, got {getattr(config, name)}")

@@ -24,6 +24,7 @@ class MiniBatch:
         scheduler: of the learning rate, which may grow with the batch.
         example: a process's share of a first mini-batch; only its shape, layout and device matter.
         train_size: pictures of an epoch; the batch never gets larger.
+        count_saved: count what a step saves on a GPU too, whose peaks would be those of whatever else lies there.
     """
 
     def __init__(
@@ -34,6 +35,8 @@ class MiniBatch:
         example: Tensor,
         train_size: int,
         world: World,
+        *,
+        count_saved: bool = False,
     ) -> None:
         self._processes = world.size
         # For its size, and the number of pictures of an epoch on a process: the data set draws its mini-batches itself.
@@ -44,7 +47,7 @@ class MiniBatch:
         if config.memory_budget is None:
             return
         assert local is not None, config.method  # the configuration refuses others
-        if example.device.type == "cuda":
+        if example.device.type == "cuda" and not count_saved:
             self._peaks = PeakMemory(local, self._share)
         self._budget = config.memory_budget
         self._growth = BatchGrowth(

@@ -39,7 +39,8 @@ class Trainer:
     Every random number follows from ``(seed, epoch)``: runs of one seed share their first weights, the order of the data
     and its augmentation, may be interleaved in one process, and a resumed run needs no generator's state.
 
-    Of the processes of a ``world`` each has a trainer, and all call the same methods; the first one writes.
+    Of the processes of a ``world`` each has a trainer, and all call the same methods; the first one writes. ``among_others``: other
+    trainers of this process are on the device.
 
     Raises:
         ValueError: the run cannot be made by so many processes, or the network cannot be trained by the method.
@@ -53,6 +54,7 @@ class Trainer:
         progress: Progress,
         label: str = "",
         world: World = ALONE,
+        among_others: bool = False,
     ) -> None:
         self.config, self.data, self.directory, self.progress, self.label = config, data, directory, progress, label
         self.world = world
@@ -75,7 +77,13 @@ class Trainer:
             self.local = assembly.localized_learning(config, self.replicas or self.model, self.optimizer, self._boundary_moved)
             self.num_layers = len(self.local.trace(self._example) if self.local else trace_layers(self.model, self._example))
         self.batch = MiniBatch(
-            config, self.local, self._scheduler, self._pictures(config.batch_size // world.size), data.train_size, world
+            config,
+            self.local,
+            self._scheduler,
+            self._pictures(config.batch_size // world.size),
+            data.train_size,
+            world,
+            count_saved=among_others,
         )
         if self.batch.grows and config.refresh:
             self.say(

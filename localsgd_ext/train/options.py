@@ -1,4 +1,4 @@
-"""The options of ``localsgd train``; ``localsgd compare`` shares all but the last. ``None`` means "not given" throughout."""
+"""The options of ``localsgd train``; ``localsgd compare`` shares all but ``--method`` and ``--sync``. ``None`` means "not given" throughout."""
 
 from __future__ import annotations
 

@@ -66,16 +66,28 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
     rows = [_row(method, by_method[method], baseline) for method in METHODS if method in by_method]
     first = runs[0]
     about = ("data", "model", "epochs", "batch_size", "preset", "device", "amp", "channels_last")
-    growing = ("memory_budget", "lr_scaling") if first.config.memory_budget is not None else ()
     return {
         "benchmark": {
-            **{name: getattr(first.config, name) for name in (*about, *growing)},
+            **{name: getattr(first.config, name) for name in about},
             **{name: first.last[name] for name in ("train_images", "test_images")},
-            **({"batch_sizes": sorted({m["batch_size"] for run in runs for m in run.metrics})} if growing else {}),
+            **_growth(by_method),
         },
         "seeds": sorted({run.config.seed for run in runs}),
         "environment": {k: v for k, v in first.environment.items() if k != "command"},
         "methods": rows,
+    }
+
+
+def _growth(by_method: dict[str, dict[int, Run]]) -> dict[str, Any]:
+    """What let batches grow and, of the methods that it holds for, the sizes that they had."""
+    runs = {method: list(by_seed.values()) for method, by_seed in by_method.items()}
+    growing = {method: mine for method, mine in runs.items() if mine[0].config.memory_budget is not None}
+    if not growing:
+        return {}
+    config = next(iter(growing.values()))[0].config
+    return {
+        **{name: getattr(config, name) for name in ("memory_budget", "lr_scaling")},
+        "batch_sizes": {m: sorted({e["batch_size"] for run in mine for e in run.metrics}) for m, mine in growing.items()},
     }
 
 
@@ -91,8 +103,8 @@ def _row(method: str, runs: dict[int, Run], baseline: dict[int, Run]) -> dict[st
         return float(run.last["elapsed_train_seconds"])
 
     def steps(run: Run) -> float:
-        # Epochs have the same number of steps, so the sum of their medians is the run without what disturbed single steps.
-        return sum(sum(m["step_ms"].values()) for m in run.metrics)
+        """Milliseconds of the run without what disturbed single steps."""
+        return sum(_mini_batches(run, m) * float(sum(m["step_ms"].values())) for m in run.metrics)
 
     return {
         "method": method,
@@ -108,6 +120,11 @@ def _row(method: str, runs: dict[int, Run], baseline: dict[int, Run]) -> dict[st
         "boundary": sorted({m["boundary"] for m in last}),
         "num_layers": last[0]["num_layers"],
     }
+
+
+def _mini_batches(run: Run, epoch: dict[str, Any]) -> int:
+    """Its steps. Runs from before the batch could grow do not say."""
+    return int(epoch["mini_batches"] if "mini_batches" in epoch else epoch["train_images"] // run.config.batch_size)
 
 
 def table(summary: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -133,20 +150,37 @@ def caption(summary: dict[str, Any]) -> str:
     b, e, seeds = summary["benchmark"], summary["environment"], summary["seeds"]
     hardware = e["gpu"] or f"{e['cpu']}, {e['threads']} thread{'' if e['threads'] == 1 else 's'}"
     size = f"{b['train_images']} training and {b['test_images']} test pictures, "
-    batch = f"batch {b['batch_size']}"
-    if "batch_sizes" in b:
-        largest = b["batch_sizes"][-1]
-        grown = "which did not grow" if largest == b["batch_size"] else f"grown to {largest}"
-        rate = "" if b["lr_scaling"] == "none" else f", learning rate with it ({b['lr_scaling']})"
-        batch += f" ({grown} in {b['memory_budget'] / 2**20:.1f} MiB of each device{rate})"
     preset = "the paper's hyper-parameters, " if b["preset"] else ""
     kernels = "compiled kernels" if e["compiled_kernels"] else "PyTorch reference (no compiled kernels)"
     commit = f", commit {e['git_commit'][:9]}{'+' if e['git_commit'].endswith('+') else ''}" if e["git_commit"] else ""
     return (
-        f"{b['model']} on {b['data']}: {size}{preset}{b['epochs']} epochs, {batch}, "
+        f"{b['model']} on {b['data']}: {size}{preset}{b['epochs']} epochs, {_batch(summary)}, "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}; mean ± standard deviation over seeds, "
         f"accuracy after the last epoch. {hardware}; torch {e['torch']}, localsgd_ext {e['localsgd_ext']}{commit}, {kernels}."
     )
+
+
+def _batch(summary: dict[str, Any]) -> str:
+    """``batch 16``, and where it may have grown, to what: by method, if not all have the same."""
+    b = summary["benchmark"]
+    batch, sizes = f"batch {b['batch_size']}", b.get("batch_sizes", {})
+    if not sizes:
+        return batch
+    by_largest: dict[int, list[str]] = {}
+    for method, of_method in sizes.items():
+        by_largest.setdefault(of_method[-1], []).append(method)
+    rate = "" if b["lr_scaling"] == "none" else f", learning rate with it ({b['lr_scaling']})"
+    limit = f"in {b['memory_budget'] / 2**20:.1f} MiB of each device{rate}"
+    others = [row["method"] for row in summary["methods"] if row["method"] not in sizes]
+    if len(by_largest) == 1 and not others:
+        (largest,) = by_largest
+        return f"{batch} ({'which did not grow' if largest == b['batch_size'] else f'grown to {largest}'} {limit})"
+    grown = ", ".join(
+        f"{' and '.join(methods)} {'not grown' if largest == b['batch_size'] else f'grown to {largest}'}"
+        for largest, methods in by_largest.items()
+    )
+    rest = f"; {', '.join(others)} without a boundary: the same batch" if others else ""
+    return f"{batch} ({grown} {limit}{rest})"
 
 
 def markdown(summary: dict[str, Any]) -> str:

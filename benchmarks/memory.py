@@ -40,6 +40,7 @@ PAPER_POSITION = 12 / 54  # the boundary that equation 2 allows by then
 PAPER_SHARE = 0.5
 NETWORKS = {**SETTINGS, PAPER: Setting("resnet50", image=224, batch=64, classes=1000)}
 MIB = 2**20
+TIME_LIMIT = 600.0  # seconds of a row
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -136,7 +137,10 @@ def in_fresh_process(task: dict[str, Any]) -> dict[str, Any]:
     # glibc then gives every large block back when it is freed, and takes the next one from the system: the peak is what was in use.
     environ = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
     command = [sys.executable, __file__, "--one", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environ)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=False, env=environ)
+    except subprocess.TimeoutExpired:
+        return {**task, "status": "ERROR", "why": f"it took more than {TIME_LIMIT:g} s"}
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         return {**task, "status": "ERROR", "why": why}

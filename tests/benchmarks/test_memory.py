@@ -58,6 +58,20 @@ def test_a_process_that_fails_is_a_row_that_says_why(
     assert "ERROR: resnet18, sgd: out of memory" in capsys.readouterr().out
 
 
+def test_what_really_fails_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A process with an exception, and one that would take too long."""
+    task = memory.work(memory.arguments(FEW))["resnet18|nchw|0.0|sgd"]
+    failed = memory.in_fresh_process({**task, "layout": "sideways"})
+    assert (failed["status"], failed["why"]) == ("ERROR", "KeyError: 'sideways'")
+    monkeypatch.setattr(memory, "TIME_LIMIT", 0.01)
+    file = tmp_path / "memory.json"
+    assert memory.main([*FEW, "--positions", "0", "--out", str(file)]) == 1
+    assert "ERROR: resnet18, sgd: it took more than 0.01 s" in capsys.readouterr().out
+    assert memory.main(["--table", str(file)]) == 1
+
+
 def test_the_position_of_the_papers_epoch_is_measured() -> None:
     assert int(memory.PAPER_POSITION * 54) == memory.fastest_boundary(54)
 

@@ -409,6 +409,7 @@ def test_cmake_builds_and_tests_the_same_sources_without_python(toy: Path, sanit
     ctest = Path(cmake).with_name("ctest")
     (toy / "tests" / "native").mkdir(parents=True)
     (toy / "tests" / "native" / "toy_test.cpp").write_text(TOY_TEST)
+    (toy / "tests" / "native" / "toy_elsewhere.cpp").write_text("int main() { return 77; }")
     with (toy / "csrc" / "sources.txt").open("a") as sources:
         sources.write("\n  # a comment\ncuda csrc/kernels/toy.cu  # another\n")
     (toy / "csrc" / "binding.cpp").write_text("#error CMake must not compile the group 'torch'")
@@ -420,7 +421,9 @@ def test_cmake_builds_and_tests_the_same_sources_without_python(toy: Path, sanit
     output = run(cmake, "-S", ".", "-B", "out", f"-DLOCALSGD_SANITIZE={sanitize}", cwd=toy, **environ)
     assert ("CUDA kernels: built for 75-real;80-real;90" if toolkit else "CUDA kernels: not built, no CUDA compiler") in output
     run(cmake, "--build", "out", cwd=toy)
-    assert re.search("100% tests passed.* out of 1", run(ctest, "--test-dir", "out", cwd=toy))
+    said = run(ctest, "--test-dir", "out", cwd=toy)
+    assert re.search("100% tests passed.* out of 2", said)
+    assert re.search(r"did not run:\s+\d - toy_elsewhere \(Skipped\)", said)
     if toolkit is not None:
         [archive] = (toy / "out").glob("**/toy.cu.o")
         assert set(doctor.compiled_kernels(archive)["toy_scale_kernel"]) == {"sm_75", "sm_80", "sm_90"}

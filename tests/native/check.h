@@ -1,4 +1,5 @@
-// The little that the native tests need: checks that say where and what, and a count of failures as the exit status.
+// The little that the native tests need: checks that say where and what, and a count of failures, or a skip, as the exit
+// status.
 #pragma once
 
 #include <cmath>
@@ -23,6 +24,12 @@ inline void check(bool ok, const std::string& what, const char* file, int line) 
 inline int finish(const char* name) {
     std::printf("%s: %s\n", name, failures ? "FAILED" : "passed");
     return failures ? 1 : 0;
+}
+
+// The exit status of a test that cannot be made here, which CTest then calls skipped.
+inline int skip(const char* name, const char* missing) {
+    std::printf("%s: skipped: %s\n", name, missing);
+    return 77;
 }
 
 inline std::vector<double> random_values(int64_t count, unsigned seed) {

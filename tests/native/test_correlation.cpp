@@ -1,8 +1,11 @@
-// Depthwise kernels, Gram matrices and implicit GEMMs against the definition of the correlation, written as loops.
+// Depthwise kernels, Gram matrices and implicit GEMMs against the definition of the correlation, written as loops. With the
+// argument "tiles": products on AMX's tiles alone.
 #include "check.h"
 #include "cpu/depthwise.h"
 #include "cpu/direct.h"
 #include "cpu/gram.h"
+
+#include <string_view>
 
 using namespace localsgd;
 
@@ -36,11 +39,11 @@ constexpr Kind kStored = sizeof(T) == 2   ? Kind::bf16
                          : sizeof(T) == 4 ? Kind::f32
                                           : Kind::f64;
 
-template <typename T>
+bool on_tiles = false;
+
 std::vector<Unit> units() {
-    std::vector<Unit> all{Unit::kNarrow, Unit::kWide};
-    if (kStored<T> == Kind::bf16 && has_tiles()) all.push_back(Unit::kTiles);
-    return all;
+    if (on_tiles) return {Unit::kTiles};
+    return {Unit::kNarrow, Unit::kWide};
 }
 
 double x_at(const Problem& p, int64_t n, int64_t c, const Triple& i) {
@@ -135,7 +138,7 @@ void check_gram(const Geometry& g, double tolerance) {
         }
     });
     for (const bool last : {false, true})
-        for (const Unit unit : units<T>())
+        for (const Unit unit : units())
             for (const int64_t threads : {1, 3}) {
                 const auto x = arranged<T>(p.x, g.batch, g.in_channels, g.input, last);
                 const auto strides = last ? test::channels_last : test::channels_first;
@@ -159,7 +162,6 @@ void check_gram(const Geometry& g, double tolerance) {
 
 // D = W G on tiles is as exact as fp32, though tiles multiply bf16.
 void check_gram_product(int64_t groups, int64_t outputs, int64_t channels) {
-    if (!has_tiles()) return;
     const Geometry g =
         test::geometry(1, groups * channels, groups * outputs, groups, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0});
     const auto values = test::random_values(groups * outputs * channels, 1),
@@ -181,7 +183,6 @@ void check_gram_product(int64_t groups, int64_t outputs, int64_t channels) {
 
 // Not finite sums stay so, and others next to them as they are.
 void gram_product_of_nan() {
-    if (!has_tiles()) return;
     const Geometry g = test::geometry(1, 2, 1, 1, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0});
     const uint16_t weight[] = {0x3f80, 0}; // 1, 0
     for (const float bad :
@@ -212,7 +213,7 @@ void check_direct(const Geometry& g, double tolerance) {
     });
     for (const bool x_last : {false, true})
         for (const bool z_last : {false, true})
-            for (const Unit unit : units<T>())
+            for (const Unit unit : units())
                 for (const int64_t threads : {1, 3}) {
                     const auto x = arranged<T>(p.x, g.batch, g.in_channels, g.input, x_last);
                     const auto z = arranged<T>(p.z, g.batch, g.out_channels, g.output, z_last);
@@ -237,7 +238,6 @@ void check_direct(const Geometry& g, double tolerance) {
 
 // Of a long row what is read is turned to channels_last, and what two calls read is turned once.
 void long_rows_are_turned_once() {
-    if (!has_tiles()) return;
     constexpr int64_t kLength = 1000, kChannels = 3, kPad = 4;
     const Geometry g = test::geometry(1, kChannels, 1, 1, {1, 1, kLength}, {1, 1, 9}, {1, 1, 1}, {1, 1, 1}, {0, 0, kPad});
     std::vector<uint16_t> x(kChannels * kLength);
@@ -286,13 +286,7 @@ void merging() {
     CHECK((merged({1, 1, 3}, {24, 6, 1}) == Triple{2, 4, 6}));
 }
 
-} // namespace
-
-int main() {
-    if (!has_tiles())
-        std::puts("correlation: products on tiles are skipped: no AMX with bf16, or this system does not permit it");
-    ranges();
-    merging();
+void depthwise_layers() {
     const auto depthwise = [](int64_t batch, int64_t channels, int64_t multiplier, Triple input, Triple kernel, Triple stride,
                               Triple dilation, Triple pad) {
         const Geometry g =
@@ -314,11 +308,14 @@ int main() {
     depthwise(1, 2113, 1, {1, 3, 5}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1}); // a last block narrower than a vector
     depthwise(2, 17, 1, {1, 9, 11}, {1, 2, 3}, {1, 2, 1}, {1, 3, 1}, {0, 3, 0});
     depthwise(2, 3, 1, {1, 200, 300}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1}); // several bands
+}
 
+void gram_matrices() {
     const auto gram = [](int64_t batch, int64_t channels, int64_t groups, Triple input, Triple stride, Triple pad) {
         const Geometry g = test::geometry(batch, channels, groups, groups, input, {1, 1, 1}, stride, {1, 1, 1}, pad);
-        check_gram<float>(g, 1e-5);
         check_gram<float, BFloat16>(g, 1e-5);
+        if (on_tiles) return; // only bf16 fits them
+        check_gram<float>(g, 1e-5);
         check_gram<double>(g, 1e-13);
     };
     gram(2, 37, 1, {1, 9, 15}, {1, 1, 1}, {0, 0, 0}); // 270 positions: two tiles and a rest
@@ -328,20 +325,24 @@ int main() {
     gram(1, 1, 1, {1, 1, 300}, {1, 1, 1}, {0, 0, 0});
     gram(1, 64, 1, {1, 70, 75}, {1, 1, 1}, {0, 0, 0});  // several parts
     gram(1, 271, 1, {1, 10, 13}, {1, 1, 1}, {0, 0, 0}); // strips
+}
 
+void gram_products() {
     check_gram_product(1, 256, 64);
     check_gram_product(3, 37, 19);
     check_gram_product(2, 2, 1);
     check_gram_product(1, 300, 271);
     check_gram_product(1, 5, 600);
     gram_product_of_nan();
-    long_rows_are_turned_once();
+}
 
+void implicit_gemms() {
     const auto direct = [](int64_t batch, int64_t in, int64_t out, int64_t groups, Triple input, Triple kernel, Triple stride,
                            Triple dilation, Triple pad) {
         const Geometry g = test::geometry(batch, in, out, groups, input, kernel, stride, dilation, pad);
-        check_direct<float>(g, 1e-5);
         check_direct<float, BFloat16>(g, 1e-5);
+        if (on_tiles) return;
+        check_direct<float>(g, 1e-5);
         check_direct<double>(g, 1e-13);
     };
     direct(2, 6, 4, 2, {3, 6, 7}, {2, 3, 3}, {1, 2, 1}, {1, 1, 2}, {1, 1, 2});
@@ -356,5 +357,22 @@ int main() {
     direct(2, 17, 9, 1, {1, 3, 301}, {1, 1, 3}, {1, 1, 1}, {1, 1, 1}, {0, 2, 1});  // kernels of one row, rows of padding
     direct(1, 7, 9, 1, {1, 6, 400}, {1, 3, 3}, {1, 2, 1}, {1, 2, 1}, {0, 2, 1});   // rows longer than a tile
     direct(1, 70, 9, 1, {1, 6, 7}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1});    // several chunks and strips
-    return test::finish("correlation");
+}
+
+} // namespace
+
+int main(int argc, char** argv) {
+    on_tiles = argc > 1 && std::string_view(argv[1]) == "tiles";
+    if (on_tiles) {
+        if (!has_tiles()) return test::skip("correlation on tiles", "no AMX with bf16, or this system does not permit it");
+        gram_products();
+        long_rows_are_turned_once();
+    } else {
+        ranges();
+        merging();
+        depthwise_layers();
+    }
+    gram_matrices();
+    implicit_gemms();
+    return test::finish(on_tiles ? "correlation on tiles" : "correlation");
 }

@@ -108,31 +108,62 @@ def test_larger_steps_are_larger_in_the_prefix_alone(pictures: data.Data) -> Non
         torch.testing.assert_close(other, 3 * one if name in prefix else one)
 
 
-def test_only_a_slice_of_the_pictures_reaches_the_prefix(pictures: data.Data) -> None:
-    """The loss's gradient, and which pictures change it: a picture beyond the slice does so through the layers behind only."""
-    ours = run(Way(every=4, sliced=True), pictures)
-    x, y = next(iter(pictures.train(0)))
-    assert len(x) == 32
-    ours.model.train()
-    activations: list[torch.Tensor] = []
-    handle = ours.model[3].register_forward_hook(lambda module, args, output: activations.append(output))
-    inside, layers = ours._whole_modules(4)
-    loss = F.cross_entropy(ours._sliced(x, inside), y)
-    handle.remove()
-    assert layers == 4
-    assert [(len(a), a.requires_grad) for a in activations] == [(8, True), (24, False)]
-    loss.backward()  # type: ignore[no-untyped-call]
-    gradients = {name: p.grad for name, p in ours.parameters.items()}
+def small_network(*_: Any) -> nn.Sequential:
+    torch.manual_seed(1)
+    convs = nn.Conv2d(3, 5, 3, stride=2, bias=False), nn.Conv2d(5, 7, 3, stride=2, padding=1, bias=False)
+    norms = nn.BatchNorm2d(5), nn.BatchNorm2d(7)
+    head = nn.Conv2d(7, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 26)
+    return nn.Sequential(convs[0], norms[0], nn.ReLU(), convs[1], norms[1], nn.ReLU(), *head)
 
-    theirs = copy.deepcopy(ours.model)
-    theirs.zero_grad()
-    modules = list(theirs)
-    with torch.no_grad():
-        constant = nn.Sequential(*modules[:inside])(x[8:])
-    both = torch.cat([nn.Sequential(*modules[:inside])(x[:8]), constant])
-    F.cross_entropy(nn.Sequential(*modules[inside:])(both), y).backward()
-    for name, p in theirs.named_parameters():
-        torch.testing.assert_close(gradients[name], p.grad)
+
+@pytest.mark.parametrize(("power", "factor"), [(0.0, 1), (0.5, 2)])
+def test_only_a_slice_of_the_pictures_reaches_the_prefix(
+    power: float, factor: int, pictures: data.Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps by hand in double precision: both parts one after the other, each normalised by itself, the second one a constant."""
+    monkeypatch.setattr(tradeoff.models, "build", small_network)
+    assert pictures.num_classes == 26
+    ours = Run(Way(every=4, sliced=True, power=power), 0, 4, 0.03, pictures, "small_vgg")
+    ours.model.train()
+    prefix = ("0.weight", "1.weight", "1.bias", "3.weight", "4.weight", "4.bias")
+    theirs = {name: p.detach().double() for name, p in small_network().named_parameters()}
+    velocity = {name: torch.zeros_like(p) for name, p in theirs.items()}
+    running = {norm: [torch.zeros(size).double(), torch.ones(size).double()] for norm, size in (("1", 5), ("4", 7))}
+
+    def normalised(z: torch.Tensor, norm: str, p: dict[str, torch.Tensor]) -> torch.Tensor:
+        mean, variance = z.mean((0, 2, 3)), z.var((0, 2, 3), unbiased=False)
+        of_samples = z.detach().mean((0, 2, 3)), z.detach().var((0, 2, 3), unbiased=True)
+        running[norm] = [0.9 * before + 0.1 * now for before, now in zip(running[norm], of_samples, strict=True)]
+        scaled = (z - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
+        return scaled * p[f"{norm}.weight"][:, None, None] + p[f"{norm}.bias"][:, None, None]
+
+    for step, (x, y) in enumerate(list(pictures.train(0))[:2]):
+        assert len(x) == 32
+        ours._step(x, y, step, boundary=2)
+
+        p = {name: value.clone().requires_grad_() for name, value in theirs.items()}
+        parts = []
+        for part in (x[:8].double(), x[8:].double()):
+            first = normalised(F.conv2d(part, p["0.weight"], stride=2), "1", p).relu()
+            parts.append(normalised(F.conv2d(first, p["3.weight"], stride=2, padding=1), "4", p).relu())
+        z = F.conv2d(torch.cat([parts[0], parts[1].detach()]), p["6.weight"], p["6.bias"]).mean((2, 3))
+        logits = z @ p["9.weight"].T + p["9.bias"]
+        loss = (logits.logsumexp(1) - logits[torch.arange(32), y]).mean()
+        for name, gradient in zip(p, torch.autograd.grad(loss, list(p.values())), strict=True):
+            scaled = factor * gradient if name in prefix else gradient
+            velocity[name] = 0.9 * velocity[name] + scaled + 5e-4 * theirs[name]
+            theirs[name] = theirs[name] - 0.03 * velocity[name]
+
+    for name, mine in ours.model.named_parameters():
+        torch.testing.assert_close(
+            mine.double(), theirs[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    for name, statistics in running.items():
+        norm = ours.model.get_submodule(name)
+        assert isinstance(norm, nn.BatchNorm2d)
+        for mine, expected in zip((norm.running_mean, norm.running_var), statistics, strict=True):
+            assert mine is not None
+            torch.testing.assert_close(mine.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_slice_costs_its_share_and_only_whole_modules_are_sliced(pictures: data.Data) -> None:

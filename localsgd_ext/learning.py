@@ -76,7 +76,8 @@ class LocalizedLearning:
         normalize, activation, momentum, sample, algorithm: see :class:`HebbianUpdater`.
         refresh: one in every so many mini-batches back-propagates through the whole network, and its optimizer step moves the
             prefix too, which makes no local update then; an int, a callable of the epoch, or ``None`` for never (``"auto"``:
-            the preset's). A mini-batch ends when every optimizer has made its step; their state for the prefix is kept.
+            the preset's). A mini-batch ends when every optimizer has made its step; their state for the prefix is kept. One that
+            ``GradScaler`` leaves out is none, which a fused optimizer waits for the device to find out.
         bn_stats: ``"update"`` or ``"freeze"``, see :class:`PrefixFreeze`.
         nan_policy: what a mini-batch with NaN or infinity in its data, activations or loss may do. Local weights never take it
             up. ``"report"``: it goes its way, as in plain PyTorch, and :meth:`step` warns of every layer with skipped updates,

@@ -18,6 +18,14 @@ NAN_POLICIES = ("report", "skip", "raise")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
+def leaves_out(optimizer: Optimizer) -> bool:
+    """Whether the step that ``optimizer`` is making does nothing: ``GradScaler`` found that its gradients overflow.
+
+    Of most optimizers it does not call ``step()`` then. Fused ones it calls, and says so on the device, for which this waits.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False) and getattr(optimizer, "found_inf", None))
+
+
 class NonFiniteGuard:
     """Watches a model and its optimizers for NaN and infinity; with ``policy="skip"`` keeps them out of what is learnt.
 
@@ -132,6 +140,8 @@ class NonFiniteGuard:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:
             raise ValueError("nan_policy='skip' needs step() without a closure: it looks at the gradients before the step")
+        if leaves_out(optimizer):
+            return
         members = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in members]
         # The largest element: unlike a sum of squares it does not overflow.

@@ -9,6 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from .freezing import PrefixFreeze
+from .nonfinite import leaves_out
 from .updater import HebbianUpdater
 
 Every = int | Callable[[int], int]
@@ -54,7 +55,8 @@ class Refresh:
 class Refresher:
     """Opens the prefix for the mini-batches that are due, and closes it behind them, as the optimizers make their steps.
 
-    A mini-batch ends when every optimizer has made its step. While the prefix is open it makes no local updates.
+    A mini-batch ends when every optimizer has made its step; one that ``GradScaler`` leaves out is none. While the prefix is open
+    it makes no local updates.
 
     Args:
         refresh: says which mini-batches are due.
@@ -110,6 +112,8 @@ class Refresher:
         self._handles = []
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if leaves_out(optimizer):
+            return
         if self.freeze is not None:
             if optimizer in self._late:
                 self._late.discard(optimizer)

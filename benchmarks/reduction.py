@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks.networks import NETWORKS
 from benchmarks.tables import aligned, times
-from localsgd_ext import LocalizedLearning, StaticModeSelection, layer_hook
+from localsgd_ext import LocalizedLearning, StaticModeSelection, replicated_sums
 from localsgd_ext.distributed import ReplicatedModel, check_replicas
 from localsgd_ext.layers import LAYER_TYPES
 
@@ -65,13 +65,13 @@ class Way:
         depth = sum(isinstance(module, LAYER_TYPES) for module in network.modules())
         schedule = StaticModeSelection(kind=lambda epoch: int(SHARE * depth), l_max=SHARE)
         self.local = LocalizedLearning(self.model, None, epochs=2, preset="paper", schedule=schedule, lr=1e-4, supervision=None)
-        size = layer_hook.gram_sums_size
+        size = replicated_sums.gram_sums_size
         if not grams:  # never the smaller one
-            layer_hook.gram_sums_size = lambda *_: sys.maxsize
+            replicated_sums.gram_sums_size = lambda *_: sys.maxsize
         try:
             self.step()  # in which the processes agree on what is sent, from the next step on
         finally:
-            layer_hook.gram_sums_size = size
+            replicated_sums.gram_sums_size = size
         self.before = self.model.traffic
 
     def step(self) -> tuple[float, float]:
@@ -84,8 +84,9 @@ class Way:
 
     @property
     def by_gram(self) -> int:
-        assert self.local._updater is not None
-        return sum(hook.gram is not None for hook in self.local._updater._hooks.values())
+        sums = self.local._updater and self.local._updater._sums
+        assert sums is not None
+        return len(sums.grams)
 
     def bytes_per_step(self) -> int:
         now = self.model.traffic

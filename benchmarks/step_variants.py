@@ -161,7 +161,8 @@ def make(name: str, start: nn.Module, x: Tensor, boundary: int, lr: float = LOCA
     variant.learning.trace(x)
     if local:
         updater: Any = variant.learning._updater
-        updater._update = variant.timed(updater._update)
+        for hook in updater._hooks.values():
+            hook.update = variant.timed(hook.update)
     if name == "naive":
         for layer in variant.learning.local_layers:
             hook = NaiveHook(lr)

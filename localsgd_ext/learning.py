@@ -317,11 +317,15 @@ class LocalizedLearning:
         Raises:
             TypeError: something that is not several parameters.
         """
-        several = () if isinstance(parameters, Tensor) else tuple(parameters)  # a tensor's would be its rows
-        wrong = [each for each in several if not isinstance(each, nn.Parameter)]
-        if wrong or isinstance(parameters, Tensor):
-            given = wrong[0] if wrong else parameters
-            raise TypeError(f"parameters must be an iterable of torch.nn.Parameter, got {type(given).__name__}")
+        wanted = "parameters must be an iterable of torch.nn.Parameter"
+        if isinstance(parameters, Tensor):  # it is an iterable, of its rows
+            raise TypeError(f"{wanted}, got a single {type(parameters).__name__}: put it in a list")
+        if not isinstance(parameters, Iterable):
+            raise TypeError(f"{wanted}, got {type(parameters).__name__}")
+        several = tuple(parameters)
+        for each in several:
+            if not isinstance(each, nn.Parameter):
+                raise TypeError(f"{wanted}, got {type(each).__name__} in it")
         self._kept += any(parameter.requires_grad for parameter in several)
         for parameter in several:
             parameter.requires_grad_(False)

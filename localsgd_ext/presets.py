@@ -88,13 +88,14 @@ def choose(
     """
     given: tuple[tuple[str, Any, Any, str], ...] = (
         ("epochs", epochs, Integral, "an int"),
+        ("lr_decay", lr_decay, Real, "a number"),
         ("lr_decay_every", lr_decay_every, Integral, "an int"),
         ("lr", lr, (NoneType, Real, Callable), "a number, a callable of the epoch or None"),
         ("supervision", supervision, (NoneType, str, WeakSupervision), "a name, a WeakSupervision or None"),
         ("on_boundary_move", on_boundary_move, (NoneType, Callable), "callable or None"),
     )
     for name, value, types, wanted in given:
-        if not isinstance(value, types):
+        if isinstance(value, bool) or not isinstance(value, types):
             raise TypeError(f"{name} must be {wanted}, got {value!r}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")

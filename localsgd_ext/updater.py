@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,9 +13,10 @@ from torch.nn.parameter import is_lazy
 
 from . import ops
 from .hooks import CallHook, in_backward, under_checkpoint, under_transform
-from .layer_hook import LayerHook, Pick, parameter
+from .layer_hook import LayerHook, parameter
 from .layers import Patterns, is_plain, select_names
-from .reduction import CorrelationReducer, Reduced
+from .local_step import LocalStep, check_lr
+from .replicated_sums import ReplicatedSums
 from .sampling import check_sample, sampled, sampled_correlation
 from .wrappers import refuse_sharded, refuse_wrappers, unwrap
 
@@ -76,8 +75,7 @@ class HebbianUpdater:
         sample: float = 1.0,
         algorithm: str = "auto",
     ) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        self._step = LocalStep(lr, normalize=normalize, momentum=momentum)
         if algorithm not in ops.ALGORITHMS:
             raise ValueError(f"algorithm must be one of {', '.join(ops.ALGORITHMS)}, got {algorithm!r}")
         if activation is not None and not callable(activation):
@@ -92,10 +90,7 @@ class HebbianUpdater:
                 stacklevel=2,
             )
         self.model = model
-        self.lr = _finite(lr)
-        self.normalize = normalize
         self.activation = activation
-        self.momentum = momentum
         self.sample = check_sample(sample)
         self.algorithm = algorithm
         self.forwards = 0
@@ -107,33 +102,40 @@ class HebbianUpdater:
         self._forward_id = 0
         self._any_enabled = False
         self._sharding_checked = False
-        self._reducer: CorrelationReducer | None = None if self.replicas is None else self.replicas.reducer
-        self._bound: tuple[list[str], set[str]] = [], set()  # what the reducer has buckets for
-        self._picks: dict[str, Pick] | None = None  # what the first process takes, by layer; None: not agreed upon yet
-        self._picks_wait = False  # what they say of G is for the sums after the present ones
-        self._summed_with: dict[str, tuple[int, ...]] = {}  # LayerHook.versions when the present sums of G began
-        self._said_changed = False
         # Index of the present training forward with layers enabled. A tensor: torch.compile neither guards on it nor bakes it in.
         self._turn = torch.full((), -1, dtype=torch.int64, device="cpu")
-        self._lr_tensors: dict[torch.device, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
-        self._velocity: dict[str, Tensor] = {}
         modules = dict(model.named_modules())
         names = select_names(model, layers)
+        update = self._eager(self._update)
         self._hooks = {
-            name: LayerHook(self, name, modules[name]) for name in modules if name in names and is_plain(modules[name])
+            name: LayerHook(self, update, name, modules[name]) for name in modules if name in names and is_plain(modules[name])
         }
         taken = [n for n in self._hooks if any(isinstance(h, LayerHook) for h in modules[n]._forward_hooks.values())]
         if taken:  # a second one (a notebook cell run twice) would double every step
             raise ValueError(f"model must not be under another updater: {taken[0]!r} is; call remove() on that one first")
+        self._sums = None if self.replicas is None else ReplicatedSums(self.replicas, self._hooks)
         self._handles = [
             modules[name].register_forward_hook(hook, prepend=True, with_kwargs=True) for name, hook in self._hooks.items()
         ]
         self._handles.append(model.register_forward_pre_hook(CallHook(self._eager(self._begin_forward)), prepend=True))
-        if self._reducer is not None:
+        if self._sums is not None:
             self._handles.append(model.register_forward_hook(CallHook(self._eager(self._end_forward))))
             before_saving = CallHook(lambda _: self.flush())
             self._handles.append(model.register_state_dict_pre_hook(before_saving))  # type: ignore[no-untyped-call]
+
+    @property
+    def lr(self) -> float:
+        """The signed learning rate."""
+        return self._step.lr
+
+    @property
+    def normalize(self) -> bool:
+        return self._step.normalize
+
+    @property
+    def momentum(self) -> float:
+        return self._step.momentum
 
     @property
     def enabled(self) -> list[str]:
@@ -162,16 +164,12 @@ class HebbianUpdater:
             hook.deferred = hook.deferred or name in deferred
             if hook.enabled and not is_lazy(hook.module.weight):
                 hook.counter()  # made here and not in the forward, where torch.compile would recompile for it
-                self._lr_on(hook.module.weight.device)
+                self._step.lr_on(hook.module.weight.device)
             if not hook.enabled:
-                self._velocity.pop(name, None)
+                self._step.forget(name)
         self._sharding_checked = False
-        if self._reducer is not None and (list(names), deferred) != self._bound:
-            self._bound = list(names), deferred
-            self._reducer.bind({name: self._hooks[name].module.weight for name in names}, deferred)
-            self._picks, self._picks_wait = None, False
-            for hook in self._hooks.values():
-                hook.pick, hook.gram = Pick(), None
+        if self._sums is not None:
+            self._sums.bind(list(names), deferred)
 
     def set_lr(self, lr: float) -> None:
         """Set the signed learning rate, on the devices too (captured graphs read it there).
@@ -179,31 +177,28 @@ class HebbianUpdater:
         Raises:
             ValueError: ``lr`` is not finite.
         """
-        lr = _finite(lr)
+        check_lr(lr)
         self.flush()
-        self.lr = lr
-        for tensor in self._lr_tensors.values():
-            tensor.fill_(self.lr)
+        self._step.set_lr(lr)
 
     def flush(self) -> None:
         """Make the deferred updates now.
 
         With a ``ReplicatedModel`` whose ``sync`` is not ``"step"`` all processes must call it: sums that wait are reduced.
         """
-        if self._reducer is not None:
-            self._write_reduced()  # what was launched
-            self._reducer.launch()
-            self._write_reduced()
+        if self._sums is not None:
+            self._write_summed(self._sums)  # what was launched
+            self._sums.launch()
+            self._write_summed(self._sums)
         pending, self._pending = self._pending, {}
         for name, correlation in pending.items():
-            self._write(self._hooks[name], correlation)
+            self._step.write(self._hooks[name], correlation)
 
     def discard(self) -> None:
         """Forget the deferred updates: the weights they were made for are gone."""
         self._pending.clear()
-        self._summed_with.clear()
-        if self._reducer is not None:
-            self._reducer.discard()
+        if self._sums is not None:
+            self._sums.discard()
 
     def skipped(self) -> dict[str, int]:
         """Layer name to the number of updates skipped since the last :meth:`reset_counters`, where there were any.
@@ -254,30 +249,23 @@ class HebbianUpdater:
         """Momentum and the counters of the present epoch; deferred updates are made first."""
         skipped = self.skipped()
         return {
-            "lr": self.lr,
-            "momentum": {name: velocity.detach().clone() for name, velocity in self._velocity.items()},
+            **self._step.state_dict(),
+            **({} if self._sums is None else self._sums.state_dict()),
             "skipped": skipped,
             "fired": [name for name, hook in self._hooks.items() if hook.fired],
             "forwards": self.forwards,
             "called": self._called,
             "deferred": [name for name, hook in self._hooks.items() if hook.deferred],
             "turn": int(self._turn),
-            "picks": None if self._picks is None else {name: asdict(pick) for name, pick in self._picks.items()},
-            "picks_of": self._picks_of(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; deferred updates that are still to be made are forgotten."""
         self.discard()
-        self.set_lr(state["lr"])
+        self._step.load_state_dict(state, {name: self._hooks[name].module.weight.device for name in state["momentum"]})
         self.forwards = state["forwards"]
         self._called = state.get("called", self.forwards > 0)
         self._turn.fill_(state.get("turn", -1))  # states from before there was `sample` have none
-        velocity = {}
-        for name, saved in state["momentum"].items():
-            weight = self._hooks[name].module.weight
-            velocity[name] = saved.to(device=weight.device, copy=True)
-        self._velocity = velocity
         fired, deferred = set(state["fired"]), set(state["deferred"])
         for name, hook in self._hooks.items():
             hook.fired = name in fired
@@ -285,15 +273,12 @@ class HebbianUpdater:
             count = state["skipped"].get(name, 0)
             if count or hook.skipped is not None:
                 hook.counter().fill_(count)
-        if self._reducer is not None and state.get("picks_of") == self._picks_of():
-            # Not agreed upon anew: the first sums would be of D, and round otherwise than where the state was saved.
-            picks = state["picks"]
-            self._set_picks(None if picks is None else {name: Pick(**saved) for name, saved in picks.items()})
-            self._reduce_grams()
+        if self._sums is not None:
+            self._sums.load_state_dict(state)
 
     def _eager(self, method: Callable[..., None]) -> Callable[..., None]:
         """What communicates is no part of a compiled graph: it breaks there, as at DistributedDataParallel's own buckets."""
-        return method if self._reducer is None else torch.compiler.disable(method)  # type: ignore[no-untyped-call]
+        return method if self.replicas is None else torch.compiler.disable(method)  # type: ignore[no-untyped-call]
 
     def _begin_forward(self, module: nn.Module) -> None:
         if not torch.compiler.is_compiling() and not self._sharding_checked:  # fully_shard may have come after the hooks
@@ -301,12 +286,12 @@ class HebbianUpdater:
             self._sharding_checked = True
         if self._pending:
             self.flush()
-        if self._reducer is not None:
-            self._write_reduced()
+        if self._sums is not None:
+            self._write_summed(self._sums)
             if self.paused or not (module.training and torch.is_grad_enabled()):
                 self.flush()
             elif self._any_enabled:
-                self._reducer.begin_forward()
+                self._sums.begin_forward()
         if self.paused:
             return
         if self.sample < 1 and self._any_enabled and module.training and torch.is_grad_enabled():
@@ -320,12 +305,10 @@ class HebbianUpdater:
             self.forwards += 1
 
     def _end_forward(self, module: nn.Module) -> None:
-        if self._reducer is None or self.paused or not self._any_enabled:
+        if self._sums is None or self.paused or not self._any_enabled:
             return
         if module.training and torch.is_grad_enabled():
-            self._reducer.end_forward()
-            if self._picks is None:
-                self._agree_on_algorithms()
+            self._sums.end_forward()
 
     def _update(self, hook: LayerHook, x: Tensor, z: Tensor) -> None:
         if not torch.compiler.is_compiling():
@@ -340,8 +323,8 @@ class HebbianUpdater:
                 return  # a checkpointed segment is recomputed: it was updated in the forward
             if hook.last_forward == self._forward_id or under_checkpoint():
                 hook.deferred = True
-                if self._reducer is not None:
-                    self._reducer.hold(hook.name)
+                if self._sums is not None:
+                    self._sums.hold(hook.name)
             hook.last_forward = self._forward_id
         hook.fired = True
         weight = parameter(hook.module, "weight")
@@ -353,24 +336,18 @@ class HebbianUpdater:
         if self.sample < 1 and not in_graph:
             _refuse_capture(x)
             x, z = sampled(weight, x, z, self.sample, int(self._turn))
-        deferred = hook.deferred or z.requires_grad or self._reducer is not None
-        if not (deferred or in_graph or self.momentum or self.activation is not None):
+        deferred = hook.deferred or z.requires_grad or self._sums is not None
+        if not (deferred or in_graph or self._step.momentum or self.activation is not None):
             # The usual case, and paid for by every layer in every step: nothing here that can be left out.
-            lr = self._lr_on(weight.device)
+            lr = self._step.lr_on(weight.device)
             skipped = hook.counter(weight.device)
-            ops.hebbian_update_(weight, x, z, lr, normalize=self.normalize, skipped=skipped, **hook.arguments())
+            ops.hebbian_update_(weight, x, z, lr, normalize=self._step.normalize, skipped=skipped, **hook.arguments())
             return
         with torch.no_grad():
             if self.activation is not None:
                 z = self.activation(z.detach())
-            if self._reducer is not None:
-                counts_next = self._reducer.has_left(hook.name)
-                gram = hook.pick.gram if self._picks_wait and counts_next else hook.gram
-                self._reducer.add(hook.name, hook.summand(x, z, gram))
-                if gram is not None and not counts_next:  # what does is multiplied by the weight that is yet to be written
-                    self._summed_with.setdefault(hook.name, hook.versions())
-                if self._picks is None and self.replicas is not None and self.replicas.rank == 0:
-                    hook.see(x, z)
+            if self._sums is not None:
+                self._sums.add(hook.name, x, z)
                 return
             if in_graph:
                 correlation = sampled_correlation(weight, x, z, self.sample, self._turn, **hook.arguments())
@@ -380,103 +357,16 @@ class HebbianUpdater:
                 known = self._pending.get(hook.name)
                 self._pending[hook.name] = correlation if known is None else known.add_(correlation)
             else:
-                self._write(hook, correlation)
+                self._step.write(hook, correlation)
 
-    def _write_reduced(self) -> None:
+    def _write_summed(self, sums: ReplicatedSums) -> None:
         """Make the updates whose sums over the processes were launched."""
-        assert self._reducer is not None
-        by_device: dict[torch.device, list[Reduced]] = {}
-        taken = self._reducer.take()
-        if taken:
-            self._report_changed()
-        for each in taken:
-            by_device.setdefault(each.total.device, []).append(each)
-        with torch.no_grad():
-            for device, several in by_device.items():
-                hooks = [self._hooks[each.name] for each in several]
-                correlations = [hook.correlation_of(each.total) for hook, each in zip(hooks, several, strict=True)]
-                if self.momentum:
-                    for hook, correlation, each in zip(hooks, correlations, several, strict=True):
-                        self._write(hook, correlation, each.runs > 0)
-                    continue
-                weights = [hook.module.weight for hook in hooks]
-                skipped = torch.zeros(len(hooks), dtype=torch.int64, device=device)
-                ops.apply_update_(weights, correlations, self._lr_on(device), normalize=self.normalize, skipped=skipped)
-                skipped.mul_(torch.stack([each.runs for each in several]) > 0)  # what never ran was not skipped
-                torch._foreach_add_([hook.counter(device) for hook in hooks], list(skipped.unbind()))
-        if by_device:
-            self._reducer.clear()
-            if self._picks_wait:
-                self._reduce_grams()
-
-    def _report_changed(self) -> None:
-        """Warn once of weights that are no longer those that sums were made with; the sums are over."""
-        changed = [name for name, versions in self._summed_with.items() if versions != self._hooks[name].versions()]
-        self._summed_with.clear()
-        if changed and not self._said_changed:
-            self._said_changed = True
-            warnings.warn(
-                f"weight or bias of {', '.join(changed)} changed between a forward and the local update that is made of it before the "
-                "next one, and is multiplied by them: it is not that of the weights in the forward (call flush() of the ReplicatedModel "
-                "before you change a weight, and leave such a bias frozen)",
-                UserWarning,
-                stacklevel=2,
-            )
-
-    def _agree_on_algorithms(self) -> None:
-        """The first process's choice is taken: those of others may differ, if they are timed."""
-        assert self.replicas is not None
-        self._set_picks(self.replicas.from_first({name: hook.pick for name, hook in self._hooks.items() if hook.enabled}))
-
-    def _set_picks(self, picks: dict[str, Pick] | None) -> None:
-        self._picks = picks
-        for hook in self._hooks.values():
-            hook.pick = Pick() if picks is None else picks.get(hook.name, Pick())
-        self._picks_wait = True
-
-    def _picks_of(self) -> list[list[str]]:
-        """What picks are for: those of other layers, or of another kind of device, mean nothing here."""
-        return [[name, self._hooks[name].module.weight.device.type] for name in self.enabled]
-
-    def _reduce_grams(self) -> None:
-        """From now on sum up what the picks say; nothing waits to be reduced."""
-        assert self._reducer is not None
-        self._picks_wait = False
-        before = {name: hook.gram for name, hook in self._hooks.items()}
-        for hook in self._hooks.values():
-            hook.gram = hook.pick.gram if hook.enabled else None
-        if before != {name: hook.gram for name, hook in self._hooks.items()}:
-            self._reducer.lay_out({name: hook.gram_size() for name, hook in self._hooks.items() if hook.gram is not None})
-
-    def _write(self, hook: LayerHook, correlation: Tensor, ran: Tensor | None = None) -> None:
-        weight = hook.module.weight
-        lr = self._lr_on(weight.device)
-        if not self.momentum:
-            ops.apply_update_([weight], [correlation], lr, normalize=self.normalize, skipped=hook.counter())
-            return
-        with torch.no_grad():
-            norm = torch.linalg.vector_norm(correlation, dtype=torch.float64)
-            usable = torch.isfinite(norm) & (norm > 0)
-            step = correlation / norm.to(correlation.dtype) if self.normalize else correlation
-            velocity = self._velocity.setdefault(hook.name, torch.zeros_like(correlation))
-            velocity.copy_(torch.where(usable, self.momentum * velocity + step, velocity))
-            moved = (weight.to(velocity.dtype) + lr.to(velocity.dtype) * velocity).to(weight.dtype)
-            weight.copy_(torch.where(usable, moved, weight))
-            hook.counter().add_(~usable if ran is None else ~usable & ran)
-
-    def _lr_on(self, device: torch.device) -> Tensor:
-        tensor = self._lr_tensors.get(device)
-        if tensor is None:
-            tensor = self._lr_tensors[device] = torch.full((), self.lr, dtype=torch.float64, device=device)
-        return tensor
+        summed = sums.take()
+        if summed:
+            self._step.write_summed(summed)
+            sums.clear()
 
 
 def _refuse_capture(x: Tensor) -> None:
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("sample must be 1 in a CUDA graph: a replay would see the same slice of the mini-batch for ever")
-
-
-def _finite(lr: float) -> float:
-    if not math.isfinite(lr):  # it would overwrite every local weight
-        raise ValueError(f"lr must be finite, got {lr}")
-    return float(lr)

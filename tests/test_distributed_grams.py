@@ -62,7 +62,7 @@ def test_equals_correlations(options, sync):
 @distributed_test()
 def test_equals_one_process_with_the_whole_batch(world_size, algorithm):
     many, one = (Run(Widening, replicated=replicated, algorithm=algorithm).run() for replicated in (True, False))
-    assert any(hook.gram is not None for hook in many.local._updater._hooks.values())
+    assert many.local._updater._sums.grams
     assert_equal(one, many, rtol=1e-12, atol=1e-12)
 
 
@@ -96,11 +96,11 @@ def test_layers_that_narrow_or_are_no_gram_layers_send_correlations():
     hooks = run.local._updater._hooks
     for name in ("convs.1", "convs.2"):
         hooks[name].arguments = lambda hook=hooks[name], of=hooks[name].arguments: (
-            of() | {"algorithm": hook.pick.algorithm or "gram"}
+            of() | {"algorithm": hook.algorithm or "gram"}
         )
     run.epoch(0)
     run.model.flush()
-    assert [hooks[f"convs.{i}"].gram is not None for i in range(4)] == [False, True, False, False]
+    assert list(run.local._updater._sums.grams) == ["convs.1"]
 
 
 @distributed_test(world_size=2)
@@ -115,11 +115,11 @@ def test_under_autocast_the_weight_is_the_rounded_one():
         run.model.flush()
         check_replicas(run.local)
         results.append(run)
-    hook = results[0].local._updater._hooks["convs.2"]
-    assert hook.gram == torch.bfloat16
-    weight = hook.module.weight.detach()
+    layer = results[0].local._updater._sums._layers["convs.2"]
+    assert layer.gram == torch.bfloat16
+    weight = results[0].network.convs[2].weight.detach()
     sums = torch.rand(triangle(24)) + 1
-    expected = results[0].local._updater._hooks["convs.2"].correlation_of(sums)
+    expected = layer.correlation_of(sums)
     gram = torch.zeros(24, 24)
     gram[torch.tril_indices(24, 24).unbind()] = sums
     gram = gram + gram.tril(-1).T
@@ -138,7 +138,7 @@ def test_resumes_bit_for_bit(options):
     saved = whole.run(stop=3).saved()
     whole.run(start=3)
     resumed = Run(Widening, replicated=True, **options).load(saved)
-    assert any(hook.gram is not None for hook in resumed.local._updater._hooks.values())
+    assert resumed.local._updater._sums.grams
     resumed.run(start=3)
     for ours, theirs in zip(resumed.network.state_dict().values(), whole.network.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
@@ -157,6 +157,18 @@ def test_loads_what_one_process_saved_and_back():
 
 
 @distributed_test(world_size=2)
+def test_after_a_state_that_does_not_say_what_is_summed_processes_agree_anew():
+    with alone():
+        saved = Run(Widening, replicated=False, algorithm="gram", schedule=fixed(3)).run(stop=1).saved()
+    run = Run(Widening, replicated=True, algorithm="gram", schedule=fixed(3)).load(saved)
+    for _ in range(2):
+        assert not run.local._updater._sums.grams
+        run.run(start=1, stop=2)
+        assert len(run.local._updater._sums.grams) == 3
+        run.load(saved)
+
+
+@distributed_test(world_size=2)
 def test_processes_with_different_numbers_of_threads_agree():
     torch.set_num_threads(1 + dist.get_rank())
     network = nn.Sequential(nn.Linear(300, 700), nn.ReLU(), nn.Linear(700, 4))
@@ -167,7 +179,7 @@ def test_processes_with_different_numbers_of_threads_agree():
     for _ in range(3):
         model(torch.randn(64, 300)).sum().backward()
     updater.flush()
-    assert updater._hooks["0"].gram is not None
+    assert list(updater._sums.grams) == ["0"]
     check_replicas(model)
 
 
@@ -211,8 +223,7 @@ def test_what_comes_too_late_for_a_sum_is_what_the_next_one_is_of(sync):
         seen.append(second)
     updater.flush()
     torch.testing.assert_close(a.weight, weight, rtol=1e-12, atol=1e-12)
-    assert updater._hooks["a"].gram is not None
-    assert updater._hooks["b"].gram is not None
+    assert list(updater._sums.grams) == ["a", "b"]
     check_replicas(model)
 
 
@@ -225,7 +236,7 @@ def test_a_layer_that_the_optimizer_moves_sends_correlations():
     updater.enable(["a", "b"])
     for _ in range(3):
         model(torch.randn(5, 4, dtype=torch.float64))
-    assert [updater._hooks[name].gram for name in ("a", "b")] == [None, None]
+    assert not updater._sums.grams
 
 
 CHANGES = {

@@ -80,7 +80,7 @@ PLANTED = {
     "parameter convs.1.weight": lambda run: run.network.convs[1].weight.data[0, 0].add_(1e-15),
     "parameter convs.3.bias": lambda run: run.network.convs[3].bias.data.neg_(),
     "momentum_buffer of fc.weight": lambda run: run.optimizer.state[run.network.fc.weight]["momentum_buffer"].mul_(2),
-    "local momentum of convs.0": lambda run: run.local._updater._velocity["convs.0"].mul_(2),
+    "local momentum of convs.0": lambda run: run.local._updater._step._velocity["convs.0"].mul_(2),
     "mini-batches since the last refresh": lambda run: run.local._refresher.refresh.advance(run.local.epoch),
     "parameters frozen by the boundary": lambda run: run.local.keep_frozen([run.network.convs[0].bias]),
     "sign": lambda run: setattr(run.local.supervision, "sign", -run.local.sign),

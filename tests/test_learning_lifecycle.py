@@ -242,7 +242,13 @@ def test_bad_arguments_are_named_and_leave_no_hooks(kwargs, name):
     [
         ({"epochs": 2.5}, "epochs must be an int, got 2.5"),
         ({"epochs": "20"}, "epochs must be an int, got '20'"),
+        ({"epochs": True}, "epochs must be an int, got True"),
+        ({"lr_decay": "2"}, "lr_decay must be a number, got '2'"),
+        ({"lr_decay": None}, "lr_decay must be a number, got None"),
+        ({"lr_decay": True}, "lr_decay must be a number, got True"),
         ({"lr_decay_every": 0.5}, "lr_decay_every must be an int, got 0.5"),
+        ({"lr_decay_every": True}, "lr_decay_every must be an int, got True"),
+        ({"lr": True}, "lr must be a number, a callable of the epoch or None, got True"),
         ({"lr": "0.1"}, "lr must be a number, a callable of the epoch or None, got '0.1'"),
         ({"supervision": 1}, "supervision must be a name, a WeakSupervision or None, got 1"),
         ({"on_boundary_move": 1}, "on_boundary_move must be callable or None, got 1"),

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from paper_runs import ENVIRONMENT, NETWORK, SMOKE
 
 from benchmarks import ROOT, paper
 from benchmarks.experiments import batch, parallel, suite
@@ -26,12 +27,6 @@ from localsgd_ext.train.files import read_json_lines
 from localsgd_ext.train.loop import Trainer
 from localsgd_ext.train.progress import Silence
 from localsgd_ext.train.rundir import WatchedRunDirectory
-
-SMOKE = Study(SCALES["smoke"])
-NETWORK = ("fake", "small_resnet")
-ENVIRONMENT = {
-    "torch": "2", "cpu": "a", "gpu": None, "threads": 1, "localsgd_ext": "0", "git_commit": "abc", "compiled_kernels": True
-}  # fmt: skip
 
 
 def entry(variant: Variant, sizes: list[int], seconds: float) -> dict[str, Any]:

@@ -40,9 +40,9 @@ class LocalizedLearning:
             for x, y in loader:
                 loss = criterion(model(x), y)           # rule="hebbian": layers of the prefix update themselves here
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()                         # stops at the transition layer; one in 4 goes through the prefix too
+                loss.backward()                         # stops at the transition layer
                 optimizer.step()
-            local.step(epoch_loss)                      # the boundary of the next epoch
+            local.step()                                # the boundary of the next epoch
 
     All layers start with SGD. After each epoch the schedule may move the boundary ``T``: ``layers[T]``, the transition layer,
     and all after it go on with SGD; every parameter first used before it is frozen for the optimizer (see
@@ -60,15 +60,16 @@ class LocalizedLearning:
         optimizer: the optimizer (or several) of the whole model, or ``None``. Its parameter groups are left alone; the state of
             parameters that get frozen is dropped.
         epochs: length of the run, ``E_max`` of equation 2.
-        preset: what is taken for the arguments that are not given. ``None``: ``rule="frozen"``, ``schedule="linear"``,
-            ``l_max=0.9``, ``refresh=4`` (``lr=0.0001``, should the rule be Hebbian).
+        preset: what is taken for the arguments that are not given. ``None`` (or ``"default"``): ``rule="frozen"``,
+            ``schedule="dynamic"``, ``l_max=0.75``, ``refresh=None`` (``lr=0.0001``, should the rule be Hebbian).
+            ``"refresh"``: the same with ``schedule="linear"``, ``l_max=0.9``, ``refresh=4``.
             ``"paper"``: LoCal+SGD as printed, ``rule="hebbian"``, ``schedule="dynamic"``, ``l_max=0.75``, ``refresh=None``,
-            ``lr=0.01``.
+            ``lr=0.01``; :meth:`step` then needs the loss.
         schedule: ``"dynamic"`` (Algorithm 1), ``"quadratic"``, ``"linear"``, ``"exponential"`` (static schedules), or a
             :class:`ModeSelection`, which then holds ``alpha``, ``l_max`` and ``t_shift`` itself.
         alpha, l_max, t_shift: see :class:`DynamicModeSelection`.
         rule: ``"hebbian"``, or ``"frozen"``: the same boundary, no local updates (with ``refresh=None`` the prefix does not
-            learn at all: the freezing baseline).
+            learn at all).
         lr: local learning rate, a float or a callable of the epoch.
         lr_decay, lr_decay_every: a float ``lr`` is divided by ``lr_decay`` every so many epochs from the start of training.
         supervision: ``"absolute"`` or ``"toggle"`` (Algorithm 2), a :class:`WeakSupervision`, or ``None`` for none. ``"auto"``:

@@ -18,13 +18,14 @@ from .supervision import WeakSupervision
 RULES = ("hebbian", "frozen")
 AUTO = "auto"
 PRESETS: dict[str, dict[str, Any]] = {
-    # What keeps most of SGD's accuracy for its cost. The Hebbian step is not in it: it was not seen to help. Its normalised step
-    # has the length lr whatever the size of the weight; 0.01, the paper's, overwrites trained filters on networks of ordinary
-    # width, 1e-4 stays within reach of freezing.
-    "default": {"rule": "frozen", "schedule": "linear", "l_max": 0.9, "refresh": 4, "lr": 1e-4},
+    # What keeps most of SGD's accuracy for its cost (benchmarks/STUDY.md). The Hebbian step is not in it: it was not seen to help.
+    # Its normalised step has the length lr whatever the size of the weight; 0.01, the paper's, overwrites trained filters on
+    # networks of ordinary width, 1e-4 stays within reach of freezing.
+    "default": {"rule": "frozen", "schedule": "dynamic", "l_max": 0.75, "refresh": None, "lr": 1e-4},
+    "refresh": {"rule": "frozen", "schedule": "linear", "l_max": 0.9, "refresh": 4, "lr": 1e-4},
     "paper": {"rule": "hebbian", "schedule": "dynamic", "l_max": 0.75, "refresh": None, "lr": 0.01},
 }
-"""What is taken for arguments that are not given; for ``preset=None`` the first."""
+"""What is taken for arguments that are not given; for ``preset=None`` the first. ``lr`` counts for the Hebbian rule only."""
 
 
 class LocalRate:

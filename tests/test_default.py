@@ -8,13 +8,14 @@ from localsgd_ext import DynamicModeSelection, LocalizedLearning, StaticModeSele
 from localsgd_ext.learning import PRESETS
 
 EPOCHS = 6
+MOVES = {"alpha": 2.0, "t_shift": 1}  # in so short a run too
 
 
 def trained(**options):
     """A network after all epochs, and the boundaries it had."""
     model = seeded(PlainCNN)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    local = LocalizedLearning(model, optimizer, epochs=EPOCHS, **options)
+    local = LocalizedLearning(model, optimizer, epochs=EPOCHS, **MOVES, **options)
     boundaries = []
     for epoch in range(EPOCHS):
         loss = run_epoch(model, optimizer, batches(5, seed=epoch))
@@ -27,22 +28,30 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.values(), other.values(), strict=True))
 
 
-def test_by_default_one_mini_batch_in_four_refreshes_a_frozen_prefix_that_grows_linearly_to_nine_tenths():
-    state, boundaries, local = trained()
-    written_out, same_boundaries, _ = trained(rule="frozen", schedule="linear", l_max=0.9, refresh=4)
+@pytest.mark.parametrize(
+    ("preset", "schedule", "options"),
+    [
+        (None, DynamicModeSelection, {"schedule": "dynamic", "l_max": 0.75, "refresh": None}),
+        ("default", DynamicModeSelection, {"schedule": "dynamic", "l_max": 0.75, "refresh": None}),
+        ("refresh", StaticModeSelection, {"schedule": "linear", "l_max": 0.9, "refresh": 4}),
+    ],
+)
+def test_a_preset_is_what_it_says(preset, schedule, options):
+    state, boundaries, local = trained(preset=preset)
+    written_out, same_boundaries, _ = trained(rule="frozen", **options)
     assert boundaries == same_boundaries
     assert boundaries[0] == 0
     assert boundaries[-1] > 0
     assert same(state, written_out)
-    assert isinstance(local.schedule, StaticModeSelection)
+    assert isinstance(local.schedule, schedule)
     assert local.supervision is None  # so that step() needs no loss
     local.step()
 
 
 def test_the_paper_s_preset_is_what_the_paper_says():
-    state, _, local = trained(preset="paper", t_shift=1)
+    state, _, local = trained(preset="paper")
     options = {"rule": "hebbian", "schedule": "dynamic", "l_max": 0.75, "lr": 0.01, "supervision": "absolute", "refresh": None}
-    assert same(state, trained(t_shift=1, **options)[0])
+    assert same(state, trained(**options)[0])
     assert isinstance(local.schedule, DynamicModeSelection)
     assert isinstance(local.supervision, WeakSupervision)
     assert local.current_lr == 0.01
@@ -53,8 +62,8 @@ def test_the_paper_s_preset_is_what_the_paper_says():
     [("rule", "hebbian"), ("schedule", "quadratic"), ("l_max", 0.5), ("refresh", None), ("refresh", 2), ("preset", "paper")],
 )
 def test_each_option_overrides_the_preset(option, value):
-    default = trained()[0]
-    assert not same(default, trained(**{option: value})[0])
+    unchanged = trained(preset="refresh")[0]
+    assert not same(unchanged, trained(**{"preset": "refresh", option: value})[0])
 
 
 def test_the_hebbian_rule_is_supervised_and_takes_small_steps_unless_told_otherwise():
@@ -65,10 +74,10 @@ def test_the_hebbian_rule_is_supervised_and_takes_small_steps_unless_told_otherw
         local.step()
 
 
-def test_without_an_optimizer_the_default_says_what_to_do():
+def test_without_an_optimizer_refresh_says_what_to_do():
     with pytest.raises(ValueError, match=r"refresh=4 needs the optimizer.*refresh=None does without"):
-        LocalizedLearning(seeded(PlainCNN), None, epochs=2)
-    LocalizedLearning(seeded(PlainCNN), None, epochs=2, refresh=None)
+        LocalizedLearning(seeded(PlainCNN), None, epochs=2, preset="refresh")
+    LocalizedLearning(seeded(PlainCNN), None, epochs=2)
 
 
 def test_refresh_must_be_a_period():

@@ -104,7 +104,7 @@ def _train(flags: dict[str, Any], out: Path | None, resume: bool, world: World) 
             config = rundir.read_config(out).replace(**flags)
             processes.check(config, world)
         else:
-            flags.setdefault("method", "local" if flags.get("preset") == "paper" else "refresh")
+            flags.setdefault("method", "local" if flags.get("preset") == "paper" else "freeze")
             config = _new_config(flags)
             out = out or Path("runs") / f"{config.data}-{_file_name(config.model)}-{config.method}-seed{config.seed}"
             processes.check(config, world)

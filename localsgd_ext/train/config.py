@@ -197,7 +197,7 @@ def resolve(data: str, model: str, method: str, preset: str | None = None, **fla
     base = presets.paper(data, model) if preset == "paper" else presets.DEFAULTS
     values = {name: getattr(base, name) for name in _HYPERPARAMETERS}
     if method == "refresh":
-        values |= {name: LIBRARY_PRESETS["default"][name] for name in ("schedule", "l_max", "refresh")}
+        values |= {name: LIBRARY_PRESETS["refresh"][name] for name in ("schedule", "l_max", "refresh")}
     if method == "local-paper":
         values |= {"local_lr": 0.01, "local_lr_decay": presets.paper_local_lr_decay(data), "local_lr_decay_every": 30}
     values |= {name: value for name, value in flags.items() if value is not None}

@@ -18,7 +18,7 @@ def test_train_says_what_it_does_and_where_things_are(
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 4  # not a terminal: one line per epoch
-    for part in ("epoch 4/4", "accuracy", "prefix 9/14", "images/s", "left 0 s"):
+    for part in ("epoch 4/4", "accuracy", "prefix 2/14", "images/s", "left 0 s"):
         assert part in lines[-1]
     assert f"Everything is in {out}" in shown
     assert (out / "picture.png").exists()
@@ -30,7 +30,7 @@ def test_train_says_what_it_does_and_where_things_are(
     assert (out / "model.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize(("options", "method"), [([], "refresh"), (["--preset", "paper"], "local")])
+@pytest.mark.parametrize(("options", "method"), [([], "freeze"), (["--preset", "paper"], "local")])
 def test_the_default_method_is_the_preset_s(options: list[str], method: str, tmp_path: Path) -> None:
     """Nothing is trained: the CIFAR archives are not there."""
     out = tmp_path / "run"

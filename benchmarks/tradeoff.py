@@ -10,8 +10,10 @@ All ways share first weights, pictures and SGD's learning rate (a cosine over th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import math
+import random
 import shlex
 import statistics
 import sys
@@ -32,6 +34,7 @@ from benchmarks.experiments import student
 from benchmarks.experiments.pareto import interpolated
 from benchmarks.records import Records, exit_status
 from benchmarks.tables import aligned
+from benchmarks.tradeoff_drawn import backpropagate
 from localsgd_ext import trace_layers
 from localsgd_ext.freezing import PrefixFreeze
 from localsgd_ext.train import config, data, environment, models
@@ -50,6 +53,8 @@ class Way:
     l_max: float = 0.9
     start: float = 0.0
     """Share of the run."""
+    thaw: float = 1.0
+    """Share of the run after which all layers learn again."""
     epochs: float = 1.0
     """Share of SGD's: the learning rate makes all its steps in them."""
     every: int = 0
@@ -62,6 +67,8 @@ class Way:
     """The prefix's gradients are multiplied by ``every ** power`` (1: Vlaar & Leimkuhler's larger steps)."""
     sliced: bool = False
     """One in ``every`` pictures of each mini-batch back-propagates through the prefix, instead of one in so many mini-batches."""
+    drawn: bool = False
+    """As ``sliced``, of the pictures that weigh most, see ``benchmarks/tradeoff_drawn.py``."""
     averaged: bool = False
     """Layers enter the prefix with a moving average of their weights."""
     annealed: bool = False
@@ -69,7 +76,7 @@ class Way:
 
     def boundary(self, epoch: int, epochs: int, layers: int) -> int:
         done = (epoch / epochs - self.start) / (1 - self.start)
-        if self.growth == "none" or done < 0:
+        if self.growth == "none" or done < 0 or epoch >= self.thaw * epochs:
             return 0
         share = {"linear": done, "quadratic": 1 - (1 - done) ** 2, "exponential": 1 - math.exp(-5 * done), "jump": 1.0}[
             self.growth
@@ -78,7 +85,7 @@ class Way:
 
     def cut(self, step: int, boundary: int) -> int:
         """The first layer that learns in ``step``."""
-        if self.sliced:
+        if self.sliced or self.drawn:
             return boundary
         if self.every and (step + 1) % self.every == 0:
             return 0
@@ -104,6 +111,10 @@ WAYS = {  # those that matter most first
     "1/4 of each mini-batch, linear": Way("linear", every=4, sliced=True),
     "1/4 of each mini-batch, linear, twice the steps": Way("linear", every=4, sliced=True, power=0.5),
     "1/4 of each mini-batch, linear, four times the steps": Way("linear", every=4, sliced=True, power=1.0),
+    "1/4 of each mini-batch, drawn by gradient, linear": Way("linear", every=4, drawn=True),
+    "1/4 of each mini-batch, drawn by gradient, jump at 1/4 to 80 %": Way("jump", l_max=0.8, start=0.25, every=4, drawn=True),
+    "frozen, jump at 5/8": Way("jump", start=0.625),
+    "frozen, jump at 1/4 to 60 %, thawed at 7/8": Way("jump", l_max=0.6, start=0.25, thaw=0.875),
     "1/4 and 1/8, quadratic": Way("quadratic", every=8, nested=True),
     "1/4, exponential to 75 %": Way("exponential", l_max=0.75, every=4),
     "1/4, exponential to 75 %, held": Way("exponential", l_max=0.75, every=4, held=True),
@@ -131,7 +142,9 @@ class Run:
         ]
         self.optimizer = torch.optim.SGD(self.groups, lr=lr, momentum=0.9, weight_decay=5e-4)
         self.freeze = PrefixFreeze(self.model, self.plan, optimizers=[self.optimizer], keep_state=True)
+        self._random = random.Random(seed)
         self._costs: dict[int, float] = {}
+        self._drawn_costs: dict[int, float] = {}
         self._held: dict[Tensor, Tensor] = {}
         self._average: dict[Tensor, Tensor] = {}
 
@@ -158,6 +171,8 @@ class Run:
 
     def _step(self, x: Tensor, y: Tensor, step: int, boundary: int) -> float:
         """Returns its multiply-adds."""
+        if self.way.drawn and boundary:
+            return self._drawn(x, y, *self._whole_modules(boundary))
         cut = self.way.cut(step, boundary)
         cost = self._cost(cut, x)
         inside = 0
@@ -200,6 +215,25 @@ class Run:
             constant = prefix(x[learning:])
         logits: Tensor = rest(torch.cat([learnt, constant]))
         return logits
+
+    def _drawn(self, x: Tensor, y: Tensor, inside: int, boundary: int) -> float:
+        """A step in which the first ``inside`` modules learn from a part of the pictures, as drawn."""
+        with contextlib.ExitStack() as stack:
+            counted = stack.enter_context(multiply_adds(self.model)) if boundary not in self._drawn_costs else None
+            self.optimizer.zero_grad(set_to_none=True)
+            modules = list(self.model)
+            self.freeze.set_boundary(boundary)
+            output = nn.Sequential(*modules[:inside])(x).requires_grad_(inside > 0)
+            F.cross_entropy(nn.Sequential(*modules[inside:])(output), y).backward()  # type: ignore[no-untyped-call]
+            self.freeze.set_open(True)
+            if inside:
+                assert output.grad is not None
+                count = max(1, len(x) // self.way.every)
+                backpropagate(modules[:inside], x, output.grad, count, self._random.random())
+            self.optimizer.step()
+            if counted is not None:
+                self._drawn_costs[boundary] = counted.total
+        return self._drawn_costs[boundary]
 
     def _cost(self, cut: int, x: Tensor) -> float:
         """Multiply-adds of a step whose layers learn from ``cut`` on; counted once, on a copy."""

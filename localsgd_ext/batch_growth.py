@@ -93,7 +93,7 @@ class BatchGrowth:
 
     with what ``measure`` found in steps of ``batch_size`` samples (:class:`StepMemory`). There are two kinds where
     ``LocalizedLearning`` refreshes, and the larger decides: a mini-batch that back-propagates through the whole network needs
-    SGD's memory at every boundary. Only ``refresh=None`` (``preset="paper"``) lets the batch grow as the boundary moves; with a
+    SGD's memory at every boundary. Only ``refresh=None``, the default, lets the batch grow as the boundary moves; with a
     refresh it grows only where SGD's could, from the start. It never shrinks again: a schedule that moves the boundary back
     needs room in the budget. With a ``ReplicatedModel`` all processes must call :meth:`step`, and take the same decision.
 

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -27,12 +28,14 @@ class ModeSelection(ABC):
         l_max: fraction of the layers that may ever learn locally, in (0, 1]. At least one layer keeps learning by SGD.
     Raises:
         ValueError: an argument out of its range.
+        TypeError: one that is no number.
     """
 
     needs_update_norm = False
     """Whether :meth:`step` wants the norm of the transition layer's change over the epoch."""
 
     def __init__(self, num_layers: int | None = None, epochs: int | None = None, *, l_max: float = 0.75) -> None:
+        require_numbers(l_max=l_max)
         if not 0 < l_max <= 1:
             raise ValueError(f"l_max must be in (0, 1], got {l_max}")
         for name, value in (("num_layers", num_layers), ("epochs", epochs)):
@@ -115,6 +118,7 @@ class DynamicModeSelection(ModeSelection):
             (resolved by ``LocalizedLearning``).
     Raises:
         ValueError: an argument out of its range, or ``t_shift="auto"`` where no network is known.
+        TypeError: one that is no number.
     """
 
     needs_update_norm = True
@@ -128,6 +132,7 @@ class DynamicModeSelection(ModeSelection):
         l_max: float = 0.75,
         t_shift: int | float | str = "auto",
     ) -> None:
+        require_numbers(alpha=alpha, t_shift=1 if isinstance(t_shift, str) else t_shift)
         if not alpha > 0:  # so that NaN is refused
             raise ValueError(f"alpha must be positive, got {alpha}")
         if t_shift != "auto" and (
@@ -215,6 +220,7 @@ class StaticModeSelection(ModeSelection):
         c2: rate; unless given, such that ``T(0) = 0`` (exponential: ``5 / E_max``).
     Raises:
         ValueError: an unknown ``kind``, or ``l_max`` out of its range.
+        TypeError: ``l_max``, ``c1`` or ``c2`` is no number.
     """
 
     KINDS = ("quadratic", "linear", "exponential")
@@ -231,6 +237,7 @@ class StaticModeSelection(ModeSelection):
     ) -> None:
         if not callable(kind) and kind not in self.KINDS:
             raise ValueError(f"kind must be one of {', '.join(self.KINDS)} or a callable of the epoch, got {kind!r}")
+        require_numbers(**{name: value for name, value in (("c1", c1), ("c2", c2)) if value is not None})
         self.kind = kind
         self.c1 = c1
         self.c2 = c2
@@ -279,6 +286,13 @@ class StaticModeSelection(ModeSelection):
     def __repr__(self) -> str:
         kind = getattr(self.kind, "__name__", "callable") if callable(self.kind) else self.kind
         return f"{type(self).__name__}(boundary={self.boundary}, kind={kind!r})"
+
+
+def require_numbers(**values: object) -> None:
+    """Raise ``TypeError`` for the first of ``values`` that is none; a bool is none."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 class UpdateNorm:

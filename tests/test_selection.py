@@ -1,6 +1,7 @@
 """Algorithm 1, equation 2 and the static schedules against traces worked out by hand."""
 
 import math
+import re
 
 import pytest
 
@@ -135,6 +136,19 @@ def test_state_dict_continues_the_trace(cut):
 def test_bad_arguments_are_named(kwargs, name):
     with pytest.raises(ValueError, match=name):
         DynamicModeSelection(8, 6, **{"t_shift": 1, **kwargs})
+
+
+@pytest.mark.parametrize("value", [True, None, [1]])
+@pytest.mark.parametrize("name", ["alpha", "l_max", "t_shift"])
+def test_what_is_no_number_is_named(name, value):
+    with pytest.raises(TypeError, match=rf"{name} must be a number, got {re.escape(repr(value))}"):
+        DynamicModeSelection(8, 6, **{"t_shift": 1, name: value})
+
+
+@pytest.mark.parametrize("name", ["c1", "c2", "l_max"])
+def test_what_is_no_number_is_named_by_static_schedules(name):
+    with pytest.raises(TypeError, match=f"{name} must be a number, got 'x'"):
+        StaticModeSelection(8, 6, **{name: "x"})
 
 
 # Static schedules: the boundary during epoch E is N(E), so the step at the end of epoch E answers N(E + 1).

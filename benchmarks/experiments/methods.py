@@ -48,6 +48,11 @@ def saved_bytes(result: Result) -> float | None:
     return statistics.fmean(result.epochs["saved_activation_bytes"])
 
 
+def saved_bytes_at_the_end(result: Result) -> float | None:
+    """The same in the last epoch."""
+    return result.epochs["saved_activation_bytes"][-1]
+
+
 def mean_cost(runs: Mapping[int, Result], cost: Cost) -> float | None:
     """Over the seeds; ``None`` where it is not known for all."""
     costs = [value for result in runs.values() if (value := cost(result)) is not None]

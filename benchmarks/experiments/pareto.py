@@ -10,7 +10,7 @@ from itertools import pairwise
 from benchmarks.experiments import methods, student
 from benchmarks.experiments.cells import Network, Variant
 from benchmarks.experiments.iso import shorter
-from benchmarks.experiments.methods import Cost, difference, macs, percent, relative
+from benchmarks.experiments.methods import Cost, difference, macs, percent, relative, saved_bytes, saved_bytes_at_the_end
 from benchmarks.experiments.report import spread
 from benchmarks.experiments.scales import Study
 from benchmarks.experiments.store import Result
@@ -138,13 +138,19 @@ def table(study: Study, network: Network, results: dict[str, dict[int, Result]],
     whole = curves[SGD][0]
     if whole not in results:
         return f"{whole} is missing: nothing to compare with."
-    rows = [("run", "seeds", "accuracy, %", "minus SGD", "multiply-adds, % of SGD's", "time, % of SGD's")]
+    saved = "saved activations, % of SGD's, mean / last epoch"
+    rows = [("run", "seeds", "accuracy, %", "minus SGD", "multiply-adds, % of SGD's", "time, % of SGD's", saved)]
     for label in (label for names in curves.values() for label in names if label in results):
         runs = results[label]
         minus = None if label == whole else difference(runs, results[whole])
-        costs = (relative(runs, results[whole], cost) for cost in (macs, timings.steps_of_sgd))
+        costs = (
+            percent(relative(runs, results[whole], cost))
+            for cost in (macs, timings.steps_of_sgd, saved_bytes, saved_bytes_at_the_end)
+        )
+        *shares, mean, last = costs
         accuracy = spread([r.accuracy for r in runs.values()])
-        rows.append((label, str(len(runs)), accuracy, "-" if minus is None else minus.text(), *map(percent, costs)))  # type: ignore[arg-type]
+        minus_sgd = "-" if minus is None else minus.text()
+        rows.append((label, str(len(runs)), accuracy, minus_sgd, *shares, f"{mean} / {last}"))  # type: ignore[arg-type]
     parts = [aligned(rows), methods.notes(results, timings)]
     for name, cost in (("multiply-adds", macs), ("time", timings.steps_of_sgd)):
         if all(cost(result) is not None for runs in results.values() for result in runs.values()):

@@ -14,7 +14,7 @@ from paper_runs import NETWORK, SMOKE, made, result
 from benchmarks.experiments import iso, overtime, pareto, suite, tuning
 from benchmarks.experiments.cells import Variant, digest
 from benchmarks.experiments.scales import SCALES, Study
-from benchmarks.experiments.store import Store
+from benchmarks.experiments.store import Result, Store
 from benchmarks.experiments.timing import Shape, Timings
 
 # ---------------------------------------------------------------- cells
@@ -117,6 +117,21 @@ def test_equal_cost_is_paired_by_seed() -> None:
     assert paired is not None
     assert (paired.n, paired.mean) == (2, pytest.approx(1.5))
     assert points.mean("it") == (3.5, 90.0)
+
+
+def test_memory_is_a_mean_over_the_epochs_and_that_of_the_last(tmp_path: Path) -> None:
+    curves = pareto.families(SMOKE, NETWORK)
+    store = Store(tmp_path)
+    runs: dict[str, dict[int, Result]] = {}
+    for variant, last in ((curves[pareto.SGD][0], 1000), (curves[pareto.FROZEN][0], 500)):
+        entry = made(NETWORK, variant, 0, [0.5, 0.5])
+        entry["epochs"]["saved_activation_bytes"] = [1000, last]
+        store.add(NETWORK, entry)
+        found = store.get(SMOKE.cell(NETWORK, variant, 0))
+        assert found is not None
+        runs[variant.label] = {0: found}
+    lines = pareto.table(SMOKE, NETWORK, runs, Timings()).splitlines()
+    assert [line.split("|")[-2].strip() for line in lines[2:4]] == ["100.0 / 100.0", "75.0 / 50.0"]
 
 
 def test_epochs_that_sgd_needs() -> None:

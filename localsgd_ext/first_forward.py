@@ -99,17 +99,17 @@ class FirstForward:
             self._tracer = Tracer(self._model, include=self._include, skip=self._skip)
             self._stop = self._tracer.start()
 
-    def _after(self, failed: bool) -> None:
+    def _after(self, failed: bool, output: Any) -> None:
         tracer = self.abandon()
         if tracer is not None and not failed:
-            self._adopt(tracer.plan())
+            self._adopt(tracer.plan(output))
 
 
 class _AfterForward(Hook):
-    """Calls ``action(failed)`` after a forward, even one that raised (``always_call``: torch then passes no output)."""
+    """Calls ``action(failed, output)`` after a forward, even one that raised (``always_call``: torch then passes no output)."""
 
-    def __init__(self, action: Callable[[bool], None]) -> None:
+    def __init__(self, action: Callable[[bool, Any], None]) -> None:
         self.action = action
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.action(output is None and sys.exc_info()[0] is not None)
+        self.action(output is None and sys.exc_info()[0] is not None, output)

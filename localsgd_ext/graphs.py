@@ -80,7 +80,7 @@ class GraphedStep:
     what :meth:`LocalizedLearning.keep_frozen` freezes (a ``requires_grad_`` of your own is not seen: call :meth:`reset`). Then
     all graphs are dropped and it begins anew. Mini-batches of another shape, and those for which
     :attr:`LocalizedLearning.refreshing` opens the prefix, have a graph of their own. The local learning rate and its sign are read
-    on the device and need no new graph.
+    on the device and need no new graph; what ``bn_stats="fold"`` has folded is brought up to date before a replay.
 
     What a step may not do in a graph, it may not do here (see PyTorch's notes): wait for the device, branch on values. Optimizers
     such as Adam need ``capturable=True``, autocast inside ``step`` needs ``cache_enabled=False``, and ``GradScaler`` waits.
@@ -168,7 +168,9 @@ def _held_fast(local: LocalizedLearning) -> tuple[Any, ...]:
         tuple((k, id(v) if isinstance(v, Tensor) else v) for k, v in group.items() if k != "params") for group in groups
     )
     kept = local._kept, 0 if local._freeze is None else local._freeze.forgotten
-    return local._plan is None, local.boundary, local.model.training, local._loads, kept, settings
+    # What is folded is written anew here, in place where that can be: a replay would not see that it should be.
+    folded = 0 if local._freeze is None else local._freeze.fold()
+    return local._plan is None, local.boundary, local.model.training, local._loads, kept, folded, settings
 
 
 def _require_written(local: LocalizedLearning) -> None:

@@ -1,8 +1,9 @@
-"""Hooks that do not survive the copying of their module, and what a hook can know about where it runs."""
+"""Hooks and forwards that do not survive the copying of their module, and what they can know about where they run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -39,6 +40,48 @@ class CallHook(Hook):
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         self.action(module)
+
+
+class OwnForward:
+    """Stands in the place of ``forward`` on one module, which is still as its class made it: see :func:`unchanged`.
+
+    In a copy of the module, pickled or not, its class's ``forward`` is there again.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    def install(self) -> None:
+        """Put it there."""
+        vars(self.module)["forward"] = self
+
+    def take_off(self) -> None:
+        """Take it off again, unless something else is there by now."""
+        if vars(self.module).get("forward") is self:
+            del vars(self.module)["forward"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:
+        module = memo.get(id(self.module), self.module)
+        return MethodType(type(module).forward, module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.module, "forward")  # when this is loaded, the module's own attributes are not yet there
+
+
+def unchanged(module: nn.Module, base: type[nn.Module], *methods: str) -> bool:
+    """Whether ``module``, an instance of ``base``, calls the same ``methods`` as any other."""
+
+    def is_own(method: str) -> bool:
+        there, own = vars(module).get(method), getattr(type(module), method)
+        copied = isinstance(there, MethodType) and there.__self__ is module and there.__func__ is own
+        return own is getattr(base, method) and (there is None or copied or isinstance(there, OwnForward))
+
+    return all(is_own(method) for method in methods)
+
+
+def is_ours(hook: object) -> bool:
+    """Whether a hook is one of localized learning's."""
+    return isinstance(hook, Hook) or hook is inert
 
 
 def in_backward() -> bool:

@@ -22,6 +22,9 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
+from .fold_pairs import NOT_SAVED, Foldable, FoldFinder
+from .hooks import unchanged
+
 LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 Patterns = str | re.Pattern[str] | Iterable[str | re.Pattern[str]] | None
@@ -48,6 +51,8 @@ class ExecutionPlan:
     """Position of the first call of every module that keeps running statistics."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Convolution and linear modules that are no layers, and why; without those the user left out."""
+    foldable: Foldable = NOT_SAVED
+    """Layers directly before a BatchNorm that nobody else reads."""
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -68,6 +73,7 @@ class ExecutionPlan:
             "shapes": [list(shape) for shape in self.shapes],
             "parameters": dict(self.parameters),
             "norms": dict(self.norms),
+            "foldable": self.foldable.state_dict(),
         }
 
     @classmethod
@@ -80,6 +86,7 @@ class ExecutionPlan:
             shapes=tuple(tuple(shape) for shape in state["shapes"]),
             parameters=dict(state["parameters"]),
             norms=dict(state["norms"]),
+            foldable=Foldable.from_state_dict(state.get("foldable")),
         )
         modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         for name, shape in zip(plan.layers, plan.shapes, strict=True):
@@ -90,7 +97,8 @@ class ExecutionPlan:
                 raise ValueError(
                     f"the state is of another network: the weight of {name!r} has shape {found} here, {shape} there"
                 )
-        missing = [name for name in plan.parameters if name not in parameters] + [n for n in plan.norms if n not in modules]
+        named = (*plan.norms, *(name for pair in plan.foldable.pairs or () for name in pair))
+        missing = [name for name in plan.parameters if name not in parameters] + [n for n in named if n not in modules]
         if missing:
             raise ValueError(f"the state is of another network: this one has no {', '.join(map(repr, missing))}")
         return plan
@@ -125,7 +133,7 @@ def trace_as_it_is(
     tracer = Tracer(model, include=include, skip=skip)
     try:
         with torch.random.fork_rng(devices=devices), torch.enable_grad(), tracer.watching():
-            model(*args, **kwargs)
+            output = model(*args, **kwargs)
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
@@ -134,7 +142,7 @@ def trace_as_it_is(
         for module in lazy:  # materialised by this forward, which its statistics are not to remember
             if not any(is_lazy(buffer) for buffer in module.buffers(recurse=False)) and hasattr(module, "reset_running_stats"):
                 module.reset_running_stats()  # type: ignore[operator]
-    return tracer.plan()
+    return tracer.plan(output)
 
 
 class Tracer:
@@ -148,6 +156,7 @@ class Tracer:
         self._calls: Counter[str] = Counter()
         self._without_grad: set[str] = set()
         self._first_use: dict[int, int] = {}  # id(parameter) -> position
+        self._folds = FoldFinder()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -165,7 +174,8 @@ class Tracer:
             for name, module in self.model.named_modules()
             if not isinstance(module, torch.jit.ScriptModule) or name == ""
         ]
-        mode = _ParameterUse({id(p) for p in self.model.parameters()}, self._use)
+        handles += self._folds.watch(self.model, LAYER_TYPES)
+        mode = _ParameterUse({id(p) for p in self.model.parameters()}, self._use, self._folds.read)
         mode.__enter__()  # type: ignore[no-untyped-call]
 
         def stop() -> None:
@@ -191,8 +201,8 @@ class Tracer:
     def _use(self, parameter: int) -> None:
         self._first_use.setdefault(parameter, self._tick())
 
-    def plan(self) -> ExecutionPlan:
-        """The plan of the recorded forward.
+    def plan(self, output: Any) -> ExecutionPlan:
+        """The plan of the recorded forward, which returned ``output``.
 
         Raises:
             ValueError: no layer is left.
@@ -225,6 +235,7 @@ class Tracer:
             parameters=self._parameter_positions(modules),
             norms={n: self._first_call[n] for n, m in modules.items() if n in self._first_call and _keeps_statistics(m)},
             left_out=left_out,
+            foldable=self._folds.found(modules, self._calls, output, is_plain),
         )
 
     def _parameter_positions(self, modules: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -243,17 +254,20 @@ _GRAD: Any = vars(torch._C.TensorBase)["grad"].__get__  # what reading ``paramet
 
 
 class _ParameterUse(TorchFunctionMode):
-    """Reports every torch function that reads the value of a parameter."""
+    """Reports every torch function that reads the value of a parameter; of all others, ``also`` is told what they read."""
 
-    def __init__(self, parameters: set[int], report: Callable[[int], None]) -> None:
+    def __init__(self, parameters: set[int], report: Callable[[int], None], also: Callable[..., None]) -> None:
         super().__init__()
         self._parameters = parameters
         self._report = report
+        self._also = also
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        used = [id(leaf) for leaf in tree_iter((args, kwargs)) if isinstance(leaf, nn.Parameter)]
+        leaves = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
+        self._also(func, leaves, result)
+        used = [id(leaf) for leaf in leaves if isinstance(leaf, nn.Parameter)]
         if used and func != _GRAD:
             made = {id(leaf) for leaf in tree_iter(result) if isinstance(leaf, Tensor)}
             # Questions (size(), dtype, …) make no tensor; what hands the parameter itself back (to, requires_grad_) is no use yet.
@@ -307,8 +321,7 @@ def is_plain(module: nn.Module) -> bool:
     base = next((cls for cls in LAYER_TYPES if isinstance(module, cls)), None)
     if base is None:
         return False
-    methods = ("forward",) if base is nn.Linear else ("forward", "_conv_forward")
-    return all(getattr(type(module), m) is getattr(base, m) and m not in vars(module) for m in methods)
+    return unchanged(module, base, *(("forward",) if base is nn.Linear else ("forward", "_conv_forward")))
 
 
 def _weight_owners(model: nn.Module) -> dict[int, list[str]]:

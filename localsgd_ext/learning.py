@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -79,7 +80,7 @@ class LocalizedLearning:
             prefix too, which makes no local update then; an int, a callable of the epoch, or ``None`` for never (``"auto"``:
             the preset's). A mini-batch ends when every optimizer has made its step; their state for the prefix is kept. One that
             ``GradScaler`` leaves out is none, which a fused optimizer waits for the device to find out.
-        bn_stats: ``"update"`` or ``"freeze"``, see :class:`PrefixFreeze`.
+        bn_stats: ``"update"``, ``"freeze"`` or, with ``rule="frozen"``, ``"fold"``, see :class:`PrefixFreeze`.
         nan_policy: what a mini-batch with NaN or infinity in its data, activations or loss may do. Local weights never take it
             up. ``"report"``: it goes its way, as in plain PyTorch, and :meth:`step` warns of every layer with skipped updates,
             running statistics or parameters that are not finite. ``"skip"``: neither statistics nor the optimizer take it up
@@ -429,6 +430,8 @@ class LocalizedLearning:
             self._epoch_start.forget()
             self._first_forward.watch()
         if plan is not None:
+            if plan.foldable.pairs is None and self._plan is not None:  # of an older version; seen here meanwhile
+                plan = replace(plan, foldable=self._plan.foldable)
             if self._freeze is not None and plan.layers != self._freeze.plan.layers:  # one had layers frozen when it was made
                 self._freeze.remove()
                 self._set_freeze(None)

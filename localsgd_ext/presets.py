@@ -108,6 +108,11 @@ def choose(
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     if bn_stats not in BN_STATS:
         raise ValueError(f"bn_stats must be one of {', '.join(BN_STATS)}, got {bn_stats!r}")
+    if bn_stats == "fold" and rule == "hebbian":
+        raise ValueError(
+            "bn_stats must be 'update' or 'freeze' with rule='hebbian', got 'fold': local layers learn from their own output, "
+            "and their weights move in every mini-batch"
+        )
     if supervision == AUTO:
         supervision = "absolute" if rule == "hebbian" else None
     every: Any = chosen["refresh"] if refresh == AUTO else refresh  # Refresh checks it

@@ -134,6 +134,10 @@ class RunConfig:
                 f"--sync {self.sync} says when local updates are summed over processes, for --method {' or '.join(HEBBIAN)}; "
                 f"got --method {self.method}"
             )
+        if self.method in HEBBIAN and self.bn_stats == "fold":
+            raise ValueError(
+                f"--bn-stats fold needs a prefix that makes no local updates: --method freeze or refresh; got --method {self.method}"
+            )
         if self.method == "refresh":
             _require(self, "refresh", self.refresh >= 1, "at least 1 for --method refresh")
         if self.method == "stochastic-depth" and self.model not in RESIDUAL:

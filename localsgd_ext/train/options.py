@@ -75,7 +75,8 @@ Refresh = Annotated[
 BnStats = Annotated[
     str | None,
     typer.Option(
-        help=f"{_listed(BN_STATS)}: whether the prefix's normalisation goes on following the data, or keeps its running statistics.",
+        help=f"{_listed(BN_STATS)}: whether the prefix's normalisation goes on following the data, or keeps its running statistics, "
+        "or does so as a part of the layers before it, in less time (not with local updates).",
         rich_help_panel=_LOCAL,
     ),
 ]

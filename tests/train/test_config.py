@@ -32,7 +32,11 @@ def _config(**flags: Any) -> RunConfig:
         ({"survival": 0.0}, r"--survival must be in \(0, 1\], got 0.0"),
         ({"t_shift": 0}, "--t-shift must be positive, got 0"),
         ({"train_size": 0}, "--train-size must be at least 1, got 0"),
-        ({"bn_stats": "keep"}, "--bn-stats must be one of update, freeze, got 'keep'"),
+        ({"bn_stats": "keep"}, "--bn-stats must be one of update, freeze, fold, got 'keep'"),
+        (
+            {"method": "local", "bn_stats": "fold"},
+            "--bn-stats fold needs a prefix that makes no local updates: .*; got --method local",
+        ),
         ({"nan_policy": "ignore"}, "--nan-policy must be one of report, skip, raise, got 'ignore'"),
         (
             {"method": "sgd", "nan_policy": "skip"},

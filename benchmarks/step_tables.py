@@ -9,7 +9,7 @@ from benchmarks.tables import aligned, number, times
 
 PHASES = ("forward", "hooks", "backward", "optimizer", "step")
 SAMPLES = {"local": 1.0, "local/2": 0.5, "local/4": 0.25, "local/8": 0.125}
-COMPARED = ("frozen", "frozen eval", "naive", *SAMPLES)
+COMPARED = ("frozen", "frozen eval", "frozen fold", "naive", *SAMPLES)
 MOST_OVER_KERNELS, MOST_HOOK_US, CLOSE = 1.1, 15.0, 1.05
 Row = dict[str, Any]
 
@@ -53,7 +53,10 @@ def _speed(rows: Sequence[Row]) -> str:
     table = [("network, layout, prefix", "SGD ms", *COMPARED)]
     for row in rows:
         step = {variant: phases["step"] for variant, phases in row["ms"].items()}
-        over = [f"{times(step['sgd'] / step[v])} ({number(row['macs']['sgd'] / row['macs'][v])})" for v in COMPARED]
+        over = [
+            f"{times(step['sgd'] / step[v])} ({number(row['macs']['sgd'] / row['macs'][v])})" if v in step else "-"
+            for v in COMPARED  # files from before a variant do without it
+        ]
         table.append((_name(row), number(step["sgd"]), *over))
     return aligned(table)
 

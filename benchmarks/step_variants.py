@@ -21,7 +21,8 @@ from localsgd_ext.train import models
 
 LOCAL_LR = 1e-6  # of no importance to the time, and the weights stay where they are
 SAMPLES = {"local": 1.0, "local/2": 0.5, "local/4": 0.25, "local/8": 0.125}
-VARIANTS = ("sgd", "frozen", "frozen eval", "naive", *SAMPLES, "no-op")
+BN_STATS = {"frozen": "update", "frozen eval": "freeze", "frozen fold": "fold"}
+VARIANTS = ("sgd", *BN_STATS, "naive", *SAMPLES, "no-op")
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def make(name: str, start: nn.Module, x: Tensor, boundary: int, lr: float = LOCA
         sample=SAMPLES.get(name, 1.0),
         supervision=None,
         refresh=None,
-        bn_stats="freeze" if name == "frozen eval" else "update",
+        bn_stats=BN_STATS.get(name, "update"),
     )
     variant.learning.trace(x)
     if local:
@@ -213,7 +214,7 @@ def mac_counts(recorded: Sequence[Call], prefix: set[str], all_dgrads: Mapping[s
     frozen = forward + sum(call.macs * (1 + call.dgrad) for call in recorded if call.name not in prefix)
     update = sum(call.macs for call in recorded if call.name in prefix)
     counts: dict[str, float] = {"sgd": forward + sum(call.macs * (1 + all_dgrads[call.name]) for call in recorded)}
-    counts |= {"frozen": frozen, "frozen eval": frozen, "no-op": frozen, "naive": frozen + update}
+    counts |= {**dict.fromkeys(BN_STATS, frozen), "no-op": frozen, "naive": frozen + update}
     return counts | {name: frozen + sample * update for name, sample in SAMPLES.items()}
 
 
@@ -233,7 +234,8 @@ ALLOWED = 2e-4
 
 def parity(start: nn.Module, plan: ExecutionPlan, x: Tensor, y: Tensor, boundary: int) -> dict[str, float]:
     """One step of each variant against the reference: the largest relative error over the layers of the prefix, of the step they
-    made; over the rest of the network, of the weights after SGD's step."""
+    made; over the rest of the network, of the weights after SGD's step. With a folded prefix, of what it hands to the
+    transition layer; an unfolded one is the reference."""
     prefix = plan.layers[:boundary]
     probe = make("frozen", start, x, boundary)
     recorded = {call.name: call for call in calls(probe, plan, x)}
@@ -256,7 +258,19 @@ def parity(start: nn.Module, plan: ExecutionPlan, x: Tensor, y: Tensor, boundary
         for parameter, expected in after_sgd.items():
             worst = max(worst, _distance(parameters[parameter].detach(), expected))
         errors[name] = worst
-    return errors
+    folded, plain = (
+        _input_of(plan.layers[boundary], make(name, start, x, boundary), x, y) for name in ("frozen fold", "frozen eval")
+    )
+    return {**errors, "frozen fold": _distance(folded, plain)}
+
+
+def _input_of(layer: str, variant: Variant, x: Tensor, y: Tensor) -> Tensor:
+    """What reaches ``layer`` in a step."""
+    reached: list[Tensor] = []
+    handle = variant.model.get_submodule(layer).register_forward_pre_hook(lambda _, args: reached.append(args[0].detach()))
+    variant.step(x, y)
+    handle.remove()
+    return reached[0]
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

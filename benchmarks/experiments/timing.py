@@ -40,6 +40,7 @@ WHOLE_RUN_HOURS = 0.5
 VARIANTS = {
     ("freeze", "update"): "frozen",
     ("freeze", "freeze"): "frozen eval",
+    ("freeze", "fold"): "frozen fold",
     ("local", "update"): "local",
     ("local-paper", "update"): "local",
 }

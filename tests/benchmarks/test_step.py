@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import step, step_tables, step_variants
 from localsgd_ext import ops, trace_layers
+from localsgd_ext.folding import Fold
 
 pytestmark = pytest.mark.filterwarnings("default::UserWarning")
 FEW = ["--networks", "resnet18", "--batch", "2", "--image", "8", "--depths", "0.5", "--layouts", "nhwc", "--seconds", "0.01"]
@@ -36,7 +37,7 @@ def test_a_run_prints_what_its_file_holds_and_goes_on(tmp_path: Path, capsys: py
     assert list(row["ms"]) == list(step_variants.VARIANTS)
     for phases in row["ms"].values():
         assert phases["step"] >= phases["forward"] >= phases["hooks"] >= 0
-    assert {name for name, phases in row["ms"].items() if not phases["hooks"]} == {"sgd", "frozen", "frozen eval"}
+    assert {name for name, phases in row["ms"].items() if not phases["hooks"]} == {"sgd", *step_variants.BN_STATS}
     assert row["hook_us"] > 0
     assert set(row["kernel_us"]) == set(trace_layers(*_resnet()).layers[: row["boundary"]])
     assert "resnet18 8 px b2 nhwc 10/21" in printed
@@ -68,6 +69,22 @@ def test_a_wrong_step_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert row["status"] == "ok"
 
 
+def test_a_wrong_fold_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, x = _resnet()
+    _, y = step_variants.example(step_variants.Setting("resnet18", 8, 2, 10), "nchw")
+    monkeypatch.setattr(Fold, "_fold", _with_a_wrong_bias(Fold._fold))
+    errors = step_variants.parity(start, trace_layers(start, x), x, y, 5)
+    assert errors["frozen fold"] > step_variants.ALLOWED > errors["naive"]
+
+
+def _with_a_wrong_bias(original: Any) -> Any:
+    def fold(self: Fold, *sources: Any) -> None:
+        original(self, *sources)
+        self._folded[1].add_(1e-3)
+
+    return fold
+
+
 def test_multiply_adds_of_a_step() -> None:
     """Three layers of 1, 1 and 2 MACs, the first one frozen; no layer passes gradients to a picture or into the prefix."""
     nothing = torch.empty(0)
@@ -86,7 +103,7 @@ def test_every_network_and_variant_takes_a_right_step() -> None:
         x, y = step_variants.example(setting, layout)
         start = step_variants.network(setting, layout)
         errors = step_variants.parity(start, trace_layers(start, x), x, y, 20)
-        assert set(errors) == {"naive", *step_variants.SAMPLES}
+        assert set(errors) == {"naive", *step_variants.SAMPLES, "frozen fold"}
         assert max(errors.values()) < step_variants.ALLOWED
 
 

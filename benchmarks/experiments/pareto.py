@@ -23,11 +23,11 @@ SHARES = (7 / 8, 6 / 8, 5 / 8)  # of SGD's epochs
 FREEZING = (("linear", 0.75), ("quadratic", 0.75), ("dynamic", 0.75))
 BOTH = (("dynamic", 0.75, 7 / 8), ("dynamic", 0.75, 6 / 8), ("linear", 0.75, 7 / 8))
 """Freezing in a share of SGD's epochs."""
-STILL = (("dynamic", 0.75),)
-"""Freezing in which the prefix's BatchNorm stands still too."""
+STILL = (("dynamic", 0.75, "freeze", "BN too"), ("dynamic", 0.75, "fold", "BN folded"))
+"""Freezing in which the prefix's BatchNorm stands still too, and in which it is folded into the layers before it."""
 LITERAL = ("dynamic",)
 SGD, SHORT, FROZEN = "SGD", "SGD, fewer epochs", "freezing"
-FROZEN_SHORT, FROZEN_STILL = "freezing, fewer epochs", "freezing, BN too"
+FROZEN_SHORT, FROZEN_STILL = "freezing, fewer epochs", "freezing, BN too or folded"
 OURS = {"freeze": "refresh", "local": "refresh + Hebb"}
 PAPER_RULE = "literal LoCal+SGD"
 
@@ -55,11 +55,11 @@ def families(study: Study, network: Network) -> dict[str, list[Variant]]:
         ],
         FROZEN_STILL: [
             Variant(
-                f"{FROZEN_STILL}, {schedule} to {100 * l_max:.0f} %",
+                f"{FROZEN}, {text}, {schedule} to {100 * l_max:.0f} %",
                 "freeze",
-                {"schedule": schedule, "l_max": l_max, "bn_stats": "freeze"},
+                {"schedule": schedule, "l_max": l_max, "bn_stats": bn_stats},
             )
-            for schedule, l_max in STILL
+            for schedule, l_max, bn_stats, text in STILL
         ],
         PAPER_RULE: [Variant(f"{PAPER_RULE}, {schedule}", "local-paper", {"schedule": schedule}) for schedule in LITERAL],
     }

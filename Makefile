@@ -47,7 +47,7 @@ $(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
 	$(BIN)/python setup.py -q build_ext --inplace
 	@mv $@.start $@  # dated before the build, so that an edit made during it counts as new
 
-demo: venv ## Train a small CNN with SGD, a frozen prefix and localized learning: table and picture in runs/demo (under 5 minutes)
+demo: venv ## Train a small CNN with SGD, a frozen prefix, one that is refreshed and a Hebbian one: table and picture in runs/demo (under 5 minutes)
 	rm -rf runs/demo
 	$(BIN)/localsgd compare $(DEMO_FLAGS) --out runs/demo
 

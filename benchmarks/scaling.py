@@ -140,9 +140,9 @@ def resnet50(image: int = 224) -> list[Layer]:
 
 
 def methods(layers: Sequence[Layer], machine: Machine, gpus: int, batch: int, epochs: int) -> dict[str, Step]:
-    """The mean step of a whole run, with the default's schedule but for SGD."""
-    default = PRESETS["default"]
-    schedule = StaticModeSelection(len(layers), epochs, kind=default["schedule"], l_max=default["l_max"])
+    """The mean step of a whole run, with the schedule of ``preset="refresh"`` but for SGD."""
+    preset = PRESETS["refresh"]
+    schedule = StaticModeSelection(len(layers), epochs, kind=preset["schedule"], l_max=preset["l_max"])
     boundaries = [schedule.at(epoch) for epoch in range(epochs)]
 
     def run(every: int = 0, *, local: bool = False, sync: int = 1) -> Step:
@@ -168,7 +168,7 @@ def methods(layers: Sequence[Layer], machine: Machine, gpus: int, batch: int, ep
     return {
         "SGD": step(layers, 0, machine, gpus, batch, local=False),
         "frozen": run(),
-        f"refresh 1/{default['refresh']}": run(default["refresh"]),
+        f"refresh 1/{preset['refresh']}": run(preset["refresh"]),
         "Hebbian": run(local=True),
         "Hebbian, sync=16": run(local=True, sync=16),
     }
@@ -180,10 +180,10 @@ def report(args: argparse.Namespace) -> str:
     machine = Machine(
         args.efficiency * device.peak(args.dtype), args.intra * 1e9, args.inter * 1e9, args.latency * 1e-6, args.gpus_per_node
     )
-    default = PRESETS["default"]
+    preset = PRESETS["refresh"]
     lines = [
         f"**PREDICTION by arithmetic, nothing measured.** ResNet-50, 224 pixels, {args.batch} pictures a GPU, run of {args.epochs} epochs, "
-        f"boundary by the {default['schedule']} schedule to {default['l_max']:.0%}.",
+        f"boundary by the {preset['schedule']} schedule to {preset['l_max']:.0%}.",
         f"Assumed: {args.device}s that reach {args.efficiency:.0%} of their {args.dtype} peak; all-reduce at {args.intra:g} GB/s a GPU "
         f"among the {args.gpus_per_node} of a node, {args.inter:g} between nodes, {args.latency:g} µs times log2 of the GPUs each; fp32 "
         "gradients and correlations; no time for anything but convolutions, the linear layer and all-reduce; no jitter.",

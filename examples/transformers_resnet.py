@@ -41,10 +41,10 @@ def main(epochs: int, images: int, size: int) -> None:
             epoch_loss = torch.stack(losses).mean()
             print(
                 f"epoch {epoch:2}  loss {epoch_loss:.3f}  local layers {local.boundary:2} of {local.num_layers}  "
-                f"sign {local.sign:+d}  {time.perf_counter() - start:.1f} s"
+                f"{time.perf_counter() - start:.1f} s"
             )
             scheduler.step()
-            local.step(epoch_loss)
+            local.step()
 
 
 if __name__ == "__main__":

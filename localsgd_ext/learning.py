@@ -65,7 +65,7 @@ class LocalizedLearning:
             ``schedule="dynamic"``, ``l_max=0.75``, ``refresh=None`` (``lr=0.0001``, should the rule be Hebbian).
             ``"refresh"``: the same with ``schedule="linear"``, ``l_max=0.9``, ``refresh=4``.
             ``"paper"``: LoCal+SGD as printed, ``rule="hebbian"``, ``schedule="dynamic"``, ``l_max=0.75``, ``refresh=None``,
-            ``lr=0.01``; :meth:`step` then needs the loss.
+            ``lr=0.01``. With the Hebbian rule :meth:`step` needs the loss.
         schedule: ``"dynamic"`` (Algorithm 1), ``"quadratic"``, ``"linear"``, ``"exponential"`` (static schedules), or a
             :class:`ModeSelection`, which then holds ``alpha``, ``l_max`` and ``t_shift`` itself.
         alpha, l_max, t_shift: see :class:`DynamicModeSelection`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -98,12 +99,16 @@ class LocalStep:
         self._velocity = {name: saved.to(device=devices[name], copy=True) for name, saved in state["momentum"].items()}
 
 
-def check_lr(lr: float) -> float:
+def check_lr(lr: object) -> float:
     """``lr`` as a float.
 
     Raises:
         ValueError: it is not finite, and would overwrite every local weight.
+        TypeError: it is no number.
     """
-    if not math.isfinite(lr):
+    if isinstance(lr, bool) or not isinstance(lr, Real):
+        raise TypeError(f"lr must be a number, got {lr!r}")
+    value = float(lr)
+    if not math.isfinite(value):
         raise ValueError(f"lr must be finite, got {lr}")
-    return float(lr)
+    return value

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -133,6 +133,9 @@ class DynamicModeSelection(ModeSelection):
         t_shift: int | float | str = "auto",
     ) -> None:
         require_numbers(alpha=alpha, t_shift=1 if isinstance(t_shift, str) else t_shift)
+        given: object = t_shift
+        if isinstance(given, Integral):  # numpy's too
+            t_shift = int(given)
         if not alpha > 0:  # so that NaN is refused
             raise ValueError(f"alpha must be positive, got {alpha}")
         if t_shift != "auto" and (

@@ -94,11 +94,12 @@ class Moody(nn.Module):
         return self.fc(F.relu(self.c(x)).mean((2, 3)))
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
 @distributed_test(world_size=2)
-def test_processes_may_differ_in_which_layers_run():
+def test_processes_may_differ_in_which_layers_run(momentum):
     """The first skips the layer now and then and the second runs it twice: no mismatch, and all make the same step."""
     model = ReplicatedModel(seeded(Moody).double(), bucket_bytes=1)
-    updater = HebbianUpdater(model, ["a", "b", "c"], lr=0.01)
+    updater = HebbianUpdater(model, ["a", "b", "c"], lr=0.01, momentum=momentum)
     updater.enable(["a", "b", "c"])
     for times in [(1, 1), (1, 1), (0, 1), (1, 1), (1, 2), (1, 1), (0, 0), (2, 1)]:
         before = model.module.b.weight.clone()

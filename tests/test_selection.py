@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 
 from localsgd_ext import DynamicModeSelection, StaticModeSelection
@@ -143,6 +144,12 @@ def test_bad_arguments_are_named(kwargs, name):
 def test_what_is_no_number_is_named(name, value):
     with pytest.raises(TypeError, match=rf"{name} must be a number, got {re.escape(repr(value))}"):
         DynamicModeSelection(8, 6, **{"t_shift": 1, name: value})
+
+
+def test_numpy_s_numbers_are_numbers():
+    mine, theirs = (DynamicModeSelection(8, 6, t_shift=shift) for shift in (2, np.int64(2)))
+    assert theirs.shift == mine.shift == 2
+    assert type(theirs.shift) is int
 
 
 @pytest.mark.parametrize("name", ["c1", "c2", "l_max"])

@@ -32,7 +32,8 @@ Method = Annotated[
     str | None,
     typer.Option(
         help=f"{_listed(METHODS)}: freeze leaves the prefix as it is, refresh trains it with one in 4 mini-batches, local by the "
-        "Hebbian rule; stochastic-depth leaves out residual branches, prunetrain removes channels."
+        "Hebbian rule; stochastic-depth leaves out residual branches, prunetrain removes channels "
+        "(default: freeze; with --preset paper: local)."
     ),
 ]
 Preset = Annotated[

@@ -36,6 +36,8 @@ def test_boundaries() -> None:
     assert [Way("linear", l_max=1.0, start=0.5).boundary(epoch, 4, 16) for epoch in range(4)] == [0, 0, 0, 8]
     assert Way("jump", l_max=1.0).boundary(0, 4, 16) == 15  # something must learn in every step
     assert Way().boundary(3, 4, 16) == 0
+    thawed = tradeoff.WAYS["frozen, jump at 1/4 to 60 %, thawed at 7/8"]
+    assert [thawed.boundary(epoch, 8, 9) for epoch in range(8)] == [0, 0, 5, 5, 5, 5, 5, 0]
 
 
 def test_cuts() -> None:

@@ -23,11 +23,11 @@ SHARES = (7 / 8, 6 / 8, 5 / 8)  # of SGD's epochs
 FREEZING = (("linear", 0.75), ("quadratic", 0.75), ("dynamic", 0.75))
 BOTH = (("dynamic", 0.75, 7 / 8), ("dynamic", 0.75, 6 / 8), ("linear", 0.75, 7 / 8))
 """Freezing in a share of SGD's epochs."""
-STILL = (("dynamic", 0.75, "freeze", "BN too"), ("dynamic", 0.75, "fold", "BN folded"))
-"""Freezing in which the prefix's BatchNorm stands still too, and in which it is folded into the layers before it."""
+STILL = (("dynamic", 0.75, "freeze", "BN too"),)
+"""Freezing in which the prefix's BatchNorm stands still too."""
 LITERAL = ("dynamic",)
 SGD, SHORT, FROZEN = "SGD", "SGD, fewer epochs", "freezing"
-FROZEN_SHORT, FROZEN_STILL = "freezing, fewer epochs", "freezing, BN too or folded"
+FROZEN_SHORT, FROZEN_STILL = "freezing, fewer epochs", "freezing, BN too"
 OURS = {"freeze": "refresh", "local": "refresh + Hebb"}
 PAPER_RULE = "literal LoCal+SGD"
 

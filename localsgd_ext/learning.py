@@ -398,13 +398,15 @@ class LocalizedLearning:
         rule's options are the constructor's.
 
         Raises:
-            ValueError: the state is of another network (the first difference is named), format, rule or schedule.
+            ValueError: the state is of another network (the first difference is named), format, rule or schedule, or of a run
+                with a refresh where there is none here.
         """
         plan = checked_plan(
             state,
             self.model,
             rule=self.rule,
             supervised=self.supervision is not None,
+            refreshed=self._refresher is not None,
             known=self._plan,
             kept_frozen=self._kept_frozen(),
             include=self._include,

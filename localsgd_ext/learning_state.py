@@ -19,6 +19,7 @@ def checked_plan(
     *,
     rule: str,
     supervised: bool,
+    refreshed: bool,
     known: ExecutionPlan | None,
     kept_frozen: Collection[str],
     include: Patterns,
@@ -27,12 +28,13 @@ def checked_plan(
     """Return the plan in ``state``, ``None`` if that was saved before the first training forward; nothing is changed.
 
     Args:
-        rule, supervised, include, skip: what is in use here, weak supervision among it.
+        rule, supervised, refreshed, include, skip: what is in use here, weak supervision and a refresh among it.
         known: the plan that is in use here, if there is one.
         kept_frozen: parameters that the user has frozen here. A layer whose weight is one may be missing in either plan: it is none
             where it was frozen before the order of the layers was found.
     Raises:
-        ValueError: the state is of another network (the first difference is named), format or rule.
+        ValueError: the state is of another network (the first difference is named), format or rule, or has a refresh that is
+            missing here.
     """
     if state.get("format") != STATE_FORMAT:
         raise ValueError(f"state must have format {STATE_FORMAT}, got {state.get('format')!r}")
@@ -40,6 +42,10 @@ def checked_plan(
         raise ValueError(f"the state is of rule {state['rule']!r}, this is {rule!r}")
     if (state["supervision"] is not None) != supervised:
         raise ValueError("the state and this object differ in whether there is weak supervision")
+    if state.get("refresh") is not None and not refreshed:  # the other way round nothing is lost: a refresh begins to count
+        raise ValueError(
+            "the state is of a run with a refresh, this has none: give refresh or preset='refresh' as it was there"
+        )
     if state["plan"] is None:
         return None
     plan = ExecutionPlan.from_state_dict(state["plan"], model)

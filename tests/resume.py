@@ -140,4 +140,5 @@ def main(directory: Path) -> None:
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
     main(Path(sys.argv[1]))

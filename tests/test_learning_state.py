@@ -19,6 +19,7 @@ TESTS = Path(__file__).parent
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Every scenario uninterrupted, with a checkpoint at every cut, each continued by one other process."""
+    torch.set_num_threads(1)  # as there: a fixture of a module runs before the one that does so for every test
     directory = tmp_path_factory.mktemp("resume")
     whole = {}
     for name, scenario in SCENARIOS.items():
@@ -187,6 +188,20 @@ def test_the_state_of_other_options_is_refused(kwargs, message):
     )
     with pytest.raises(ValueError, match=message):
         local.load_state_dict(state)
+
+
+def test_the_state_of_a_run_with_a_refresh_is_not_loaded_without_one():
+    def made(**kwargs):
+        model = seeded(PlainCNN)
+        return LocalizedLearning(model, torch.optim.SGD(model.parameters(), lr=0.05), epochs=20, t_shift=1, **kwargs)
+
+    state = made(preset="refresh").state_dict()
+    with pytest.raises(ValueError, match="refresh"):
+        made(schedule="linear", l_max=0.9).load_state_dict(state)
+    made(preset="refresh").load_state_dict(state)
+    made(schedule="linear", refresh=2).load_state_dict(
+        made(schedule="linear").state_dict()
+    )  # nothing is lost: it begins to count
 
 
 def test_loading_discards_updates_that_were_still_pending():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.experiments.cells import Cell, Network, Variant
+from localsgd_ext.train.compare import options_for
 from localsgd_ext.train.config import METHODS, RunConfig, resolve
 from localsgd_ext.train.presets import PAPER
 
@@ -120,6 +121,7 @@ class Study:
         values = {**self.scale.flags, **self.flags, **flags}
         if data not in ("digits", "fake", "imagenet"):
             values.pop("image_size", None)
+        values = options_for(method, METHODS, values)  # `--set bn_stats=freeze` is not for SGD
         return resolve(data, model, method, self.scale.preset, seed=seed, root=self.root, **values)
 
     def cell(self, network: Network, variant: Variant, seed: int) -> Cell:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from localsgd_ext.train import data, models, report
-from localsgd_ext.train.config import METHODS, NEED_BOUNDARY, NOT_PREFIX, RunConfig, differences, flag
+from localsgd_ext.train.config import METHODS, NEED_BOUNDARY, NOT_PREFIX, RunConfig, differences, flag, resolve
 from localsgd_ext.train.files import read_json, write_json
 from localsgd_ext.train.loop import Trainer
 from localsgd_ext.train.progress import Progress
@@ -69,11 +69,11 @@ def options_for(method: str, methods: Sequence[str], flags: dict[str, Any]) -> d
 def left_out(comparison: Comparison) -> str | None:
     """Which options do not hold for which methods; ``None``: all hold for all."""
     without = [method for method in comparison.configs if method in NOT_PREFIX]
-    defaults = RunConfig.defaults()
+    plain = {config: resolve(config.data, config.model, config.method) for config in comparison.configs.values()}
     asked = [
         f"--{flag(name)}"
         for name in NEED_BOUNDARY
-        if any(getattr(config, name) != defaults[name] for config in comparison.configs.values())
+        if any(getattr(config, name) != getattr(default, name) for config, default in plain.items())
     ]
     if not without or not asked:
         return None

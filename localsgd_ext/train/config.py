@@ -18,7 +18,7 @@ from localsgd_ext.train.models import PRUNABLE, RESIDUAL
 METHODS = ("sgd", "freeze", "refresh", "local", "local-paper", "stochastic-depth", "prunetrain")
 NOT_PREFIX = ("sgd", "stochastic-depth", "prunetrain")
 """Those that treat all layers alike, without a boundary."""
-NEED_BOUNDARY = ("nan_policy", "memory_budget", "max_batch_size", "lr_scaling")
+NEED_BOUNDARY = ("refresh", "bn_stats", "nan_policy", "memory_budget", "max_batch_size", "lr_scaling")
 """Options that only the other methods have."""
 HEBBIAN = ("local", "local-paper")
 """Those whose prefix is updated in the forward pass."""
@@ -205,6 +205,11 @@ def resolve(data: str, model: str, method: str, preset: str | None = None, **fla
     if method == "local-paper":
         values |= {"local_lr": 0.01, "local_lr_decay": presets.paper_local_lr_decay(data), "local_lr_decay_every": 30}
     values |= {name: value for name, value in flags.items() if value is not None}
+    for name in (
+        ("refresh", "bn_stats") if method in NOT_PREFIX else ()
+    ):  # RunConfig reads them in files of runs that ignored them
+        if values.pop(name, None) not in (None, RunConfig.defaults()[name]):
+            raise ValueError(f"--{flag(name)} {flags[name]} needs {_WITH_PREFIX}; got --method {method}")
     values.setdefault("reconfigure_every", max(1, values["epochs"] // 9))  # the paper's 10 of 90 epochs
     return RunConfig(data=data, model=model, method=method, preset=preset, **values)
 

@@ -89,6 +89,7 @@ def test_resuming_with_other_methods_says_which(
     ("options", "message"),
     [
         (["--methods", "sgd,prunetrain", "--nan-policy", "skip"], "--nan-policy skip needs one of the methods freeze, "),
+        (["--methods", "sgd", "--refresh", "2"], "--refresh 2 needs one of the methods freeze, "),
         (["--methods", "sgd", "--memory-budget", "1GB"], "--memory-budget needs one of the methods freeze, "),
         (["--methods", "sgd,freeze", "--max-batch-size", "64"], "--max-batch-size 64 needs --memory-budget"),
         (["--methods", "sgd,freeze", "--nan-policy", "ignore"], "--nan-policy must be one of report, skip, raise"),

@@ -42,6 +42,11 @@ def _config(**flags: Any) -> RunConfig:
             {"method": "sgd", "nan_policy": "skip"},
             "--nan-policy skip needs one of the methods freeze, refresh, .*; got --method sgd",
         ),
+        ({"method": "sgd", "refresh": 4}, "--refresh 4 needs one of the methods freeze, refresh, .*; got --method sgd"),
+        (
+            {"method": "prunetrain", "bn_stats": "freeze"},
+            "--bn-stats freeze needs one of the methods .*; got --method prunetrain",
+        ),
         ({"memory_budget": 0}, "--memory-budget must be a whole number of bytes, at least 1, got 0"),
         ({"memory_budget": 1.5}, r"--memory-budget must be a whole number of bytes, at least 1, got 1\.5"),
         ({"method": "sgd", "memory_budget": 1}, "--memory-budget needs one of the methods freeze, .*; got --method sgd"),

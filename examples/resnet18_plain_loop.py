@@ -54,7 +54,7 @@ def main(epochs: int, images: int, size: int) -> None:
             f"{time.perf_counter() - start:.1f} s"
         )
         scheduler.step()
-        local.step()  # <- the second line
+        local.step(epoch_loss)  # <- the second line
 
 
 if __name__ == "__main__":

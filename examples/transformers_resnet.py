@@ -44,7 +44,7 @@ def main(epochs: int, images: int, size: int) -> None:
                 f"{time.perf_counter() - start:.1f} s"
             )
             scheduler.step()
-            local.step()
+            local.step(epoch_loss)
 
 
 if __name__ == "__main__":

@@ -201,9 +201,9 @@ class ReplicatedModel(nn.Module, Joinable):
         return [each.tolist() for each in everyone]
 
     def agree(self, loss: float | None, norm: float | None) -> tuple[float | None, float | None]:
-        """The mean of all processes' losses, and the largest of their norms. All processes must call it."""
-        losses, norms = zip(*self.gather([loss or 0.0, norm or 0.0]), strict=True)
-        return None if loss is None else sum(losses) / len(losses), None if norm is None else max(norms)
+        """The mean of the losses of all processes that have one, and the largest of their norms. All processes must call it."""
+        losses, given, norms = zip(*self.gather([loss or 0.0, float(loss is not None), norm or 0.0]), strict=True)
+        return sum(losses) / sum(given) if any(given) else None, None if norm is None else max(norms)
 
     def check(self, local: LocalizedLearning) -> None:
         """See :func:`check_replicas`."""

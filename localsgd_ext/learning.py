@@ -43,7 +43,7 @@ class LocalizedLearning:
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()                         # stops at the transition layer
                 optimizer.step()
-            local.step()                                # the boundary of the next epoch
+            local.step(epoch_loss)                      # the boundary of the next epoch
 
     All layers start with SGD. After each epoch the schedule may move the boundary ``T``: ``layers[T]``, the transition layer,
     and all after it go on with SGD; every parameter first used before it is frozen for the optimizer (see
@@ -62,13 +62,14 @@ class LocalizedLearning:
             parameters that get frozen is dropped.
         epochs: length of the run, ``E_max`` of equation 2.
         preset: what is taken for the arguments that are not given. ``None`` (or ``"default"``): ``rule="frozen"``,
-            ``schedule="dynamic"``, ``l_max=0.75``, ``refresh=None`` (``lr=0.0001``, should the rule be Hebbian).
+            ``schedule="dynamic"``, ``l_max=0.75``, ``min_loss_drop=0.1``, ``refresh=None`` (``lr=0.0001``, should the rule be
+            Hebbian).
             ``"refresh"``: the same with ``schedule="linear"``, ``l_max=0.9``, ``refresh=4``.
-            ``"paper"``: LoCal+SGD as printed, ``rule="hebbian"``, ``schedule="dynamic"``, ``l_max=0.75``, ``refresh=None``,
-            ``lr=0.01``. With the Hebbian rule :meth:`step` needs the loss.
+            ``"paper"``: LoCal+SGD as printed, ``rule="hebbian"``, ``schedule="dynamic"``, ``l_max=0.75``, ``min_loss_drop=0``,
+            ``refresh=None``, ``lr=0.01``. With the Hebbian rule :meth:`step` needs the loss.
         schedule: ``"dynamic"`` (Algorithm 1), ``"quadratic"``, ``"linear"``, ``"exponential"`` (static schedules), or a
-            :class:`ModeSelection`, which then holds ``alpha``, ``l_max`` and ``t_shift`` itself.
-        alpha, l_max, t_shift: see :class:`DynamicModeSelection`.
+            :class:`ModeSelection`, which then holds ``alpha``, ``l_max``, ``t_shift`` and ``min_loss_drop`` itself.
+        alpha, l_max, t_shift, min_loss_drop: see :class:`DynamicModeSelection`.
         rule: ``"hebbian"``, or ``"frozen"``: the same boundary, no local updates (with ``refresh=None`` the prefix does not
             learn at all).
         lr: local learning rate, a float or a callable of the epoch.
@@ -104,6 +105,7 @@ class LocalizedLearning:
         alpha: float = 0.95,
         l_max: float | None = None,
         t_shift: int | float | str = "auto",
+        min_loss_drop: float | None = None,
         rule: str | None = None,
         lr: float | Callable[[int], float] | None = None,
         lr_decay: float = 2.0,
@@ -131,6 +133,7 @@ class LocalizedLearning:
             alpha=alpha,
             l_max=l_max,
             t_shift=t_shift,
+            min_loss_drop=min_loss_drop,
             rule=rule,
             lr=lr,
             lr_decay=lr_decay,
@@ -182,6 +185,7 @@ class LocalizedLearning:
                 every, self._optimizers, self._updater, epoch=lambda: self.epoch, fewer=self._enable_local_layers
             )
         self._report = EpochReport(self._guard, self._updater, self.replicas)
+        self._said_waiting = False
         self._removed = False
         self._loads = 0  # states loaded so far
         self._kept = 0  # calls of keep_frozen that stopped something
@@ -272,7 +276,8 @@ class LocalizedLearning:
         With a ``ReplicatedModel`` all processes must call it; each takes the mean of their losses and the same decisions.
 
         Args:
-            epoch_loss: mean training loss of the epoch, a float or a tensor of one element; needed for weak supervision.
+            epoch_loss: mean training loss of the epoch, a float or a tensor of one element. Weak supervision needs it, and
+                ``min_loss_drop`` does nothing without it.
         Raises:
             RuntimeError: no training forward was seen yet, or :meth:`remove` was called; the boundary would move and the
                 processes' replicas differ.
@@ -298,7 +303,11 @@ class LocalizedLearning:
         if self.supervision is not None and loss is not None:
             self.supervision.step(loss)
         self.epoch += 1
-        old, new = freeze.boundary, self.schedule.step(norm)
+        told = {"loss": loss} if self.schedule.takes_loss else {}
+        old, new = freeze.boundary, self.schedule.step(norm, **told)
+        if self.schedule.waiting is not None and not self._said_waiting:
+            self._said_waiting = True
+            warnings.warn(f"no layer learns locally yet: {self.schedule.waiting}", UserWarning, stacklevel=2)
         if self.replicas is not None and old != new:
             self.replicas.check(self)  # whatever drifted would hardly be found later
         if self._updater is not None:

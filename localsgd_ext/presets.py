@@ -21,9 +21,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # What keeps most of SGD's accuracy for its cost (benchmarks/STUDY.md). The Hebbian step is not in it: it was not seen to help.
     # Its normalised step has the length lr whatever the size of the weight; 0.01, the paper's, overwrites trained filters on
     # networks of ordinary width, 1e-4 stays within reach of freezing.
-    "default": {"rule": "frozen", "schedule": "dynamic", "l_max": 0.75, "refresh": None, "lr": 1e-4},
-    "refresh": {"rule": "frozen", "schedule": "linear", "l_max": 0.9, "refresh": 4, "lr": 1e-4},
-    "paper": {"rule": "hebbian", "schedule": "dynamic", "l_max": 0.75, "refresh": None, "lr": 0.01},
+    "default": {"rule": "frozen", "schedule": "dynamic", "l_max": 0.75, "min_loss_drop": 0.1, "refresh": None, "lr": 1e-4},
+    "refresh": {"rule": "frozen", "schedule": "linear", "l_max": 0.9, "min_loss_drop": 0.1, "refresh": 4, "lr": 1e-4},
+    "paper": {"rule": "hebbian", "schedule": "dynamic", "l_max": 0.75, "min_loss_drop": 0.0, "refresh": None, "lr": 0.01},
 }
 """What is taken for arguments that are not given; for ``preset=None`` the first. ``lr`` counts for the Hebbian rule only."""
 
@@ -72,6 +72,7 @@ def choose(
     alpha: float,
     l_max: float | None,
     t_shift: int | float | str,
+    min_loss_drop: float | None,
     rule: str | None,
     lr: float | Callable[[int], float] | None,
     lr_decay: float,
@@ -124,6 +125,7 @@ def choose(
             alpha=alpha,
             l_max=chosen["l_max"] if l_max is None else l_max,
             t_shift=t_shift,
+            min_loss_drop=chosen["min_loss_drop"] if min_loss_drop is None else min_loss_drop,
         ),
         supervision=WeakSupervision(supervision) if isinstance(supervision, str) else supervision,
         refresh=every,
@@ -131,11 +133,13 @@ def choose(
     )
 
 
-def _schedule(schedule: str | ModeSelection, *, alpha: float, l_max: float, t_shift: int | float | str) -> ModeSelection:
+def _schedule(
+    schedule: str | ModeSelection, *, alpha: float, l_max: float, t_shift: int | float | str, min_loss_drop: float
+) -> ModeSelection:
     if isinstance(schedule, ModeSelection):
         return schedule
     if schedule == "dynamic":
-        return DynamicModeSelection(alpha=alpha, l_max=l_max, t_shift=t_shift)
+        return DynamicModeSelection(alpha=alpha, l_max=l_max, t_shift=t_shift, min_loss_drop=min_loss_drop)
     if schedule in StaticModeSelection.KINDS:
         return StaticModeSelection(kind=schedule, l_max=l_max)
     known = ", ".join(("dynamic", *StaticModeSelection.KINDS))

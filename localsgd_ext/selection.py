@@ -33,6 +33,10 @@ class ModeSelection(ABC):
 
     needs_update_norm = False
     """Whether :meth:`step` wants the norm of the transition layer's change over the epoch."""
+    takes_loss = False
+    """Whether :meth:`step` may be told the epoch's mean training loss too, as ``loss``."""
+    waiting: str | None = None
+    """Why the boundary has not moved at the end of the last epoch, where that may surprise."""
 
     def __init__(self, num_layers: int | None = None, epochs: int | None = None, *, l_max: float = 0.75) -> None:
         require_numbers(l_max=l_max)
@@ -112,16 +116,21 @@ class DynamicModeSelection(ModeSelection):
     ``e_k = 0`` and the history begins anew (it was another layer's); otherwise ``e_k += 1``. So moves are at least ``K + 1``
     epochs apart. ``K = max(1, floor(E_max * t_shift / (l_max * L)))`` (equation 2).
 
+    Before a network has begun to learn its updates are small too. With ``min_loss_drop`` (not in the paper) the boundary
+    stays at 0 until the loss of an epoch, where it is told, is that much below the first one's.
+
     Args:
         alpha: fraction of the average below which an update counts as small; the paper's is 0.95.
         t_shift: layers per move: an int, a fraction of ``L``, or ``"auto"`` for the size of the network's recurring block
             (resolved by ``LocalizedLearning``).
+        min_loss_drop: share of the first epoch's loss by which the loss must have fallen, in [0, 1); 0 for Algorithm 1 as printed.
     Raises:
         ValueError: an argument out of its range, or ``t_shift="auto"`` where no network is known.
         TypeError: one that is no number.
     """
 
     needs_update_norm = True
+    takes_loss = True
 
     def __init__(
         self,
@@ -131,8 +140,9 @@ class DynamicModeSelection(ModeSelection):
         alpha: float = 0.95,
         l_max: float = 0.75,
         t_shift: int | float | str = "auto",
+        min_loss_drop: float = 0.0,
     ) -> None:
-        require_numbers(alpha=alpha, t_shift=1 if isinstance(t_shift, str) else t_shift)
+        require_numbers(alpha=alpha, t_shift=1 if isinstance(t_shift, str) else t_shift, min_loss_drop=min_loss_drop)
         given: object = t_shift
         if isinstance(given, Integral):  # numpy's too
             t_shift = int(given)
@@ -142,8 +152,12 @@ class DynamicModeSelection(ModeSelection):
             isinstance(t_shift, str) or not (0 < t_shift < 1 or (isinstance(t_shift, int) and t_shift >= 1))
         ):
             raise ValueError(f"t_shift must be 'auto', an int of at least 1 or a fraction in (0, 1), got {t_shift!r}")
+        if not 0 <= min_loss_drop < 1:
+            raise ValueError(f"min_loss_drop must be in [0, 1), got {min_loss_drop}")
         self.alpha = alpha
         self.t_shift = t_shift
+        self.min_loss_drop = min_loss_drop
+        self._first_loss: float | None = None
         self.shift = 0
         self.min_epochs = 0
         self.epochs_since_move = 0
@@ -161,16 +175,22 @@ class DynamicModeSelection(ModeSelection):
         self.min_epochs = max(1, math.floor(epochs * self.shift / (self.l_max * depth) + _ROUNDING))
         self._history = deque(maxlen=self.min_epochs)
 
-    def step(self, update_norm: float | None = None) -> int:
-        """End an epoch in which the transition layer's weight changed by ``update_norm`` (L2); return the next boundary."""
+    def step(self, update_norm: float | None = None, loss: float | None = None) -> int:
+        """End an epoch in which the transition layer's weight changed by ``update_norm`` (L2); return the next boundary.
+
+        ``loss``: the epoch's mean training loss, which only ``min_loss_drop`` asks for.
+        """
         if update_norm is None:
             raise ValueError("update_norm must be the norm of the transition layer's change over the epoch, got None")
         self._bound(self.num_layers)
+        if self._first_loss is None and loss is not None and math.isfinite(loss):
+            self._first_loss = float(loss)
         # e_k >= K implies that the history holds K values: both grow by one an epoch and restart together.
         settled = self.epochs_since_move >= self.min_epochs and update_norm <= self.alpha * (
             sum(self._history) / self.min_epochs
         )
-        if settled and self.boundary < self.cap:
+        self.waiting = self._not_begun(loss) if settled and self.boundary == 0 else None
+        if settled and self.boundary < self.cap and self.waiting is None:
             self.boundary = min(self.boundary + self.shift, self.cap)
             self.epochs_since_move = 0
             self._history.clear()
@@ -179,6 +199,14 @@ class DynamicModeSelection(ModeSelection):
             self._history.append(float(update_norm))
         self.epoch += 1
         return self.boundary
+
+    def _not_begun(self, loss: float | None) -> str | None:
+        """Of a loss that has not fallen by ``min_loss_drop``; ``None`` without it, or where the first was 0 or less."""
+        first = self._first_loss
+        if self.min_loss_drop == 0 or loss is None or first is None or first <= 0 or loss <= (1 - self.min_loss_drop) * first:
+            return None
+        wanted = (1 - self.min_loss_drop) * first
+        return f"the loss is {loss:.4g}, it was {first:.4g} in the first epoch and must fall to {wanted:.4g} (min_loss_drop)"
 
     def never_moves(self) -> str | None:
         if self.cap == 0:
@@ -194,6 +222,8 @@ class DynamicModeSelection(ModeSelection):
         return super().state_dict() | {
             "alpha": self.alpha,
             "t_shift": self.t_shift,
+            "min_loss_drop": self.min_loss_drop,
+            "first_loss": self._first_loss,
             "shift": self.shift,
             "min_epochs": self.min_epochs,
             "epochs_since_move": self.epochs_since_move,
@@ -205,6 +235,8 @@ class DynamicModeSelection(ModeSelection):
         self.alpha, self.t_shift, self.shift = state["alpha"], state["t_shift"], state["shift"]
         self.min_epochs, self.epochs_since_move = state["min_epochs"], state["epochs_since_move"]
         self._history = deque(state["history"], maxlen=self.min_epochs)
+        # States from before there was min_loss_drop go on as they began.
+        self.min_loss_drop, self._first_loss = state.get("min_loss_drop", 0.0), state.get("first_loss")
 
     def __repr__(self) -> str:
         shift = self.shift or self.t_shift

@@ -1,5 +1,7 @@
 """What ``LocalizedLearning`` does when little is said."""
 
+import warnings
+
 import pytest
 import torch
 from models import PlainCNN, batches, run_epoch, seeded
@@ -8,7 +10,7 @@ from localsgd_ext import DynamicModeSelection, LocalizedLearning, StaticModeSele
 from localsgd_ext.learning import PRESETS
 
 EPOCHS = 6
-MOVES = {"alpha": 2.0, "t_shift": 1}  # in so short a run too
+MOVES = {"alpha": 2.0, "t_shift": 1, "min_loss_drop": 0.0}  # in so short a run too
 
 
 def trained(**options):
@@ -46,6 +48,29 @@ def test_a_preset_is_what_it_says(preset, schedule, options):
     assert isinstance(local.schedule, schedule)
     assert local.supervision is None  # so that step() needs no loss
     local.step()
+
+
+@pytest.mark.parametrize(("preset", "drop"), [(None, 0.1), ("default", 0.1), ("paper", 0.0)])
+def test_presets_wait_for_the_loss_or_do_not(preset, drop):
+    model = seeded(PlainCNN)
+    assert LocalizedLearning(model, None, epochs=EPOCHS, preset=preset).schedule.min_loss_drop == drop
+
+
+def test_the_default_waits_until_the_network_learns_and_says_so_once():
+    """With losses made up: the norms, by themselves, let the boundary move after the second epoch."""
+    model = seeded(PlainCNN)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    local = LocalizedLearning(model, optimizer, epochs=EPOCHS, alpha=100.0, t_shift=1)
+    boundaries = []
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for epoch, loss in enumerate([3.0, 2.9, 2.8, 2.6, 2.5]):
+            run_epoch(model, optimizer, batches(2, seed=epoch))
+            local.step(loss)
+            boundaries.append(local.boundary)
+    assert boundaries == [0, 0, 0, 1, 1]
+    waits = "the loss is 2.9, it was 3 in the first epoch and must fall to 2.7 (min_loss_drop)"
+    assert [str(warning.message) for warning in warned] == [f"no layer learns locally yet: {waits}"]
 
 
 def test_the_paper_s_preset_is_what_the_paper_says():

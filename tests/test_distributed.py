@@ -174,6 +174,23 @@ def test_signs_and_boundaries_come_from_all_processes():
     check_replicas(run.local)
 
 
+@distributed_test(world_size=2)
+def test_a_loss_that_only_one_process_knows_counts_for_all():
+    """As where only the first one keeps a log; without a sign to set, the loss may be left out."""
+    known = dist.get_rank() == 0
+    run = Run(replicated=True, preset=None, schedule="dynamic", alpha=100.0, t_shift=1, epochs=8)
+    boundaries = []
+    for number, loss in enumerate([4.0, 3.8, 3.7, 3.6, 3.6]):
+        for x, y in batches(2, SIZE, seed=number, dtype=torch.float64):
+            run.step(x, y)
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            run.local.step(loss if known else None)
+        boundaries.append(run.local.boundary)
+    assert boundaries == [0, 0, 0, 1, 1]
+    check_replicas(run.local)
+
+
 @pytest.mark.parametrize("build", [NoNorm, TwoBlockResNet])
 @distributed_test(world_size=2)
 def test_a_boundary_above_zero_from_the_first_forward_on(build):

@@ -111,6 +111,58 @@ def test_a_norm_that_is_not_a_number_never_shifts_and_is_forgotten():
     assert trace(selection, [1.0, 0.5])[-1] >= 1
 
 
+FALLING = [0.5**epoch for epoch in range(6)]  # norms, with which Algorithm 1 moves as early and as often as it may
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([4.0, 3.7, 3.5, 3.6, 9.0, 1.0], [0, 0, 1, 1, 2, 2]),  # 0.9 * 4 = 3.6: held once, and not again
+        ([4.0, 3.6, 3.5, 3.5, 3.5, 3.5], [0, 1, 1, 2, 2, 3]),  # as printed
+        ([4.0, math.nan, 4.0, math.inf, 3.0, 3.0], [0, 0, 0, 0, 1, 1]),
+        ([math.nan, 4.0, 3.9, 3.6, 3.0, 3.0], [0, 0, 0, 1, 1, 2]),  # the first that is a number
+        ([None] * 6, [0, 1, 1, 2, 2, 3]),
+        ([4.0, None, None, None, None, None], [0, 1, 1, 2, 2, 3]),
+        ([-1.0, -1.0, -1.0, -1.0, -1.0, -1.0], [0, 1, 1, 2, 2, 3]),  # no share can be taken
+    ],
+)
+def test_the_boundary_waits_for_the_loss_to_fall(losses, expected):
+    selection = DynamicModeSelection(4, 4, l_max=1.0, t_shift=1, min_loss_drop=0.1)  # K = 1
+    assert [selection.step(norm, loss) for norm, loss in zip(FALLING, losses, strict=True)] == expected
+
+
+def test_algorithm_1_as_printed_does_not_look_at_the_loss():
+    selection = DynamicModeSelection(4, 4, l_max=1.0, t_shift=1)
+    assert [selection.step(norm, 4.0) for norm in FALLING] == [0, 1, 1, 2, 2, 3]
+
+
+def test_why_it_waits_can_be_asked():
+    selection = DynamicModeSelection(4, 4, l_max=1.0, t_shift=1, min_loss_drop=0.25)
+    reasons = []
+    for norm, loss in zip(FALLING, [4.0, 3.5, 3.0, 4.0, 4.0, 4.0], strict=True):
+        selection.step(norm, loss)
+        reasons.append(selection.waiting)
+    assert reasons == [None, "the loss is 3.5, it was 4 in the first epoch and must fall to 3 (min_loss_drop)", *[None] * 4]
+
+
+@pytest.mark.parametrize("cut", range(1, 6))
+def test_state_dict_continues_the_wait(cut):
+    losses = [4.0, 3.9, 3.8, 3.7, 3.6, 3.6]
+    first, second = (DynamicModeSelection(4, 4, l_max=1.0, t_shift=1, min_loss_drop=drop) for drop in (0.1, 0.0))
+    assert [first.step(norm, loss) for norm, loss in zip(FALLING[:cut], losses[:cut], strict=True)][-1] == (cut == 5)
+    second.load_state_dict(first.state_dict())
+    rest = [second.step(norm, loss) for norm, loss in zip(FALLING[cut:], losses[cut:], strict=True)]
+    assert rest == [0, 0, 0, 1, 1][cut - 1 :]
+
+
+def test_a_state_from_before_the_wait_goes_on_as_it_began():
+    selection = DynamicModeSelection(4, 4, l_max=1.0, t_shift=1, min_loss_drop=0.1)
+    state = selection.state_dict()
+    del state["min_loss_drop"], state["first_loss"]
+    selection.load_state_dict(state)
+    assert [selection.step(norm, 4.0) for norm in FALLING] == [0, 1, 1, 2, 2, 3]
+
+
 @pytest.mark.parametrize("cut", range(1, 14))
 def test_state_dict_continues_the_trace(cut):
     norms = [10.0, 1.0, 5.3, 2.99, 0.1, 0.1, 0.1, 0.09, 8.0, 4.0, 5.0, 1.0, 0.1, 0.01]
@@ -132,6 +184,9 @@ def test_state_dict_continues_the_trace(cut):
         ({"l_max": 1.5}, "l_max"),
         ({"t_shift": 0}, "t_shift"),
         ({"t_shift": -2}, "t_shift"),
+        ({"min_loss_drop": -0.1}, "min_loss_drop"),
+        ({"min_loss_drop": 1.0}, "min_loss_drop"),
+        ({"min_loss_drop": float("nan")}, "min_loss_drop"),
     ],
 )
 def test_bad_arguments_are_named(kwargs, name):
@@ -140,7 +195,7 @@ def test_bad_arguments_are_named(kwargs, name):
 
 
 @pytest.mark.parametrize("value", [True, None, [1]])
-@pytest.mark.parametrize("name", ["alpha", "l_max", "t_shift"])
+@pytest.mark.parametrize("name", ["alpha", "l_max", "t_shift", "min_loss_drop"])
 def test_what_is_no_number_is_named(name, value):
     with pytest.raises(TypeError, match=rf"{name} must be a number, got {re.escape(repr(value))}"):
         DynamicModeSelection(8, 6, **{"t_shift": 1, name: value})

@@ -47,7 +47,7 @@ SCALES = {
             _FAKE,
             {
                 "train_size": 64, "test_size": 40, "image_size": 8, "batch_size": 16, "epochs": 4, "lr": 0.02, "alpha": 9.0,
-                "device": "cpu"
+                "min_loss_drop": 0.0, "device": "cpu"
             },
             seeds=2,
             pareto_seeds=2,

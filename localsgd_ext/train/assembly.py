@@ -22,6 +22,7 @@ def localized_learning(
     """``None`` for methods without a boundary. ``model`` may be a ``ReplicatedModel``."""
     if config.method in NOT_PREFIX:
         return None
+    as_printed = config.method == "local-paper" or config.preset == "paper"
     return LocalizedLearning(
         model,
         optimizer,
@@ -31,6 +32,7 @@ def localized_learning(
         alpha=config.alpha,
         l_max=config.l_max,
         t_shift=config.t_shift,
+        min_loss_drop=0.0 if config.min_loss_drop is None and as_printed else config.min_loss_drop,
         lr=config.local_lr,
         lr_decay=config.local_lr_decay,
         lr_decay_every=config.local_lr_decay_every,

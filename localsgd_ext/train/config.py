@@ -18,8 +18,9 @@ from localsgd_ext.train.models import PRUNABLE, RESIDUAL
 METHODS = ("sgd", "freeze", "refresh", "local", "local-paper", "stochastic-depth", "prunetrain")
 NOT_PREFIX = ("sgd", "stochastic-depth", "prunetrain")
 """Those that treat all layers alike, without a boundary."""
-NEED_BOUNDARY = ("refresh", "bn_stats", "nan_policy", "memory_budget", "max_batch_size", "lr_scaling")
+NEED_BOUNDARY = ("refresh", "min_loss_drop", "bn_stats", "nan_policy", "memory_budget", "max_batch_size", "lr_scaling")
 """Options that only the other methods have."""
+_IGNORED_ONCE = ("refresh", "min_loss_drop", "bn_stats")  # of them, in files of runs of other methods
 HEBBIAN = ("local", "local-paper")
 """Those whose prefix is updated in the forward pass."""
 ONE_PROCESS = ("stochastic-depth", "prunetrain")
@@ -62,6 +63,8 @@ class RunConfig:
     supervision: str = "absolute"
     sample: float = 1.0
     refresh: int = 0
+    min_loss_drop: float | None = None
+    """``None``: the library's, but Algorithm 1 as printed for ``local-paper`` and the paper's preset."""
     bn_stats: str = "update"
     nan_policy: str = "report"
     memory_budget: int | None = None
@@ -113,6 +116,7 @@ class RunConfig:
         _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
         _require(self, "sample", 0 < self.sample <= 1, "in (0, 1]")
         _require(self, "refresh", self.refresh >= 0, "at least 0")
+        _require(self, "min_loss_drop", self.min_loss_drop is None or 0 <= self.min_loss_drop < 1, "in [0, 1)")
         _require(self, "survival", 0 < self.survival <= 1, "in (0, 1]")
         _require(self, "lasso_ratio", 0 < self.lasso_ratio < 1, "in (0, 1)")
         _require(self, "l_max", 0 < self.l_max < 1, "in (0, 1)")
@@ -205,10 +209,8 @@ def resolve(data: str, model: str, method: str, preset: str | None = None, **fla
     if method == "local-paper":
         values |= {"local_lr": 0.01, "local_lr_decay": presets.paper_local_lr_decay(data), "local_lr_decay_every": 30}
     values |= {name: value for name, value in flags.items() if value is not None}
-    for name in (
-        ("refresh", "bn_stats") if method in NOT_PREFIX else ()
-    ):  # RunConfig reads them in files of runs that ignored them
-        if values.pop(name, None) not in (None, RunConfig.defaults()[name]):
+    for name in _IGNORED_ONCE if method in NOT_PREFIX else ():
+        if (asked := values.pop(name, None)) and asked != RunConfig.defaults()[name]:
             raise ValueError(f"--{flag(name)} {flags[name]} needs {_WITH_PREFIX}; got --method {method}")
     values.setdefault("reconfigure_every", max(1, values["epochs"] // 9))  # the paper's 10 of 90 epochs
     return RunConfig(data=data, model=model, method=method, preset=preset, **values)

@@ -60,6 +60,14 @@ LocalLrDecayEvery = Annotated[int | None, typer.Option(help="Epochs between its 
 Alpha = Annotated[
     float | None, typer.Option(help="The boundary moves once updates fall below this share.", rich_help_panel=_LOCAL)
 ]
+MinLossDrop = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the first epoch's loss by which it must fall before the dynamic schedule begins (default: 0.1; "
+        "0 for local-paper and --preset paper).",
+        rich_help_panel=_LOCAL,
+    ),
+]
 LMax = Annotated[float | None, typer.Option(help="Largest share of layers in the prefix.", rich_help_panel=_LOCAL)]
 TShift = Annotated[
     str | None, typer.Option(help="Layers per move, a fraction of the depth, or auto (one block).", rich_help_panel=_LOCAL)

@@ -300,11 +300,11 @@ class LocalizedLearning:
         norm = self._epoch_start.norm(self._transition_weight()) if self.schedule.needs_update_norm else None
         if self.replicas is not None:
             loss, norm = self.replicas.agree(loss, norm)
+        told = {"loss": loss} if self.schedule.takes_loss else {}
+        old, new = freeze.boundary, self.schedule.step(norm, **told)  # a user's callable may raise: nothing has changed yet
         if self.supervision is not None and loss is not None:
             self.supervision.step(loss)
         self.epoch += 1
-        told = {"loss": loss} if self.schedule.takes_loss else {}
-        old, new = freeze.boundary, self.schedule.step(norm, **told)
         if self.schedule.waiting is not None and not self._said_waiting:
             self._said_waiting = True
             warnings.warn(f"no layer learns locally yet: {self.schedule.waiting}", UserWarning, stacklevel=2)

@@ -12,7 +12,7 @@ from typing import Any
 from .freezing import BN_STATS
 from .refresh import Every
 from .sampling import check_sample
-from .selection import DynamicModeSelection, ModeSelection, StaticModeSelection
+from .selection import DynamicModeSelection, ModeSelection, StaticModeSelection, answer
 from .supervision import WeakSupervision
 
 RULES = ("hebbian", "frozen")
@@ -47,8 +47,13 @@ class LocalRate:
         self._lr, self._decay, self._decay_every = lr, decay, decay_every
 
     def at(self, epoch: int) -> float:
+        """Of ``epoch``.
+
+        Raises:
+            TypeError: a callable's answer is no number.
+        """
         if callable(self._lr):
-            return float(self._lr(epoch))
+            return answer("lr", self._lr, epoch)
         return float(self._lr / self._decay ** (epoch // self._decay_every))
 
 

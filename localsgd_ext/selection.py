@@ -282,11 +282,17 @@ class StaticModeSelection(ModeSelection):
         self.boundary = self.at(self.epoch)
 
     def at(self, epoch: int) -> int:
-        """The boundary in ``epoch`` (counted from 0)."""
+        """The boundary in ``epoch`` (counted from 0).
+
+        Raises:
+            TypeError, ValueError: a callable's answer is no finite number.
+        """
         depth, last = self._bound(self.num_layers), self._bound(self.epochs)
         c1 = self.l_max * depth if self.c1 is None else self.c1
         if callable(self.kind):
-            value = self.kind(epoch)
+            value = answer("kind", self.kind, epoch)
+            if not math.isfinite(value):
+                raise ValueError(f"kind({epoch}) must be finite, got {value}")
         elif self.kind == "quadratic":
             value = c1 - (c1 / last**2 if self.c2 is None else self.c2) * (epoch - last) ** 2
         elif self.kind == "linear":
@@ -297,8 +303,8 @@ class StaticModeSelection(ModeSelection):
 
     def step(self, update_norm: float | None = None) -> int:
         """End an epoch and return the next boundary; ``update_norm`` is not used."""
+        self.boundary = self.at(self.epoch + 1)
         self.epoch += 1
-        self.boundary = self.at(self.epoch)
         return self.boundary
 
     def never_moves(self) -> str | None:
@@ -328,6 +334,15 @@ def require_numbers(**values: object) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def answer(name: str, function: Callable[[int], Any], epoch: int) -> float:
+    """What the argument ``name``, a callable of the epoch, answers. Raises ``TypeError`` if that is no number."""
+    value = function(epoch)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}({epoch}) must be a number, got {value!r}") from None
 
 
 class UpdateNorm:

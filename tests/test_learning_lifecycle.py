@@ -250,6 +250,7 @@ def test_bad_arguments_are_named_and_leave_no_hooks(kwargs, name):
         ({"lr_decay_every": True}, "lr_decay_every must be an int, got True"),
         ({"lr": True}, "lr must be a number, a callable of the epoch or None, got True"),
         ({"lr": "0.1"}, "lr must be a number, a callable of the epoch or None, got '0.1'"),
+        ({"lr": lambda epoch: None}, r"lr\(0\) must be a number, got None"),
         ({"supervision": 1}, "supervision must be a name, a WeakSupervision or None, got 1"),
         ({"on_boundary_move": 1}, "on_boundary_move must be callable or None, got 1"),
         ({"activation": "relu"}, "activation must be callable, got str"),

@@ -234,6 +234,22 @@ def test_exponential_trace():
     assert static_trace("exponential", 8, 6, c1=6, c2=0.5) == [2, 3, 4, 5, 5, 5]
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (None, TypeError, "kind(1) must be a number, got None"),
+        ("much", TypeError, "kind(1) must be a number, got 'much'"),
+        (math.nan, ValueError, "kind(1) must be finite, got nan"),
+        (math.inf, ValueError, "kind(1) must be finite, got inf"),
+    ],
+)
+def test_a_callable_s_answer_is_checked(value, error, message):
+    selection = StaticModeSelection(8, 6, kind=lambda epoch: value if epoch == 1 else 0)
+    with pytest.raises(error, match=re.escape(message)):
+        selection.step()
+    assert (selection.epoch, selection.boundary) == (0, 0)
+
+
 def test_callable_trace():
     assert static_trace(lambda epoch: 2 * epoch - 3, 8, 6) == [0, 1, 3, 5, 6, 6]  # max(0, .) and the cap floor(0.75 * 8) = 6
 

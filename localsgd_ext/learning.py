@@ -69,7 +69,7 @@ class LocalizedLearning:
             ``refresh=None``, ``lr=0.01``. With the Hebbian rule :meth:`step` needs the loss.
         schedule: ``"dynamic"`` (Algorithm 1), ``"quadratic"``, ``"linear"``, ``"exponential"`` (static schedules), or a
             :class:`ModeSelection`, which then holds ``alpha``, ``l_max``, ``t_shift`` and ``min_loss_drop`` itself.
-        alpha, l_max, t_shift, min_loss_drop: see :class:`DynamicModeSelection`.
+        alpha, l_max, t_shift, min_loss_drop: see :class:`DynamicModeSelection` and :class:`ModeSelection`.
         rule: ``"hebbian"``, or ``"frozen"``: the same boundary, no local updates (with ``refresh=None`` the prefix does not
             learn at all).
         lr: local learning rate, a float or a callable of the epoch.

@@ -146,6 +146,6 @@ def _schedule(
     if schedule == "dynamic":
         return DynamicModeSelection(alpha=alpha, l_max=l_max, t_shift=t_shift, min_loss_drop=min_loss_drop)
     if schedule in StaticModeSelection.KINDS:
-        return StaticModeSelection(kind=schedule, l_max=l_max)
+        return StaticModeSelection(kind=schedule, l_max=l_max, min_loss_drop=min_loss_drop)
     known = ", ".join(("dynamic", *StaticModeSelection.KINDS))
     raise ValueError(f"schedule must be one of {known} or a ModeSelection, got {schedule!r}")

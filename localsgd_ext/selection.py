@@ -22,10 +22,15 @@ _ROUNDING = 1e-9  # so that 0.29 * 100 = 28.999999999999996 counts as 29
 class ModeSelection(ABC):
     """A schedule of the boundary over a run of ``epochs`` epochs of a network of ``num_layers`` layers.
 
+    Before a network has begun to learn, what its first layers have become is worth nothing yet, and their updates are small too.
+    With ``min_loss_drop`` (not in the paper) the boundary stays at 0 until the loss of an epoch, where it is told, is that much
+    below the first one's.
+
     Args:
         num_layers: ``L``, the number of layers; may be given later through :meth:`bind` (``LocalizedLearning`` does).
         epochs: ``E_max``, the number of epochs of the run.
         l_max: fraction of the layers that may ever learn locally, in (0, 1]. At least one layer keeps learning by SGD.
+        min_loss_drop: share of the first epoch's loss by which the loss must have fallen, in [0, 1); 0: do not wait.
     Raises:
         ValueError: an argument out of its range.
         TypeError: one that is no number.
@@ -38,14 +43,20 @@ class ModeSelection(ABC):
     waiting: str | None = None
     """Why the boundary has not moved at the end of the last epoch, where that may surprise."""
 
-    def __init__(self, num_layers: int | None = None, epochs: int | None = None, *, l_max: float = 0.75) -> None:
-        require_numbers(l_max=l_max)
+    def __init__(
+        self, num_layers: int | None = None, epochs: int | None = None, *, l_max: float = 0.75, min_loss_drop: float = 0.0
+    ) -> None:
+        require_numbers(l_max=l_max, min_loss_drop=min_loss_drop)
         if not 0 < l_max <= 1:
             raise ValueError(f"l_max must be in (0, 1], got {l_max}")
+        if not 0 <= min_loss_drop < 1:
+            raise ValueError(f"min_loss_drop must be in [0, 1), got {min_loss_drop}")
         for name, value in (("num_layers", num_layers), ("epochs", epochs)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.l_max = l_max
+        self.min_loss_drop = min_loss_drop
+        self._first_loss: float | None = None
         self.num_layers = num_layers
         self.epochs = epochs
         self.epoch = 0
@@ -86,6 +97,8 @@ class ModeSelection(ABC):
             "num_layers": self.num_layers,
             "epochs": self.epochs,
             "l_max": self.l_max,
+            "min_loss_drop": self.min_loss_drop,
+            "first_loss": self._first_loss,
             "epoch": self.epoch,
             "boundary": self.boundary,
         }
@@ -100,6 +113,21 @@ class ModeSelection(ABC):
             raise ValueError(f"the state is of a {state['kind']}, this is a {type(self).__name__}")
         self.num_layers, self.epochs, self.l_max = state["num_layers"], state["epochs"], state["l_max"]
         self.epoch, self.boundary = state["epoch"], state["boundary"]
+        # States from before there was min_loss_drop go on as they began.
+        self.min_loss_drop, self._first_loss = state.get("min_loss_drop", 0.0), state.get("first_loss")
+
+    def _see(self, loss: float | None) -> None:
+        """Keep the first epoch's loss."""
+        if self._first_loss is None and loss is not None and math.isfinite(loss):
+            self._first_loss = float(loss)
+
+    def _not_begun(self, loss: float | None) -> str | None:
+        """Of a loss that has not fallen by ``min_loss_drop``; ``None`` without it, or where the first was 0 or less."""
+        first = self._first_loss
+        if self.min_loss_drop == 0 or loss is None or first is None or first <= 0 or loss <= (1 - self.min_loss_drop) * first:
+            return None
+        wanted = (1 - self.min_loss_drop) * first
+        return f"the loss is {loss:.4g}, it was {first:.4g} in the first epoch and must fall to {wanted:.4g} (min_loss_drop)"
 
     @staticmethod
     def _bound(value: int | None) -> int:
@@ -116,14 +144,11 @@ class DynamicModeSelection(ModeSelection):
     ``e_k = 0`` and the history begins anew (it was another layer's); otherwise ``e_k += 1``. So moves are at least ``K + 1``
     epochs apart. ``K = max(1, floor(E_max * t_shift / (l_max * L)))`` (equation 2).
 
-    Before a network has begun to learn its updates are small too. With ``min_loss_drop`` (not in the paper) the boundary
-    stays at 0 until the loss of an epoch, where it is told, is that much below the first one's.
-
     Args:
         alpha: fraction of the average below which an update counts as small; the paper's is 0.95.
         t_shift: layers per move: an int, a fraction of ``L``, or ``"auto"`` for the size of the network's recurring block
             (resolved by ``LocalizedLearning``).
-        min_loss_drop: share of the first epoch's loss by which the loss must have fallen, in [0, 1); 0 for Algorithm 1 as printed.
+        min_loss_drop: see :class:`ModeSelection`; 0 is Algorithm 1 as printed.
     Raises:
         ValueError: an argument out of its range, or ``t_shift="auto"`` where no network is known.
         TypeError: one that is no number.
@@ -142,7 +167,7 @@ class DynamicModeSelection(ModeSelection):
         t_shift: int | float | str = "auto",
         min_loss_drop: float = 0.0,
     ) -> None:
-        require_numbers(alpha=alpha, t_shift=1 if isinstance(t_shift, str) else t_shift, min_loss_drop=min_loss_drop)
+        require_numbers(alpha=alpha, t_shift=1 if isinstance(t_shift, str) else t_shift)
         given: object = t_shift
         if isinstance(given, Integral):  # numpy's too
             t_shift = int(given)
@@ -152,17 +177,13 @@ class DynamicModeSelection(ModeSelection):
             isinstance(t_shift, str) or not (0 < t_shift < 1 or (isinstance(t_shift, int) and t_shift >= 1))
         ):
             raise ValueError(f"t_shift must be 'auto', an int of at least 1 or a fraction in (0, 1), got {t_shift!r}")
-        if not 0 <= min_loss_drop < 1:
-            raise ValueError(f"min_loss_drop must be in [0, 1), got {min_loss_drop}")
         self.alpha = alpha
         self.t_shift = t_shift
-        self.min_loss_drop = min_loss_drop
-        self._first_loss: float | None = None
         self.shift = 0
         self.min_epochs = 0
         self.epochs_since_move = 0
         self._history: deque[float] = deque()
-        super().__init__(num_layers, epochs, l_max=l_max)
+        super().__init__(num_layers, epochs, l_max=l_max, min_loss_drop=min_loss_drop)
 
     def _start(self, block_size: int | None) -> None:
         depth, epochs = self._bound(self.num_layers), self._bound(self.epochs)
@@ -183,8 +204,7 @@ class DynamicModeSelection(ModeSelection):
         if update_norm is None:
             raise ValueError("update_norm must be the norm of the transition layer's change over the epoch, got None")
         self._bound(self.num_layers)
-        if self._first_loss is None and loss is not None and math.isfinite(loss):
-            self._first_loss = float(loss)
+        self._see(loss)
         # e_k >= K implies that the history holds K values: both grow by one an epoch and restart together.
         settled = self.epochs_since_move >= self.min_epochs and update_norm <= self.alpha * (
             sum(self._history) / self.min_epochs
@@ -200,14 +220,6 @@ class DynamicModeSelection(ModeSelection):
         self.epoch += 1
         return self.boundary
 
-    def _not_begun(self, loss: float | None) -> str | None:
-        """Of a loss that has not fallen by ``min_loss_drop``; ``None`` without it, or where the first was 0 or less."""
-        first = self._first_loss
-        if self.min_loss_drop == 0 or loss is None or first is None or first <= 0 or loss <= (1 - self.min_loss_drop) * first:
-            return None
-        wanted = (1 - self.min_loss_drop) * first
-        return f"the loss is {loss:.4g}, it was {first:.4g} in the first epoch and must fall to {wanted:.4g} (min_loss_drop)"
-
     def never_moves(self) -> str | None:
         if self.cap == 0:
             return f"l_max={self.l_max} of {self.num_layers} layers is less than one layer"
@@ -222,8 +234,6 @@ class DynamicModeSelection(ModeSelection):
         return super().state_dict() | {
             "alpha": self.alpha,
             "t_shift": self.t_shift,
-            "min_loss_drop": self.min_loss_drop,
-            "first_loss": self._first_loss,
             "shift": self.shift,
             "min_epochs": self.min_epochs,
             "epochs_since_move": self.epochs_since_move,
@@ -235,8 +245,6 @@ class DynamicModeSelection(ModeSelection):
         self.alpha, self.t_shift, self.shift = state["alpha"], state["t_shift"], state["shift"]
         self.min_epochs, self.epochs_since_move = state["min_epochs"], state["epochs_since_move"]
         self._history = deque(state["history"], maxlen=self.min_epochs)
-        # States from before there was min_loss_drop go on as they began.
-        self.min_loss_drop, self._first_loss = state.get("min_loss_drop", 0.0), state.get("first_loss")
 
     def __repr__(self) -> str:
         shift = self.shift or self.t_shift
@@ -253,11 +261,14 @@ class StaticModeSelection(ModeSelection):
             local-first schedules (section 2.2).
         c1: boundary reached at the end, in layers; ``l_max * L`` unless given.
         c2: rate; unless given, such that ``T(0) = 0`` (exponential: ``5 / E_max``).
+        min_loss_drop: see :class:`ModeSelection`; not of a callable. After the wait the schedule, from its first move on, is run
+            through in the epochs that are left.
     Raises:
-        ValueError: an unknown ``kind``, or ``l_max`` out of its range.
-        TypeError: ``l_max``, ``c1`` or ``c2`` is no number.
+        ValueError: an unknown ``kind``, or ``l_max`` or ``min_loss_drop`` out of its range.
+        TypeError: ``l_max``, ``c1``, ``c2`` or ``min_loss_drop`` is no number.
     """
 
+    takes_loss = True
     KINDS = ("quadratic", "linear", "exponential")
 
     def __init__(
@@ -269,14 +280,19 @@ class StaticModeSelection(ModeSelection):
         c1: float | None = None,
         c2: float | None = None,
         l_max: float = 0.75,
+        min_loss_drop: float = 0.0,
     ) -> None:
         if not callable(kind) and kind not in self.KINDS:
             raise ValueError(f"kind must be one of {', '.join(self.KINDS)} or a callable of the epoch, got {kind!r}")
         require_numbers(**{name: value for name, value in (("c1", c1), ("c2", c2)) if value is not None})
+        if callable(kind) and min_loss_drop:
+            raise ValueError(f"min_loss_drop must be 0 where kind is a callable, got {min_loss_drop}")
         self.kind = kind
         self.c1 = c1
         self.c2 = c2
-        super().__init__(num_layers, epochs, l_max=l_max)
+        self.waited = 0
+        """Epochs for which the first move had to wait."""
+        super().__init__(num_layers, epochs, l_max=l_max, min_loss_drop=min_loss_drop)
 
     def _start(self, block_size: int | None) -> None:
         self.boundary = self.at(self.epoch)
@@ -287,10 +303,21 @@ class StaticModeSelection(ModeSelection):
         Raises:
             TypeError, ValueError: a callable's answer is no finite number.
         """
+        if self.waited == 0:
+            return self._by_clock(epoch)
+        last = self._bound(self.epochs)
+        first = next(e for e in range(last) if self._by_clock(e) > 0)
+        begun = first + self.waited
+        if epoch < begun or begun >= last:
+            return 0
+        return self._by_clock(first + (epoch - begun) * (last - first) / (last - begun))
+
+    def _by_clock(self, epoch: float) -> int:
+        """Without any wait."""
         depth, last = self._bound(self.num_layers), self._bound(self.epochs)
         c1 = self.l_max * depth if self.c1 is None else self.c1
         if callable(self.kind):
-            value = answer("kind", self.kind, epoch)
+            value = answer("kind", self.kind, int(epoch))
             if not math.isfinite(value):
                 raise ValueError(f"kind({epoch}) must be finite, got {value}")
         elif self.kind == "quadratic":
@@ -301,10 +328,16 @@ class StaticModeSelection(ModeSelection):
             value = c1 * (1 - math.exp(-(5 / last if self.c2 is None else self.c2) * epoch))
         return min(max(0, math.floor(value + _ROUNDING)), self.cap)
 
-    def step(self, update_norm: float | None = None) -> int:
-        """End an epoch and return the next boundary; ``update_norm`` is not used."""
-        self.boundary = self.at(self.epoch + 1)
+    def step(self, update_norm: float | None = None, loss: float | None = None) -> int:
+        """End an epoch of this mean training ``loss`` and return the next boundary; ``update_norm`` is not used."""
+        boundary = self.at(self.epoch + 1)
+        self._see(loss)
+        self.waiting = self._not_begun(loss) if self.boundary == 0 < boundary else None
+        if self.waiting is not None:
+            self.waited += 1
+            boundary = 0
         self.epoch += 1
+        self.boundary = boundary
         return self.boundary
 
     def never_moves(self) -> str | None:
@@ -314,7 +347,12 @@ class StaticModeSelection(ModeSelection):
 
     def state_dict(self) -> dict[str, Any]:
         # A callable cannot be saved: the one given to the constructor goes on.
-        return super().state_dict() | {"schedule": None if callable(self.kind) else self.kind, "c1": self.c1, "c2": self.c2}
+        return super().state_dict() | {
+            "schedule": None if callable(self.kind) else self.kind,
+            "c1": self.c1,
+            "c2": self.c2,
+            "waited": self.waited,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["kind"] == type(self).__name__ and callable(self.kind) != (state["schedule"] is None):
@@ -322,7 +360,7 @@ class StaticModeSelection(ModeSelection):
             raise ValueError(f"the state is of a static schedule of kind {there}, this one is {here}")
         super().load_state_dict(state)
         self.kind = state["schedule"] or self.kind
-        self.c1, self.c2 = state["c1"], state["c2"]
+        self.c1, self.c2, self.waited = state["c1"], state["c2"], state.get("waited", 0)
 
     def __repr__(self) -> str:
         kind = getattr(self.kind, "__name__", "callable") if callable(self.kind) else self.kind

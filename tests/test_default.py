@@ -50,10 +50,11 @@ def test_a_preset_is_what_it_says(preset, schedule, options):
     local.step()
 
 
-@pytest.mark.parametrize(("preset", "drop"), [(None, 0.1), ("default", 0.1), ("paper", 0.0)])
+@pytest.mark.parametrize(("preset", "drop"), [(None, 0.1), ("default", 0.1), ("refresh", 0.1), ("paper", 0.0)])
 def test_presets_wait_for_the_loss_or_do_not(preset, drop):
     model = seeded(PlainCNN)
-    assert LocalizedLearning(model, None, epochs=EPOCHS, preset=preset).schedule.min_loss_drop == drop
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    assert LocalizedLearning(model, optimizer, epochs=EPOCHS, preset=preset).schedule.min_loss_drop == drop
 
 
 def test_the_default_waits_until_the_network_learns_and_says_so_once():

@@ -268,6 +268,53 @@ def test_static_defaults_reach_the_cap_and_never_go_back(kind):
     assert boundaries[-1] in (14, 15)
 
 
+def with_losses(selection, losses):
+    return [selection.step(None, loss) for loss in losses]
+
+
+def test_a_static_schedule_waits_for_the_loss_and_then_takes_the_epochs_that_are_left():
+    """Linear to 8 of 10 layers in 8 epochs: T = E. The first move, due in epoch 1, is made in epoch 4: T = 1 + (E - 4) * 7 / 4."""
+    selection = StaticModeSelection(10, 8, kind="linear", l_max=0.8, min_loss_drop=0.25)
+    assert with_losses(selection, [4.0, 3.9, 3.1, 3.0, 5.0, 5.0, 5.0, 5.0]) == [0, 0, 0, 1, 2, 4, 6, 8]
+    assert selection.waited == 3
+
+
+@pytest.mark.parametrize("kind", StaticModeSelection.KINDS)
+def test_a_static_schedule_whose_loss_falls_in_time_is_as_printed(kind):
+    schedules = [StaticModeSelection(20, 20, kind=kind, c2=0.01, min_loss_drop=drop) for drop in (0.0, 0.1)]
+    losses = [0.8**epoch for epoch in range(20)]
+    printed, waiting = (with_losses(schedule, losses) for schedule in schedules)
+    assert printed == waiting
+    assert max(printed) > 0
+
+
+@pytest.mark.parametrize("losses", [[4.0] * 6, [4.0, math.nan, math.inf, 4.0, 4.0, 4.0]])
+def test_a_static_schedule_may_wait_for_ever(losses):
+    selection = StaticModeSelection(10, 6, kind="linear", min_loss_drop=0.1)
+    assert with_losses(selection, losses) == [0] * 6
+
+
+def test_a_static_schedule_is_not_told_the_loss():
+    waiting, printed = (StaticModeSelection(10, 6, kind="linear", min_loss_drop=drop) for drop in (0.1, 0.0))
+    assert with_losses(waiting, [None] * 6) == with_losses(printed, [4.0] * 6)
+
+
+def test_a_callable_does_not_wait():
+    with pytest.raises(ValueError, match=r"min_loss_drop must be 0 where kind is a callable, got 0\.1"):
+        StaticModeSelection(10, 6, kind=lambda epoch: epoch, min_loss_drop=0.1)
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_static_state_dict_continues_the_wait(cut):
+    losses = [4.0, 3.9, 3.8, 3.0, 3.0, 3.0, 3.0, 3.0]
+    first, second = (StaticModeSelection(10, 8, kind="linear", l_max=0.8, min_loss_drop=drop) for drop in (0.1, 0.0))
+    whole = with_losses(StaticModeSelection(10, 8, kind="linear", l_max=0.8, min_loss_drop=0.1), losses)
+    with_losses(first, losses[:cut])
+    second.load_state_dict(first.state_dict())
+    assert with_losses(second, losses[cut:]) == whole[cut:]
+    assert second.waiting is None
+
+
 def test_static_state_dict_continues():
     whole = static_trace("quadratic", 8, 6, c1=6, c2=0.25)
     first, second = (StaticModeSelection(8, 6, kind="quadratic", c1=6, c2=0.25) for _ in range(2))

@@ -25,11 +25,17 @@ BOTH = (("dynamic", 0.75, 7 / 8), ("dynamic", 0.75, 6 / 8), ("linear", 0.75, 7 /
 """Freezing in a share of SGD's epochs."""
 STILL = (("dynamic", 0.75, "freeze", "BN too"),)
 """Freezing in which the prefix's BatchNorm stands still too."""
-AT_ONCE = (1, 6 / 8)
-"""Shares of SGD's epochs in which Algorithm 1 as printed freezes layers: without waiting for the loss to fall."""
+AT_ONCE = (
+    ("linear", 0, 0.75, 1),
+    ("dynamic", 0, 0.75, 1),
+    ("dynamic", 0, 0.75, 6 / 8),
+    ("linear", 4, 0.9, 1),
+    ("dynamic", 4, 0.9, 1),
+)
+"""Schedule, refresh, cap and share of SGD's epochs of what does not wait for the loss to fall."""
 LITERAL = ("dynamic",)
 SGD, SHORT, FROZEN = "SGD", "SGD, fewer epochs", "freezing"
-FROZEN_SHORT, FROZEN_STILL, FROZEN_AT_ONCE = "freezing, fewer epochs", "freezing, BN too", "freezing, not waiting"
+FROZEN_SHORT, FROZEN_STILL, NOT_WAITING = "freezing, fewer epochs", "freezing, BN too", "not waiting"
 OURS = {"freeze": "refresh", "local": "refresh + Hebb"}
 PAPER_RULE = "literal LoCal+SGD"
 
@@ -63,13 +69,20 @@ def families(study: Study, network: Network) -> dict[str, list[Variant]]:
             )
             for schedule, l_max, bn_stats, text in STILL
         ],
-        FROZEN_AT_ONCE: [
+        NOT_WAITING: [
             Variant(
-                f"{FROZEN_AT_ONCE}, dynamic to 75 %" + (f", {epochs} epochs" if share < 1 else ""),
+                f"{name}, {schedule} to {100 * l_max:.0f} %{f', {epochs} epochs' if share < 1 else ''}, {NOT_WAITING}",
                 "freeze",
-                {"schedule": "dynamic", "l_max": 0.75, "min_loss_drop": 0.0, **study.shortened(network, epochs)},
+                {
+                    "schedule": schedule,
+                    "l_max": l_max,
+                    "min_loss_drop": 0.0,
+                    **({"refresh": refresh} if refresh else {}),
+                    **study.shortened(network, epochs),
+                },
             )
-            for share in AT_ONCE
+            for schedule, refresh, l_max, share in AT_ONCE
+            for name in (f"{OURS['freeze']} 1/{refresh}" if refresh else FROZEN,)
             for epochs in (round(share * study.epochs(network)),)
         ],
         PAPER_RULE: [Variant(f"{PAPER_RULE}, {schedule}", "local-paper", {"schedule": schedule}) for schedule in LITERAL],
@@ -192,7 +205,7 @@ def _at_equal_cost(name: str, points: Points) -> str:
 
 COLOURS = {
     SGD: "#000000", SHORT: "#0072B2", FROZEN: "#E69F00", FROZEN_SHORT: "#B8860B", FROZEN_STILL: "#56B4E9",
-    FROZEN_AT_ONCE: "#999999", PAPER_RULE: "#CC79A7",
+    NOT_WAITING: "#999999", PAPER_RULE: "#CC79A7",
     OURS["freeze"]: "#009E73", OURS["local"]: "#D55E00"
 }  # fmt: skip
 MARKS = {
@@ -201,7 +214,7 @@ MARKS = {
     FROZEN: "s",
     FROZEN_SHORT: "P",
     FROZEN_STILL: "X",
-    FROZEN_AT_ONCE: "x",
+    NOT_WAITING: "x",
     PAPER_RULE: "v",
     OURS["freeze"]: "^",
     OURS["local"]: "D",

@@ -63,7 +63,7 @@ Alpha = Annotated[
 MinLossDrop = Annotated[
     float | None,
     typer.Option(
-        help="Share of the first epoch's loss by which it must fall before the dynamic schedule begins (default: 0.1; "
+        help="Share of the first epoch's loss by which it must fall before the boundary leaves 0 (default: 0.1; "
         "0 for local-paper and --preset paper).",
         rich_help_panel=_LOCAL,
     ),

@@ -20,7 +20,7 @@ from benchmarks.tables import aligned
 REFRESHES = (("quadratic", 4, 0.9), ("linear", 4, 0.9), ("linear", 2, 0.9), ("dynamic", 4, 0.9))
 WITH_HEBB = 1  # of them, the first ones
 SHARES = (7 / 8, 6 / 8, 5 / 8)  # of SGD's epochs
-FREEZING = (("linear", 0.75), ("quadratic", 0.75), ("dynamic", 0.75))
+FREEZING = (("linear", 0.75), ("linear", 0.9), ("quadratic", 0.75), ("dynamic", 0.75), ("dynamic", 0.9))
 BOTH = (("dynamic", 0.75, 7 / 8), ("dynamic", 0.75, 6 / 8), ("linear", 0.75, 7 / 8))
 """Freezing in a share of SGD's epochs."""
 STILL = (("dynamic", 0.75, "freeze", "BN too"),)

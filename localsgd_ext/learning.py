@@ -21,8 +21,9 @@ from .learning_state import STATE_FORMAT, checked_plan
 from .nonfinite import NonFiniteGuard
 from .presets import AUTO, PRESETS, choose
 from .refresh import Every, Refresh, Refresher
-from .selection import ModeSelection, UpdateNorm
+from .selection import ModeSelection
 from .supervision import WeakSupervision
+from .update_norm import UpdateNorm
 from .updater import Activation, HebbianUpdater
 from .wrappers import refuse_wrappers, unwrap
 

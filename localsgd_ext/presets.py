@@ -9,10 +9,11 @@ from numbers import Integral, Real
 from types import NoneType
 from typing import Any
 
+from .checks import answer
 from .freezing import BN_STATS
 from .refresh import Every
 from .sampling import check_sample
-from .selection import DynamicModeSelection, ModeSelection, StaticModeSelection, answer
+from .selection import DynamicModeSelection, ModeSelection, StaticModeSelection
 from .supervision import WeakSupervision
 
 RULES = ("hebbian", "frozen")

@@ -10,11 +10,10 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
-import torch
-from torch import Tensor
+from .checks import answer, require_numbers
 
 _ROUNDING = 1e-9  # so that 0.29 * 100 = 28.999999999999996 counts as 29
 
@@ -365,47 +364,3 @@ class StaticModeSelection(ModeSelection):
     def __repr__(self) -> str:
         kind = getattr(self.kind, "__name__", "callable") if callable(self.kind) else self.kind
         return f"{type(self).__name__}(boundary={self.boundary}, kind={kind!r})"
-
-
-def require_numbers(**values: object) -> None:
-    """Raise ``TypeError`` for the first of ``values`` that is none; a bool is none."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-
-
-def answer(name: str, function: Callable[[int], Any], epoch: int) -> float:
-    """What the argument ``name``, a callable of the epoch, answers. Raises ``TypeError`` if that is no number."""
-    value = function(epoch)
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}({epoch}) must be a number, got {value!r}") from None
-
-
-class UpdateNorm:
-    """``||W_T(end of an epoch) - W_T(its start)||_2``, which :class:`DynamicModeSelection` goes by."""
-
-    def __init__(self) -> None:
-        self._start: Tensor | None = None
-
-    def begin(self, weight: Tensor) -> None:
-        """An epoch begins, with this weight in the transition layer."""
-        self._start = weight.detach().clone()
-
-    def norm(self, weight: Tensor) -> float:
-        """Of what ``weight`` has become."""
-        assert self._start is not None
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        change = weight.detach().to(dtype) - self._start.to(weight.device, dtype)
-        return float(torch.linalg.vector_norm(change, dtype=torch.float64))
-
-    def forget(self) -> None:
-        self._start = None
-
-    def state(self) -> Tensor | None:
-        """A copy of the weight at the start of the epoch, if one began."""
-        return None if self._start is None else self._start.clone()
-
-    def load(self, state: Tensor | None, device: torch.device) -> None:
-        self._start = None if state is None else state.to(device, copy=True)

@@ -128,7 +128,8 @@ class Study:
         """Raises ``ValueError`` for options that make no run; a method that is not for this network is missing there."""
         if variant.method not in METHODS:
             return Cell(network, variant, seed, None, f"localsgd_ext.train has no method {variant.method} yet")
-        self.config(network, "sgd", seed)  # whatever is wrong with the options shows here already
+        for method in ("sgd", "freeze"):  # whatever is wrong with the options shows here already; SGD leaves some out
+            self.config(network, method, seed)
         try:
             return Cell(network, variant, seed, self.config(network, variant.method, seed, **variant.flags))
         except ValueError as error:

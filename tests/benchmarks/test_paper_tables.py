@@ -27,6 +27,17 @@ def test_what_cannot_be_trained_yet_is_named() -> None:
     assert (unfit.config, unfit.missing) == (None, "--l-max must be in (0, 1), got 2.0")
     with pytest.raises(ValueError, match="--epochs must be at least 1"):
         Study(SCALES["smoke"], flags={"epochs": 0}).cell(NETWORK, Variant("SGD", "sgd"), 0)
+    of_a_boundary = Study(SCALES["smoke"], flags={"bn_stats": "nonsense"})  # SGD leaves it out, all others would be missing
+    with pytest.raises(ValueError, match="--bn-stats must be one of update"):
+        of_a_boundary.cell(NETWORK, Variant("SGD", "sgd"), 0)
+
+
+def test_what_does_not_wait_is_no_run_of_its_own_where_none_waits() -> None:
+    """With the paper's preset; elsewhere both are there."""
+    for scale, there in (("full", False), ("cpu", True)):
+        study = Study(SCALES[scale], root="/data")
+        network = study.networks("cifar")[0]
+        assert bool(pareto.families(study, network)[pareto.NOT_WAITING]) == there
 
 
 def test_an_option_that_is_new_leaves_the_names_of_old_runs() -> None:

@@ -15,9 +15,15 @@ def require_numbers(**values: object) -> None:
 
 
 def answer(name: str, function: Callable[[int], Any], epoch: int) -> float:
-    """What the argument ``name``, a callable of the epoch, answers. Raises ``TypeError`` if that is no number."""
+    """What the argument ``name``, a callable of the epoch, answers.
+
+    Raises:
+        TypeError: that is no number, as a bool is none and no string.
+    """
     value = function(epoch)
     try:
-        return float(value)
+        if not isinstance(value, bool | str):  # float() takes these
+            return float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name}({epoch}) must be a number, got {value!r}") from None
+        pass
+    raise TypeError(f"{name}({epoch}) must be a number, got {value!r}")

@@ -274,7 +274,8 @@ class LocalizedLearning:
     def step(self, epoch_loss: float | Tensor | None = None) -> None:
         """End an epoch: decide the boundary, the sign and the local learning rate of the next one.
 
-        With a ``ReplicatedModel`` all processes must call it; each takes the mean of their losses and the same decisions.
+        With a ``ReplicatedModel`` all processes must call it; each takes the mean of the losses that they give, and the same
+        decisions. One process may give it for all.
 
         Args:
             epoch_loss: mean training loss of the epoch, a float or a tensor of one element. Weak supervision needs it, and
@@ -282,27 +283,32 @@ class LocalizedLearning:
         Raises:
             RuntimeError: no training forward was seen yet, or :meth:`remove` was called; the boundary would move and the
                 processes' replicas differ.
-            ValueError: ``epoch_loss`` is missing or has more than one element.
+            ValueError: ``epoch_loss`` is missing or has more than one element, or a callable ``lr`` or schedule answers what cannot
+                be; nothing has changed then.
+            TypeError: one of them answers no number; nor then.
             FloatingPointError: with ``nan_policy="raise"``, a loss, parameters or running statistics that are not finite.
         """
         if self._removed:
             raise RuntimeError("step() was called after remove()")
         freeze = self._prefix()
-        if epoch_loss is None and self.supervision is not None:
-            raise ValueError(
-                "epoch_loss must be the epoch's mean training loss, got None (it sets the sign; supervision=None does without)"
-            )
         if isinstance(epoch_loss, Tensor) and epoch_loss.numel() != 1:
             raise ValueError(f"epoch_loss must have one element, got shape {tuple(epoch_loss.shape)}")
-        loss = None if epoch_loss is None else float(torch.as_tensor(epoch_loss).detach())
-        # Weak supervision warns of a loss that is not finite by itself.
-        unreported = self.supervision is None or self._guard.policy == "raise"
-        self._report.report(self.epoch, freeze.poisoned_norms(), loss if unreported else None)
+        mine = loss = None if epoch_loss is None else float(torch.as_tensor(epoch_loss).detach())
         norm = self._epoch_start.norm(self._transition_weight()) if self.schedule.needs_update_norm else None
         if self.replicas is not None:
             loss, norm = self.replicas.agree(loss, norm)
+        if loss is None and self.supervision is not None:  # on no process: all of them raise, or the others would wait for one
+            raise ValueError(
+                "epoch_loss must be the epoch's mean training loss, got None (it sets the sign; supervision=None does without)"
+            )
+        # Weak supervision warns of a loss that is not finite by itself.
+        unreported = self.supervision is None or self._guard.policy == "raise"
+        self._report.report(self.epoch, freeze.poisoned_norms(), mine if unreported else None)
+        # A user's callable may raise: nothing has changed yet.
+        if self._updater is not None:
+            self._rate.at(self.epoch + 1)
         told = {"loss": loss} if self.schedule.takes_loss else {}
-        old, new = freeze.boundary, self.schedule.step(norm, **told)  # a user's callable may raise: nothing has changed yet
+        old, new = freeze.boundary, self.schedule.step(norm, **told)
         if self.supervision is not None and loss is not None:
             self.supervision.step(loss)
         self.epoch += 1

@@ -52,9 +52,13 @@ class LocalRate:
 
         Raises:
             TypeError: a callable's answer is no number.
+            ValueError: it is not finite.
         """
         if callable(self._lr):
-            return answer("lr", self._lr, epoch)
+            rate = answer("lr", self._lr, epoch)
+            if not math.isfinite(rate):
+                raise ValueError(f"lr({epoch}) must be finite, got {rate}")
+            return rate
         return float(self._lr / self._decay ** (epoch // self._decay_every))
 
 

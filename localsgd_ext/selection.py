@@ -38,7 +38,8 @@ class ModeSelection(ABC):
     needs_update_norm = False
     """Whether :meth:`step` wants the norm of the transition layer's change over the epoch."""
     takes_loss = False
-    """Whether :meth:`step` may be told the epoch's mean training loss too, as ``loss``."""
+    """Whether :meth:`step` may be told the epoch's mean training loss too, as ``loss``. ``DynamicModeSelection`` says yes: a class
+    derived from it whose own ``step`` takes no ``loss`` says no, or takes it."""
     waiting: str | None = None
     """Why the boundary has not moved at the end of the last epoch, where that may surprise."""
 

@@ -191,6 +191,25 @@ def test_a_loss_that_only_one_process_knows_counts_for_all():
     check_replicas(run.local)
 
 
+@distributed_test(world_size=2)
+def test_a_loss_that_only_one_process_knows_sets_the_sign_of_all():
+    """Missing everywhere it raises on all; either way nobody waits for a process that went another way."""
+    run = Run(replicated=True)
+    signs = []
+    for number, loss in enumerate([1.0, 2.0, None, 1.5]):
+        for x, y in batches(2, SIZE, seed=number, dtype=torch.float64):
+            run.step(x, y)
+        if loss is None:
+            with pytest.raises(ValueError, match="epoch_loss"):
+                run.local.step(None)
+        else:
+            run.local.step(loss if dist.get_rank() == 1 else None)
+        signs.append(run.local.sign)
+    assert signs == [1, -1, -1, 1]
+    assert run.local.epoch == 3
+    check_replicas(run.local)
+
+
 @pytest.mark.parametrize("build", [NoNorm, TwoBlockResNet])
 @distributed_test(world_size=2)
 def test_a_boundary_above_zero_from_the_first_forward_on(build):

@@ -226,7 +226,7 @@ def test_trace_fixes_the_order_and_changes_nothing():
         ({"algorithm": "fast"}, "algorithm"),
         ({"alpha": float("nan")}, "alpha"),
         ({"lr_decay": float("nan")}, "lr_decay"),
-        ({"lr": lambda epoch: float("nan")}, "lr"),
+        ({"lr": lambda epoch: float("nan")}, r"lr\(0\) must be finite, got nan"),
         ({"include": "fc("}, r"include .*got 'fc\('"),
     ],
 )
@@ -251,6 +251,7 @@ def test_bad_arguments_are_named_and_leave_no_hooks(kwargs, name):
         ({"lr": True}, "lr must be a number, a callable of the epoch or None, got True"),
         ({"lr": "0.1"}, "lr must be a number, a callable of the epoch or None, got '0.1'"),
         ({"lr": lambda epoch: None}, r"lr\(0\) must be a number, got None"),
+        ({"lr": lambda epoch: "0.1"}, r"lr\(0\) must be a number, got '0.1'"),
         ({"supervision": 1}, "supervision must be a name, a WeakSupervision or None, got 1"),
         ({"on_boundary_move": 1}, "on_boundary_move must be callable or None, got 1"),
         ({"activation": "relu"}, "activation must be callable, got str"),
@@ -289,6 +290,29 @@ def test_step_refuses_other_losses(loss):
     local = with_boundary(model, sgd(model), 1)
     with pytest.raises((ValueError, TypeError), match="epoch_loss"):
         local.step(loss)
+
+
+@pytest.mark.parametrize(("nonsense", "error"), [(None, TypeError), (float("inf"), ValueError)])
+@pytest.mark.parametrize("name", ["lr", "schedule"])
+def test_a_callable_that_answers_nonsense_later_changes_nothing(name, nonsense, error):
+    answers = [0, 1]
+    kind = (lambda epoch: answers[epoch]) if name == "schedule" else (lambda epoch: epoch)
+    lr = (lambda epoch: answers[epoch]) if name == "lr" else 0.01
+    model = seeded(PlainCNN)
+    # Of two epochs: the schedule is asked for both at the first training forward.
+    local = LocalizedLearning(model, sgd(model), epochs=2, rule="hebbian", schedule=StaticModeSelection(kind=kind), lr=lr)
+    run_epoch(model, sgd(model), batches(1))
+    before = local.state_dict()
+    answers[1] = nonsense
+    with pytest.raises(error, match=r"\(1\) must be"):
+        local.step(1.0)
+    after = local.state_dict()
+    assert [after[part] for part in ("epoch", "schedule", "supervision")] == [
+        before[part] for part in ("epoch", "schedule", "supervision")
+    ]
+    answers[1] = 1
+    local.step(1.0)
+    assert (local.epoch, local.schedule.epoch, local.boundary) == (1, 1, 1)
 
 
 def test_no_supervision_keeps_the_sign():

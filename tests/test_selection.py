@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 from localsgd_ext import DynamicModeSelection, StaticModeSelection
 
@@ -239,6 +240,9 @@ def test_exponential_trace():
     [
         (None, TypeError, "kind(1) must be a number, got None"),
         ("much", TypeError, "kind(1) must be a number, got 'much'"),
+        ("2", TypeError, "kind(1) must be a number, got '2'"),
+        (True, TypeError, "kind(1) must be a number, got True"),
+        (torch.ones(2), TypeError, "kind(1) must be a number, got tensor([1., 1.])"),
         (math.nan, ValueError, "kind(1) must be finite, got nan"),
         (math.inf, ValueError, "kind(1) must be finite, got inf"),
     ],

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from localsgd_ext.__main__ import main
 from localsgd_ext.batch_growth import SavedMemory
 from localsgd_ext.train import loop, report
+from localsgd_ext.train.compare import Comparison, left_out, options_for
 from localsgd_ext.train.config import resolve
 from localsgd_ext.train.files import read_json_lines
 from localsgd_ext.train.growing import MiniBatch
@@ -83,6 +84,17 @@ def test_resuming_with_other_methods_says_which(
     for methods in ("sgd", "refresh,freeze"):
         assert main(["compare", "--resume", "--out", str(out), "--methods", methods]) == 2
         assert f"compares freeze over seeds [0], asked for {', '.join(methods.split(','))} over" in capsys.readouterr().err
+
+
+def test_what_a_method_does_by_default_was_not_asked_of_the_others() -> None:
+    def compared(*methods: str, **flags: Any) -> Comparison:
+        made = {m: resolve("digits", "small_resnet", m, **options_for(m, methods, flags)) for m in methods}
+        return Comparison(made, seeds=(0,))
+
+    assert left_out(compared("sgd", "freeze", "refresh")) is None
+    assert left_out(compared("freeze", "refresh", refresh=2)) is None
+    asked = compared("sgd", "freeze", "refresh", refresh=2, min_loss_drop=0.2, bn_stats="freeze")
+    assert left_out(asked) == "--refresh, --min-loss-drop, --bn-stats: not for sgd, without a boundary"
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ class LocalizedLearning:
         self.epoch += 1
         if self.schedule.waiting is not None and not self._said_waiting:
             self._said_waiting = True
-            warnings.warn(f"no layer learns locally yet: {self.schedule.waiting}", UserWarning, stacklevel=2)
+            warnings.warn(f"the boundary stays at 0: {self.schedule.waiting}", UserWarning, stacklevel=2)
         if self.replicas is not None and old != new:
             self.replicas.check(self)  # whatever drifted would hardly be found later
         if self._updater is not None:

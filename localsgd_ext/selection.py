@@ -123,11 +123,16 @@ class ModeSelection(ABC):
 
     def _not_begun(self, loss: float | None) -> str | None:
         """Of a loss that has not fallen by ``min_loss_drop``; ``None`` without it, or where the first was 0 or less."""
-        first = self._first_loss
-        if self.min_loss_drop == 0 or loss is None or first is None or first <= 0 or loss <= (1 - self.min_loss_drop) * first:
+        if self.min_loss_drop == 0 or loss is None:
             return None
+        first = self._first_loss
+        if first is None or not math.isfinite(loss):
+            return f"the loss is {loss} (min_loss_drop=0 does not wait)"
         wanted = (1 - self.min_loss_drop) * first
-        return f"the loss is {loss:.4g}, it was {first:.4g} in the first epoch and must fall to {wanted:.4g} (min_loss_drop)"
+        if first <= 0 or loss <= wanted:
+            return None
+        was = f"it was {first:.4g} in the first epoch and must fall to {wanted:.4g}"
+        return f"the loss is {loss:.4g}, {was} (min_loss_drop=0 does not wait)"
 
     @staticmethod
     def _bound(value: int | None) -> int:

@@ -70,8 +70,8 @@ def test_the_default_waits_until_the_network_learns_and_says_so_once():
             local.step(loss)
             boundaries.append(local.boundary)
     assert boundaries == [0, 0, 0, 1, 1]
-    waits = "the loss is 2.9, it was 3 in the first epoch and must fall to 2.7 (min_loss_drop)"
-    assert [str(warning.message) for warning in warned] == [f"no layer learns locally yet: {waits}"]
+    waits = "the loss is 2.9, it was 3 in the first epoch and must fall to 2.7 (min_loss_drop=0 does not wait)"
+    assert [str(warning.message) for warning in warned] == [f"the boundary stays at 0: {waits}"]
 
 
 def test_the_paper_s_preset_is_what_the_paper_says():

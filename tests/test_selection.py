@@ -122,6 +122,7 @@ FALLING = [0.5**epoch for epoch in range(6)]  # norms, with which Algorithm 1 mo
         ([4.0, 3.6, 3.5, 3.5, 3.5, 3.5], [0, 1, 1, 2, 2, 3]),  # as printed
         ([4.0, math.nan, 4.0, math.inf, 3.0, 3.0], [0, 0, 0, 0, 1, 1]),
         ([math.nan, 4.0, 3.9, 3.6, 3.0, 3.0], [0, 0, 0, 1, 1, 2]),  # the first that is a number
+        ([math.nan] * 6, [0] * 6),
         ([None] * 6, [0, 1, 1, 2, 2, 3]),
         ([4.0, None, None, None, None, None], [0, 1, 1, 2, 2, 3]),
         ([-1.0, -1.0, -1.0, -1.0, -1.0, -1.0], [0, 1, 1, 2, 2, 3]),  # no share can be taken
@@ -143,7 +144,11 @@ def test_why_it_waits_can_be_asked():
     for norm, loss in zip(FALLING, [4.0, 3.5, 3.0, 4.0, 4.0, 4.0], strict=True):
         selection.step(norm, loss)
         reasons.append(selection.waiting)
-    assert reasons == [None, "the loss is 3.5, it was 4 in the first epoch and must fall to 3 (min_loss_drop)", *[None] * 4]
+    assert reasons == [
+        None,
+        "the loss is 3.5, it was 4 in the first epoch and must fall to 3 (min_loss_drop=0 does not wait)",
+        *[None] * 4,
+    ]
 
 
 @pytest.mark.parametrize("cut", range(1, 6))

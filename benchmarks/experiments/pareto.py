@@ -81,7 +81,9 @@ def families(study: Study, network: Network) -> dict[str, list[Variant]]:
                     **study.shortened(network, epochs),
                 },
             )
-            for schedule, refresh, l_max, share in (AT_ONCE if study.scale.preset != "paper" else ())  # which does not wait anyhow
+            for schedule, refresh, l_max, share in (
+                AT_ONCE if study.scale.preset != "paper" else ()
+            )  # which does not wait anyhow
             for name in (f"{OURS['freeze']} 1/{refresh}" if refresh else FROZEN,)
             for epochs in (round(share * study.epochs(network)),)
         ],

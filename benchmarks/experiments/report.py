@@ -30,13 +30,17 @@ def stamp(study: Study, cells: Iterable[Cell], store: Store) -> str:
     done = [result for result in runs.values() if result is not None]
     if not done:
         return f"Scale {study.scale.name}: none of {len(runs)} runs finished."
+    # One run may stand for two: where the loss falls at once, one that does not wait for it is one that does.
+    distinct = {(r.config.model, r.config.seed, r.environment["git_commit"], r.hours): r for r in done}.values()
+    twice = f" ({len(done) - len(distinct)} of them the same as another)" if len(distinct) < len(done) else ""
     kind = "GPU-hours" if done[0].environment["gpu"] else "core-hours"
     where = sorted({str(r.environment["gpu"] or r.environment["cpu"]) for r in done})
     commits = sorted({str(r.environment["git_commit"])[:9] for r in done})
     sizes = sorted({_sizes(result) for result in done})
     changed = "".join(f", {name} {value}" for name, value in study.flags.items())
     return (
-        f"Scale {study.scale.name}{changed}: {len(done)} of {len(runs)} runs finished, {sum(r.hours for r in done):.2f} {kind} of training. "
+        f"Scale {study.scale.name}{changed}: {len(done)} of {len(runs)} runs finished{twice}, "
+        f"{sum(r.hours for r in distinct):.2f} {kind} of training. "
         f"{'; '.join(sizes)}; seeds {', '.join(map(str, sorted({r.config.seed for r in done})))}. {'; '.join(where)}; "
         f"commit {', '.join(commits)}."
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from paper_runs import NETWORK, SMOKE, made, result
 
-from benchmarks.experiments import iso, overtime, pareto, suite, tuning
+from benchmarks.experiments import iso, overtime, pareto, report, suite, tuning
 from benchmarks.experiments.cells import Variant, digest
 from benchmarks.experiments.scales import SCALES, Study
 from benchmarks.experiments.store import Result, Store
@@ -192,3 +192,16 @@ def test_whole_runs_are_put_together_from_steps() -> None:
     assert timings.steps_of_sgd(still) is None  # measured as a variant of its own
     assert timings.steps_of_sgd(result(sgd, 0, 50)) == 4
     assert json.loads(json.dumps(entry)) == entry
+
+
+def test_a_run_that_stands_for_two_is_counted_once_in_the_hours(tmp_path: Path) -> None:
+    """What does not wait for the loss, where that falls at once, is copied from what does."""
+    store = Store(tmp_path)
+    waits, at_once = Variant("waits", "freeze", {"min_loss_drop": 0.1}), Variant("at once", "freeze", {"min_loss_drop": 0.0})
+    entries = [made(NETWORK, variant, 0, [0.5], 1.0) for variant in (waits, at_once)]
+    for entry, hours in zip(entries, (0.25, 0.25), strict=True):
+        store.add(NETWORK, {**entry, "hours": hours})
+    store.add(NETWORK, {**made(NETWORK, waits, 1, [0.5], 1.0), "hours": 0.5})
+    cells = [SMOKE.cell(NETWORK, variant, seed) for variant, seed in ((waits, 0), (at_once, 0), (waits, 1))]
+    assert "3 of 3 runs finished (1 of them the same as another), 0.75 core-hours" in report.stamp(SMOKE, cells, store)
+    assert "2 of 2 runs finished, 0.75 core-hours" in report.stamp(SMOKE, [cells[0], cells[2]], store)

@@ -177,7 +177,7 @@ def table(study: Study, network: Network, results: dict[str, dict[int, Result]],
         accuracy = spread([r.accuracy for r in runs.values()])
         minus_sgd = "-" if minus is None else minus.text()
         rows.append((label, str(len(runs)), accuracy, minus_sgd, *shares, f"{mean} / {last}"))  # type: ignore[arg-type]
-    parts = [aligned(rows), methods.notes(results, timings)]
+    parts = [aligned(rows), f"{methods.notes(results, timings)} {_slow_starts(results[whole])}"]
     for name, cost in (("multiply-adds", macs), ("time", timings.steps_of_sgd)):
         if all(cost(result) is not None for runs in results.values() for result in runs.values()):
             parts.append(_at_equal_cost(name, Points(curves, results, cost)))
@@ -189,6 +189,14 @@ def table(study: Study, network: Network, results: dict[str, dict[int, Result]],
     if hebb:
         parts.append(aligned([("Hebb on minus off, same schedule and refresh", "accuracy, points", "seeds"), *hebb]))
     return "\n\n".join(parts)
+
+
+def _slow_starts(runs: Mapping[int, Result]) -> str:
+    """What waiting for the loss to fall is about."""
+    losses = {seed: r.epochs["train_loss"] for seed, r in runs.items()}
+    slow = sorted(seed for seed, (first, *rest) in losses.items() if any(loss > 0.9 * first for loss in rest[:1]))
+    named = f" ({', '.join(map(str, slow))})" if slow else ""
+    return f"The loss of SGD's second epoch was within a tenth of the first one's in {len(slow)} of {len(runs)} seeds{named}."
 
 
 def _at_equal_cost(name: str, points: Points) -> str:

@@ -145,6 +145,22 @@ def test_memory_is_a_mean_over_the_epochs_and_that_of_the_last(tmp_path: Path) -
     assert [line.split("|")[-2].strip() for line in lines[2:4]] == ["100.0 / 100.0", "75.0 / 50.0"]
 
 
+def test_seeds_that_are_slow_to_begin_are_named(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    sgd = pareto.families(SMOKE, NETWORK)[pareto.SGD][0]
+    runs: dict[int, Result] = {}
+    for seed, losses in enumerate([[3.0, 2.7, 1.0], [3.0, 2.8, 1.0], [3.0, 2.0, 2.9], [3.0, 3.1, 3.0]]):
+        entry = made(NETWORK, sgd, seed, [0.5] * 3)
+        entry["epochs"]["train_loss"] = losses
+        store.add(NETWORK, entry)
+        found = store.get(SMOKE.cell(NETWORK, sgd, seed))
+        assert found is not None
+        runs[seed] = found
+    assert "within a tenth of the first one's in 2 of 4 seeds (1, 3)." in pareto.table(
+        SMOKE, NETWORK, {sgd.label: runs}, Timings()
+    )
+
+
 def test_epochs_that_sgd_needs() -> None:
     curve = [(4.0, 80.0), (6.0, 84.0), (8.0, 90.0)]
     assert iso.epochs_needed(curve, 87) == 7

@@ -4,7 +4,7 @@ python benchmarks/tradeoff.py --model small_resnet --out results.json      # aga
 python benchmarks/tradeoff.py --table results.json [MORE.json ...]
 
 All ways share first weights, pictures and SGD's learning rate (a cosine over the run). What survived is in the library
-(`refresh`), and benchmarks/paper.py measures it over more seeds; benchmarks/STUDY.md says what was found.
+(`refresh`), and benchmarks/paper.py measures it over more seeds; benchmarks/TRADEOFF.md says what was found.
 """
 
 from __future__ import annotations

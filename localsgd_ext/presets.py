@@ -19,7 +19,7 @@ from .supervision import WeakSupervision
 RULES = ("hebbian", "frozen")
 AUTO = "auto"
 PRESETS: dict[str, dict[str, Any]] = {
-    # What keeps most of SGD's accuracy for its cost (benchmarks/STUDY.md). The Hebbian step is not in it: it was not seen to help.
+    # What keeps most of SGD's accuracy for its cost (benchmarks/TRADEOFF.md). The Hebbian step is not in it: it was not seen to help.
     # Its normalised step has the length lr whatever the size of the weight; 0.01, the paper's, overwrites trained filters on
     # networks of ordinary width, 1e-4 stays within reach of freezing.
     "default": {"rule": "frozen", "schedule": "dynamic", "l_max": 0.75, "min_loss_drop": 0.1, "refresh": None, "lr": 1e-4},

@@ -311,7 +311,7 @@ class StaticModeSelection(ModeSelection):
         if self.waited == 0:
             return self._by_clock(epoch)
         last = self._bound(self.epochs)
-        first = next(e for e in range(last) if self._by_clock(e) > 0)
+        first = next(e for e in range(last + 1) if self._by_clock(e) > 0)
         begun = first + self.waited
         if epoch < begun or begun >= last:
             return 0

@@ -303,6 +303,12 @@ def test_a_static_schedule_may_wait_for_ever(losses):
     assert with_losses(selection, losses) == [0] * 6
 
 
+def test_a_static_schedule_may_wait_at_the_very_end_of_a_run_and_beyond():
+    selection = StaticModeSelection(10, 1, kind="linear", min_loss_drop=0.1)
+    assert with_losses(selection, [4.0, 4.0, 4.0]) == [0, 0, 0]
+    assert selection.at(1) == 0
+
+
 def test_a_static_schedule_is_not_told_the_loss():
     waiting, printed = (StaticModeSelection(10, 6, kind="linear", min_loss_drop=drop) for drop in (0.1, 0.0))
     assert with_losses(waiting, [None] * 6) == with_losses(printed, [4.0] * 6)

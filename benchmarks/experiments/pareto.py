@@ -17,7 +17,9 @@ from benchmarks.experiments.store import Result
 from benchmarks.experiments.timing import Timings
 from benchmarks.tables import aligned
 
-REFRESHES = (("quadratic", 4, 0.9), ("linear", 4, 0.9), ("linear", 2, 0.9), ("dynamic", 4, 0.9))
+REFRESHES = (
+    ("quadratic", 4, 0.9), ("linear", 4, 0.9), ("linear", 2, 0.9), ("dynamic", 4, 0.9), ("quadratic", 4, 0.75), ("linear", 4, 0.75)
+)  # fmt: skip
 WITH_HEBB = 1  # of them, the first ones
 SHARES = (7 / 8, 6 / 8, 5 / 8)  # of SGD's epochs
 FREEZING = (("linear", 0.75), ("linear", 0.9), ("quadratic", 0.75), ("dynamic", 0.75), ("dynamic", 0.9))

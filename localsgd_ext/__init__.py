@@ -1,4 +1,4 @@
-"""LoCal+SGD for PyTorch: a growing prefix of the network learns locally during the forward pass, the rest by SGD."""
+"""LoCal+SGD for PyTorch: a growing prefix of the network does without back-propagation, the rest learns by SGD."""
 
 import sys
 import types

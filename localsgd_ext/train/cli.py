@@ -26,7 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train networks with LoCal+SGD: a growing prefix learns locally during the forward pass, the rest by SGD.",
+    help="Train networks with LoCal+SGD: a growing prefix does without back-propagation, the rest learns by SGD.",
 )
 
 _PARSED: dict[str, Callable[[str], Any]] = {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
+
+from torch import Tensor
 
 
 def require_numbers(**values: object) -> None:
@@ -14,16 +17,28 @@ def require_numbers(**values: object) -> None:
             raise TypeError(f"{name} must be a number, got {value!r}")
 
 
+def number(name: str, value: object) -> float:
+    """The argument ``name``, a number or a tensor of one element.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: a tensor of more elements, or of none.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+        if not value.is_complex():
+            return float(value.detach())
+    elif not isinstance(value, bool | str):  # float() takes these
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value)  # type: ignore[arg-type]
+    raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def answer(name: str, function: Callable[[int], Any], epoch: int) -> float:
     """What the argument ``name``, a callable of the epoch, answers.
 
     Raises:
-        TypeError: that is no number, as a bool is none and no string.
+        TypeError, ValueError: that is no number, see :func:`number`.
     """
-    value = function(epoch)
-    try:
-        if not isinstance(value, bool | str):  # float() takes these
-            return float(value)
-    except (TypeError, ValueError):
-        pass
-    raise TypeError(f"{name}({epoch}) must be a number, got {value!r}")
+    return number(f"{name}({epoch})", function(epoch))

@@ -9,10 +9,10 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .checks import number
 from .epoch_report import EpochReport
 from .first_forward import FirstForward
 from .freezing import PrefixFreeze, as_optimizers
@@ -285,15 +285,13 @@ class LocalizedLearning:
                 processes' replicas differ.
             ValueError: ``epoch_loss`` is missing or has more than one element, or a callable ``lr`` or schedule answers what cannot
                 be; nothing has changed then.
-            TypeError: one of them answers no number; nor then.
+            TypeError: ``epoch_loss`` or one of these answers is no number; nor then.
             FloatingPointError: with ``nan_policy="raise"``, a loss, parameters or running statistics that are not finite.
         """
         if self._removed:
             raise RuntimeError("step() was called after remove()")
         freeze = self._prefix()
-        if isinstance(epoch_loss, Tensor) and epoch_loss.numel() != 1:
-            raise ValueError(f"epoch_loss must have one element, got shape {tuple(epoch_loss.shape)}")
-        mine = loss = None if epoch_loss is None else float(torch.as_tensor(epoch_loss).detach())
+        mine = loss = None if epoch_loss is None else number("epoch_loss", epoch_loss)
         norm = self._epoch_start.norm(self._transition_weight()) if self.schedule.needs_update_norm else None
         if self.replicas is not None:
             loss, norm = self.replicas.agree(loss, norm)
@@ -312,9 +310,6 @@ class LocalizedLearning:
         if self.supervision is not None and loss is not None:
             self.supervision.step(loss)
         self.epoch += 1
-        if self.schedule.waiting is not None and not self._said_waiting:
-            self._said_waiting = True
-            warnings.warn(f"the boundary stays at 0: {self.schedule.waiting}", UserWarning, stacklevel=2)
         if self.replicas is not None and old != new:
             self.replicas.check(self)  # whatever drifted would hardly be found later
         if self._updater is not None:
@@ -323,6 +318,10 @@ class LocalizedLearning:
         self._apply_boundary(new)
         if self.on_boundary_move is not None and old != new:
             self.on_boundary_move(old, new)
+        # After the first epoch, whose loss cannot have fallen yet, there is nothing to say.
+        if self.schedule.waiting is not None and self.epoch > 1 and not self._said_waiting:
+            self._said_waiting = True
+            warnings.warn(f"the boundary stays at 0: {self.schedule.waiting}", UserWarning, stacklevel=2)
 
     def keep_frozen(self, parameters: Iterable[nn.Parameter]) -> None:
         """Freeze parameters of the model for good: neither a refresh nor a boundary that moves back nor :meth:`remove` thaws them.
@@ -379,6 +378,11 @@ class LocalizedLearning:
             self._updater.remove()
         if self._freeze is not None:
             self._freeze.remove()
+
+    def __repr__(self) -> str:
+        depth = f" of {len(self._plan)} layers" if self._plan is not None else ""
+        where = f"boundary={self.boundary}{depth}, epoch={self.epoch} of {self.epochs}"
+        return f"{type(self).__name__}(rule={self.rule!r}, {where}, schedule={self.schedule!r})"
 
     def __enter__(self) -> LocalizedLearning:
         return self

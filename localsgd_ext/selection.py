@@ -326,7 +326,7 @@ class StaticModeSelection(ModeSelection):
             if not math.isfinite(value):
                 raise ValueError(f"kind({epoch}) must be finite, got {value}")
         elif self.kind == "quadratic":
-            value = c1 - (c1 / last**2 if self.c2 is None else self.c2) * (epoch - last) ** 2
+            value = c1 - (c1 / last**2 if self.c2 is None else self.c2) * (min(epoch, last) - last) ** 2
         elif self.kind == "linear":
             value = c1 - (c1 / last if self.c2 is None else self.c2) * (last - epoch)
         else:

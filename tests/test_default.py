@@ -74,6 +74,19 @@ def test_the_default_waits_until_the_network_learns_and_says_so_once():
     assert [str(warning.message) for warning in warned] == [f"the boundary stays at 0: {waits}"]
 
 
+def test_after_the_first_epoch_there_is_nothing_to_say_yet():
+    """A schedule that would move then: no loss can have fallen."""
+    model = seeded(PlainCNN)
+    local = LocalizedLearning(model, torch.optim.SGD(model.parameters(), lr=0.05), epochs=4, schedule="linear")
+    run_epoch(model, torch.optim.SGD(model.parameters(), lr=0.05), batches(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        local.step(3.0)
+    assert local.boundary == 0
+    with pytest.warns(UserWarning, match="the boundary stays at 0"):
+        local.step(3.0)
+
+
 def test_the_paper_s_preset_is_what_the_paper_says():
     state, _, local = trained(preset="paper")
     options = {"rule": "hebbian", "schedule": "dynamic", "l_max": 0.75, "lr": 0.01, "supervision": "absolute", "refresh": None}

@@ -284,7 +284,7 @@ def test_step_takes_floats_and_tensors_of_one_element(loss):
     assert local.sign == -1
 
 
-@pytest.mark.parametrize("loss", [None, torch.tensor([1.0, 2.0])])
+@pytest.mark.parametrize("loss", [None, torch.tensor([1.0, 2.0]), "0.5", [0.5], 1j, True, torch.tensor(1j)])
 def test_step_refuses_other_losses(loss):
     model = seeded(PlainCNN)
     local = with_boundary(model, sgd(model), 1)
@@ -461,3 +461,13 @@ def test_a_users_hook_that_replaces_the_output_does_not_enter_the_correlation():
     assert updated_by_a_forward(model) == {"features.0.weight"}
     reference.hebbian_update_(expected, *seen[-1], 0.1, padding=1)
     torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_it_prints_says_where_it_is():
+    model = seeded(PlainCNN)
+    local = LocalizedLearning(model, sgd(model), epochs=5, schedule="linear")
+    assert repr(local).startswith("LocalizedLearning(rule='frozen', boundary=0, epoch=0 of 5, schedule=StaticModeSelection(")
+    run_epoch(model, sgd(model), batches(1))
+    for _ in range(3):
+        local.step()
+    assert repr(local).startswith(f"LocalizedLearning(rule='frozen', boundary=2 of {local.num_layers} layers, epoch=3 of 5, ")

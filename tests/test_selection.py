@@ -230,6 +230,12 @@ def test_quadratic_trace():
     assert static_trace("quadratic", 8, 6, c1=6, c2=0.25) == [0, 2, 3, 5, 5, 6]
 
 
+@pytest.mark.parametrize("kind", ["quadratic", "linear"])
+def test_a_static_schedule_stays_where_the_run_ended(kind):
+    selection = StaticModeSelection(20, 10, kind=kind)
+    assert [selection.at(epoch) for epoch in (10, 11, 15, 30)] == [15] * 4
+
+
 def test_linear_trace():
     # N(E) = max(0, floor(5 - 1.5 * (6 - E))), E = 1..6: 5 - {7.5, 6, 4.5, 3, 1.5, 0}
     assert static_trace("linear", 8, 6, c1=5, c2=1.5) == [0, 0, 0, 2, 3, 5]
@@ -247,7 +253,7 @@ def test_exponential_trace():
         ("much", TypeError, "kind(1) must be a number, got 'much'"),
         ("2", TypeError, "kind(1) must be a number, got '2'"),
         (True, TypeError, "kind(1) must be a number, got True"),
-        (torch.ones(2), TypeError, "kind(1) must be a number, got tensor([1., 1.])"),
+        (torch.ones(2), ValueError, "kind(1) must have one element, got shape (2,)"),
         (math.nan, ValueError, "kind(1) must be finite, got nan"),
         (math.inf, ValueError, "kind(1) must be finite, got inf"),
     ],

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .checks import require_numbers
 from .layer_hook import LayerHook
 from .replicated_sums import Summed
 
@@ -106,9 +106,8 @@ def check_lr(lr: object) -> float:
         ValueError: it is not finite, and would overwrite every local weight.
         TypeError: it is no number.
     """
-    if isinstance(lr, bool) or not isinstance(lr, Real):
-        raise TypeError(f"lr must be a number, got {lr!r}")
-    value = float(lr)
+    require_numbers(lr=lr)
+    value = float(lr)  # type: ignore[arg-type]
     if not math.isfinite(value):
         raise ValueError(f"lr must be finite, got {lr}")
     return value

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import require_numbers
 from .reference import accumulate_dtype
 
 
@@ -23,11 +24,11 @@ def check_sample(sample: object) -> float:
         TypeError: it is not a number.
         ValueError: it is not in (0, 1].
     """
-    if isinstance(sample, bool) or not isinstance(sample, int | float):
-        raise TypeError(f"sample must be a number, got {sample!r}")
-    if not 0 < sample <= 1:
+    require_numbers(sample=sample)
+    value = float(sample)  # type: ignore[arg-type]
+    if not 0 < value <= 1:
         raise ValueError(f"sample must be in (0, 1], got {sample}")
-    return float(sample)
+    return value
 
 
 def sampled_range(images: int, sample: float, turn: int) -> tuple[int, int]:

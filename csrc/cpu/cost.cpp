@@ -172,8 +172,12 @@ double depthwise_us(const Query& q) {
     const double x_planes = double(g.batch * g.in_channels * g.input[0]),
                  z_planes = double(g.batch * g.out_channels * g.output[0]);
     const double rows = x_planes * g.input[1] + z_planes * g.output[1];
-    const double short_runs = (z_planes * 20e-3 + rows * 2e-3) / q.threads;
-    return taps * (strided(g) ? 1.4 : 1) * (memory_us(q, operand_bytes(q), 25e3) + short_runs) + convert + 2 * kCallUs;
+    // Strips hold 3x3 taps; other kernels are swept row by row.
+    const bool strips =
+        g.kernel[1] == 3 && g.kernel[2] == 3 && g.stride[1] == g.stride[2] && g.stride[2] <= 2 && g.dilation[1] == 1;
+    const double short_runs = (z_planes * 20e-3 + rows * (strips ? 1e-3 : 2e-3)) / q.threads;
+    return taps * (strided(g) && !strips ? 1.4 : 1) * (memory_us(q, operand_bytes(q), 25e3) + short_runs) + convert +
+           2 * kCallUs;
 }
 
 // oneDNN brings operands in NCHW into blocks of channels unless the images are small. Memory beyond the allocator's limit is

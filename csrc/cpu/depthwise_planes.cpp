@@ -52,32 +52,23 @@ struct Sweep {
     int64_t shift(int64_t s) const { return s * g.dilation[2] - g.pad[2]; }
 };
 
-// What of a vector is summed: all of it; where the taps read inside x's row; of that only the first lanes; of that only the
-// taps that read inside x's plane.
-enum class Cover { kAll, kInside, kFirst, kRows };
-
-// R x S taps' sums, of a vector of z's columns at a time. A row of x meets R rows of z where rows are not strided, which takes
-// fewer loads than a row of z and R rows of x.
-template <typename Acc, int kBytes, int kStride, int R, int S>
-struct PlaneSums {
+// Vectors of a plane's columns.
+template <typename Acc, int kBytes, int kStride>
+struct Lanes {
     using V = typename Vector<Acc, kBytes>::Type;
     using Mask = typename Vector<Acc, kBytes>::Mask;
-    static constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
-    static constexpr bool kByX = R > 1 && kStride == 1;
-    static constexpr int kXRows = kByX ? 1 : R, kZRows = kByX ? R : 1;
-    V sum[R][S];
-    const Acc *x[kXRows], *z[kZRows];
-    MaskElement<Acc> row_inside[R];
+    static constexpr int64_t kCount = Vector<Acc, kBytes>::kLanes;
 
     static LOCALSGD_INLINE V read(const Acc* p) { return *reinterpret_cast<const V*>(p); }
     static LOCALSGD_INLINE Mask read(const MaskElement<Acc>* p) { return *reinterpret_cast<const Mask*>(p); }
+    static LOCALSGD_INLINE void write(Acc* p, const V& v) { *reinterpret_cast<V*>(p) = v; }
     static LOCALSGD_INLINE V masked(const V& v, const Mask& mask) { return (V)((Mask)v & mask); }
 
     // Every other element of two vectors costs one instruction if each 16 bytes of the result come from the same 16 of both.
     // The lanes of z and of the masks are put in that order too.
     static constexpr int64_t column_of(int64_t lane) {
         constexpr int64_t kHalf = 8 / sizeof(Acc);
-        return lane / (2 * kHalf) * kHalf + lane % kHalf + (lane % (2 * kHalf) < kHalf ? 0 : kLanes / 2);
+        return lane / (2 * kHalf) * kHalf + lane % kHalf + (lane % (2 * kHalf) < kHalf ? 0 : kCount / 2);
     }
     template <typename T, size_t... lane>
     static LOCALSGD_INLINE T in_order(const T& v, std::index_sequence<lane...>) {
@@ -87,7 +78,7 @@ struct PlaneSums {
     static LOCALSGD_INLINE V alternate(const V& a, const V& b, std::index_sequence<lane...>) {
         return __builtin_shufflevector(a, b, 2 * column_of(lane)...);
     }
-    static constexpr auto kEach = std::make_index_sequence<kLanes>();
+    static constexpr auto kEach = std::make_index_sequence<kCount>();
 
     template <typename T>
     static LOCALSGD_INLINE auto load(const T* p) {
@@ -99,76 +90,70 @@ struct PlaneSums {
     // p[0], p[stride], ...; a kStride other than 0 is that stride.
     static LOCALSGD_INLINE V load_strided(const Acc* p, int64_t stride) {
         if constexpr (kStride == 1) return read(p);
-        if constexpr (kStride == 2) return alternate(read(p), read(p + kLanes), kEach);
+        if constexpr (kStride == 2) return alternate(read(p), read(p + kCount), kEach);
         V v;
-        for (int64_t l = 0; l < kLanes; ++l) v[l] = p[l * stride];
+        for (int64_t l = 0; l < kCount; ++l) v[l] = p[l * stride];
         return v;
     }
+    static LOCALSGD_INLINE Mask first(const Sweep<Acc>& w, int64_t count) {
+        return load(w.first_lanes.data() + kMostLanes<Acc> - count);
+    }
+    static LOCALSGD_INLINE Mask inside(const Sweep<Acc>& w, int64_t s, int64_t column) {
+        return load(w.inside.data() + s * w.mask_pitch + column);
+    }
+};
+
+// What of a vector is summed: all of it; where the taps read inside x's row; of that only the first lanes.
+enum class Cover { kAll, kInside, kFirst };
+
+// The sums of S taps of a row of the kernel.
+template <typename Acc, int kBytes, int kStride, int S>
+struct RowSums : Lanes<Acc, kBytes, kStride> {
+    using Base = Lanes<Acc, kBytes, kStride>;
+    using typename Base::Mask, typename Base::V;
+    V sum[S];
+    const Acc *x, *z;
 
     // Columns of z from q on, `column` modulo the width; `count` of them if only the first.
     template <Cover kCover>
     LOCALSGD_INLINE void add(const Sweep<Acc>& w, int64_t s0, int64_t q, int64_t column, int64_t count) {
         const int64_t stride = w.g.stride[2], dilation = w.g.dilation[2];
         Mask first, mask;
-        if (kCover >= Cover::kFirst) first = load(w.first_lanes.data() + kMostLanes<Acc> - count);
-        V zv[kZRows];
-        for (int r = 0; r < kZRows; ++r) {
-            zv[r] = load(z[r] + q);
-            if (kCover >= Cover::kFirst) zv[r] = masked(zv[r], kByX && kCover == Cover::kRows ? first & row_inside[r] : first);
-        }
+        if (kCover == Cover::kFirst) first = Base::first(w, count);
+        V zs = Base::load(z + q);
+        if (kCover == Cover::kFirst) zs = Base::masked(zs, first);
         for (int s = 0; s < S; ++s) {
-            if (kCover >= Cover::kInside) mask = load(w.inside.data() + (s0 + s) * w.mask_pitch + column);
-            if (kCover >= Cover::kFirst) mask &= first;
-            V xv;
-            for (int r = 0; r < R; ++r) {
-                if (r < kXRows) {
-                    xv = load_strided(x[r] + q * stride + s * dilation, stride);
-                    if (kCover >= Cover::kInside) xv = masked(xv, mask);
-                }
-                const V read_inside = kCover == Cover::kRows ? masked(xv, Mask{} | row_inside[r]) : xv;
-                sum[r][s] += zv[r % kZRows] * read_inside;
-            }
+            V xs = Base::load_strided(x + q * stride + s * dilation, stride);
+            if (kCover >= Cover::kInside) mask = Base::inside(w, s0 + s, column);
+            if (kCover == Cover::kFirst) mask &= first;
+            if (kCover >= Cover::kInside) xs = Base::masked(xs, mask);
+            sum[s] += zs * xs;
         }
     }
 };
 
-// sums[taps][kLanes] += R x S taps of a plane, from tap (r0, s0) on.
-template <typename Acc, int kBytes, int kStride, int R, int S>
-LOCALSGD_INLINE void plane_block(const Sweep<Acc>& w, const Plane<Acc>& x, const Plane<Acc>& z, int64_t r0, int64_t s0,
-                                 Acc* sums) {
-    using Sums = PlaneSums<Acc, kBytes, kStride, R, S>;
-    constexpr int64_t kLanes = Sums::kLanes;
-    constexpr bool kByX = Sums::kByX;
+// sums[taps][lanes] += S taps of a row of the kernel, from tap (r, s0) on.
+template <typename Acc, int kBytes, int kStride, int S>
+LOCALSGD_INLINE void plane_row(const Sweep<Acc>& w, const Plane<Acc>& x, const Plane<Acc>& z, int64_t r, int64_t s0,
+                               Acc* sums) {
+    using Sums = RowSums<Acc, kBytes, kStride, S>;
+    constexpr int64_t kLanes = Sums::kCount;
     const Geometry& g = w.g;
-    const int64_t width = g.output[2], stride = g.stride[1];
+    const int64_t width = g.output[2], top = r * g.dilation[1] - g.pad[1];
     const int64_t step = kLanes < width ? kLanes : kLanes % width;
-    const int64_t top = r0 * g.dilation[1] - g.pad[1], bottom = top + (R - 1) * g.dilation[1]; // of the taps
-    const auto sums_of = [&](int r, int s) { return sums + ((r0 + r) * g.kernel[2] + s0 + s) * kLanes; };
+    Acc* const to = sums + (r * g.kernel[2] + s0) * kLanes;
     Sums taps;
-    for (int r = 0; r < R; ++r)
-        for (int s = 0; s < S; ++s) taps.sum[r][s] = Sums::read(sums_of(r, s));
-    // Short rows one behind the other are swept as one, as far as all their taps read inside the plane.
-    const bool joined = kStride == 1 && stride == 1 && width < kJoinedVectors * kLanes && x.pitch == width && z.pitch == width;
+    for (int s = 0; s < S; ++s) taps.sum[s] = Sums::read(to + s * kLanes);
+    // Short rows one behind the other are swept as one.
+    const bool joined =
+        kStride == 1 && g.stride[1] == 1 && width < kJoinedVectors * kLanes && x.pitch == width && z.pitch == width;
+    const Range rows = valid_outputs(g.output[1], g.input[1], g.stride[1], top);
+    const int64_t together = joined ? std::max<int64_t>(rows.end - rows.begin, 1) : 1, length = together * width;
     Range clean{ceil_div(w.clean.begin, kLanes) * kLanes, w.clean.end / kLanes * kLanes}; // whole vectors
     if (joined || clean.begin >= clean.end) clean = {0, 0};
-    for (int64_t i = 0, rows; i < (kByX ? g.input[1] : g.output[1]); i += rows) {
-        const int64_t left = kByX ? std::min(g.input[1] - i, g.output[1] + top - i)
-                                  : std::min(g.output[1] - i, g.input[1] - bottom - i * stride); // rows for joining
-        const bool whole = left > 0 && (kByX ? i >= bottom : i * stride + top >= 0);             // all taps are in the plane
-        rows = joined && whole ? left : 1;
-        for (int r = 0; r < R; ++r) {
-            const int64_t tap = top + r * g.dilation[1], p = kByX ? i - tap : i, h = kByX ? i : i * stride + tap;
-            const bool inside = p >= 0 && p < g.output[1] && h >= 0 && h < g.input[1];
-            taps.row_inside[r] = inside ? -1 : 0;
-            if (r < Sums::kZRows) taps.z[r] = z.data + (inside || !kByX ? p * z.pitch : 0);
-            if (r < Sums::kXRows) taps.x[r] = x.data + (inside || kByX ? h * x.pitch : 0) + w.shift(s0);
-        }
-        const int64_t length = rows * width;
-        if (!whole) {
-            for (int64_t q = 0; q < length; q += kLanes)
-                taps.template add<Cover::kRows>(w, s0, q, q, std::min(kLanes, length - q));
-            continue;
-        }
+    for (int64_t p = rows.begin; p < rows.end; p += together) {
+        taps.z = z.data + p * z.pitch;
+        taps.x = x.data + (p * g.stride[1] + top) * x.pitch + w.shift(s0);
         for (int64_t q = clean.begin; q < clean.end; q += kLanes) taps.template add<Cover::kAll>(w, s0, q, q, kLanes);
         int64_t q = 0, column = 0;
         for (;; q += kLanes) {
@@ -180,74 +165,221 @@ LOCALSGD_INLINE void plane_block(const Sweep<Acc>& w, const Plane<Acc>& x, const
         }
         if (q < length) taps.template add<Cover::kFirst>(w, s0, q, column, length - q);
     }
-    for (int r = 0; r < R; ++r)
-        for (int s = 0; s < S; ++s) *reinterpret_cast<typename Sums::V*>(sums_of(r, s)) = taps.sum[r][s];
+    for (int s = 0; s < S; ++s) Sums::write(to + s * kLanes, taps.sum[s]);
 }
 
-// As many taps at once as registers hold accumulators; the rest in columns of the kernel.
+// The sums of 3x3 taps over a strip of z, a vector wide, row after row: they stay in registers, and so does what rows share.
+// What comes next in memory is asked for: the hardware loses track of strips and of short planes.
+template <typename Acc, int kBytes, int kStride>
+struct Strip : Lanes<Acc, kBytes, kStride> {
+    using Base = Lanes<Acc, kBytes, kStride>;
+    using typename Base::Mask, typename Base::V;
+    static constexpr int64_t kLine = 64 / sizeof(Acc), kAhead = 4096 / sizeof(Acc);
+    const Sweep<Acc>& w;
+    Plane<Acc> x, z;
+    V (&sum)[3][3];
+    int64_t q = 0;
+    Mask first{}, inside[3]{};
+
+    template <bool kMasked>
+    LOCALSGD_INLINE V row_of_z(int64_t p) const {
+        const Acc* const from = z.data + p * z.pitch + q;
+        __builtin_prefetch(from + kAhead);
+        const V v = Base::load(from);
+        return kMasked ? Base::masked(v, first) : v;
+    }
+    template <bool kMasked>
+    LOCALSGD_INLINE V row_of_x(int64_t h, int s) const {
+        const Acc* const from = x.data + h * x.pitch + q * kStride + w.shift(s);
+        for (int64_t i = 0; s == 0 && i < kStride * Base::kCount; i += kLine) __builtin_prefetch(from + i + kAhead);
+        const V v = Base::load_strided(from, kStride);
+        return kMasked ? Base::masked(v, inside[s]) : v;
+    }
+
+    // A row of x meets three rows of z, of which two met the row before.
+    template <bool kMasked, bool kEdge>
+    LOCALSGD_INLINE void add_row_of_x(int64_t h, V (&zs)[3]) {
+        const int64_t p = h + w.g.pad[1], height = w.g.output[1];
+        if (!kEdge || p < height) zs[0] = row_of_z<kMasked>(p);
+        for (int s = 0; s < 3; ++s) {
+            const V xs = row_of_x<kMasked>(h, s);
+            for (int r = 0; r < 3; ++r)
+                if (!kEdge || (p - r >= 0 && p - r < height)) sum[r][s] += zs[r] * xs;
+        }
+        zs[2] = zs[1];
+        zs[1] = zs[0];
+    }
+    template <bool kMasked>
+    LOCALSGD_INLINE void add_rows_of_x(int64_t h, int64_t end) {
+        const int64_t pad = w.g.pad[1], height = w.g.output[1];
+        V zs[3]{};
+        for (int r = 1; r < 3; ++r)
+            if (const int64_t p = h + pad - r; p >= 0 && p < height) zs[r] = row_of_z<kMasked>(p);
+        for (; h < end && h + pad < 2; ++h) add_row_of_x<kMasked, true>(h, zs);
+        for (; h < end && h + pad < height; ++h) add_row_of_x<kMasked, false>(h, zs);
+        for (; h < end && h + pad < height + 2; ++h) add_row_of_x<kMasked, true>(h, zs);
+    }
+
+    // A row of z meets three rows of x, of which one met the row before.
+    template <bool kMasked, bool kEdge>
+    LOCALSGD_INLINE void add_row_of_z(int64_t p, V (&shared)[3]) {
+        const int64_t h = p * 2 - w.g.pad[1], height = w.g.input[1];
+        const V zs = row_of_z<kMasked>(p);
+        for (int r = 0; r < 3; ++r) {
+            if (kEdge && (h + r < 0 || h + r >= height)) continue;
+            for (int s = 0; s < 3; ++s) {
+                const V xs = r == 0 ? shared[s] : row_of_x<kMasked>(h + r, s);
+                sum[r][s] += zs * xs;
+                if (r == 2) shared[s] = xs;
+            }
+        }
+    }
+    template <bool kMasked>
+    LOCALSGD_INLINE void add_rows_of_z(int64_t p, int64_t end) {
+        const int64_t pad = w.g.pad[1], height = w.g.input[1];
+        V shared[3]{};
+        if (const int64_t h = p * 2 - pad; h >= 0 && h < height)
+            for (int s = 0; s < 3; ++s) shared[s] = row_of_x<kMasked>(h, s);
+        for (; p < end && p * 2 < pad; ++p) add_row_of_z<kMasked, true>(p, shared);
+        for (; p < end && p * 2 - pad + 2 < height; ++p) add_row_of_z<kMasked, false>(p, shared);
+        for (; p < end; ++p) add_row_of_z<kMasked, true>(p, shared);
+    }
+
+    template <bool kMasked>
+    LOCALSGD_INLINE void add(int64_t begin, int64_t end) {
+        if constexpr (kStride == 1)
+            add_rows_of_x<kMasked>(begin, end);
+        else
+            add_rows_of_z<kMasked>(begin, end);
+    }
+    // All strips of some rows, of x or of z: of those that are fewer.
+    LOCALSGD_INLINE void add_rows(int64_t begin, int64_t end) {
+        const int64_t width = w.g.output[2];
+        for (q = 0; q < width; q += Base::kCount) {
+            const bool whole = q >= w.clean.begin && q + Base::kCount <= w.clean.end;
+            if (!whole) {
+                first = Base::first(w, std::min(Base::kCount, width - q));
+                for (int s = 0; s < 3; ++s) inside[s] = Base::inside(w, s, q) & first;
+            }
+            whole ? add<false>(begin, end) : add<true>(begin, end);
+        }
+    }
+};
+
+template <typename Acc, int kBytes, int kStride>
+LOCALSGD_INLINE void plane_strips(const Sweep<Acc>& w, const Plane<Acc>& x, const Plane<Acc>& z, Acc* sums) {
+    constexpr int64_t kBand = 512; // elements of a row of z, times rows: what is read stays near what was read before
+    using Base = Lanes<Acc, kBytes, kStride>;
+    typename Base::V sum[3][3];
+    for (int i = 0; i < 9; ++i) sum[i / 3][i % 3] = Base::read(sums + i * Base::kCount);
+    Strip<Acc, kBytes, kStride> strip{{}, w, x, z, sum};
+    const int64_t rows = kStride == 1 ? w.g.input[1] : w.g.output[1];
+    const int64_t band = std::max<int64_t>(kBand / w.g.output[2], 4);
+    for (int64_t begin = 0; begin < rows; begin += band) strip.add_rows(begin, std::min(rows, begin + band));
+    for (int i = 0; i < 9; ++i) Base::write(sums + i * Base::kCount, sum[i / 3][i % 3]);
+}
+
+// As many taps at once as registers hold accumulators; kernels other than 3x3 row by row.
 template <typename Acc, int kBytes, int kStride>
 LOCALSGD_INLINE void plane_taps(const Sweep<Acc>& w, const Plane<Acc>& x, const Plane<Acc>& z, Acc* sums) {
     const int64_t kernel_h = w.g.kernel[1], kernel_w = w.g.kernel[2];
-    if (kernel_h == 3 && kernel_w == 3 && (kStride != 1 || w.g.stride[1] == 1))
-        return plane_block<Acc, kBytes, kStride, 3, 3>(w, x, z, 0, 0, sums);
+    if constexpr (kStride != 0)
+        if (kernel_h == 3 && kernel_w == 3 && w.g.stride[1] == kStride && w.g.dilation[1] == 1)
+            return plane_strips<Acc, kBytes, kStride>(w, x, z, sums);
     for (int64_t r = 0; r < kernel_h; ++r) {
         int64_t s = 0;
-        for (; s + 7 <= kernel_w; s += 7) plane_block<Acc, kBytes, kStride, 1, 7>(w, x, z, r, s, sums);
-        for (; s + 5 <= kernel_w; s += 5) plane_block<Acc, kBytes, kStride, 1, 5>(w, x, z, r, s, sums);
-        for (; s + 3 <= kernel_w; s += 3) plane_block<Acc, kBytes, kStride, 1, 3>(w, x, z, r, s, sums);
-        for (; s < kernel_w; ++s) plane_block<Acc, kBytes, kStride, 1, 1>(w, x, z, r, s, sums);
+        for (; s + 7 <= kernel_w; s += 7) plane_row<Acc, kBytes, kStride, 7>(w, x, z, r, s, sums);
+        for (; s + 5 <= kernel_w; s += 5) plane_row<Acc, kBytes, kStride, 5>(w, x, z, r, s, sums);
+        for (; s + 3 <= kernel_w; s += 3) plane_row<Acc, kBytes, kStride, 3>(w, x, z, r, s, sums);
+        for (; s < kernel_w; ++s) plane_row<Acc, kBytes, kStride, 1>(w, x, z, r, s, sums);
     }
 }
 
+// Planes that meet, and where their taps are summed.
+template <typename Acc>
+struct Pair {
+    Plane<Acc> x, z;
+    Acc* sums;
+};
+
+template <typename Acc, int kBytes, int kStride>
+LOCALSGD_INLINE void sweep_pairs(const Sweep<Acc>& w, const std::vector<Pair<Acc>>& pairs) {
+    for (const Pair<Acc>& pair : pairs) plane_taps<Acc, kBytes, kStride>(w, pair.x, pair.z, pair.sums);
+}
 template <typename Acc, int kBytes>
-LOCALSGD_INLINE void sweep_any(const Sweep<Acc>& w, const Plane<Acc>& x, const Plane<Acc>& z, Acc* sums) {
-    if (w.g.stride[2] == 1) return plane_taps<Acc, kBytes, 1>(w, x, z, sums);
-    if (w.g.stride[2] == 2) return plane_taps<Acc, kBytes, 2>(w, x, z, sums);
-    plane_taps<Acc, kBytes, 0>(w, x, z, sums);
+LOCALSGD_INLINE void sweep_any(const Sweep<Acc>& w, const std::vector<Pair<Acc>>& pairs) {
+    if (w.g.stride[2] == 1) return sweep_pairs<Acc, kBytes, 1>(w, pairs);
+    if (w.g.stride[2] == 2) return sweep_pairs<Acc, kBytes, 2>(w, pairs);
+    sweep_pairs<Acc, kBytes, 0>(w, pairs);
 }
 
-LOCALSGD_WIDE
-void sweep_wide(const Sweep<float>& w, const Plane<float>& x, const Plane<float>& z, float* sums) {
-    sweep_any<float, kWideBytes>(w, x, z, sums);
-}
-LOCALSGD_WIDE
-void sweep_wide(const Sweep<double>& w, const Plane<double>& x, const Plane<double>& z, double* sums) {
-    sweep_any<double, kWideBytes>(w, x, z, sums);
-}
-LOCALSGD_NARROW
-void sweep_narrow(const Sweep<float>& w, const Plane<float>& x, const Plane<float>& z, float* sums) {
-    sweep_any<float, kNarrowBytes>(w, x, z, sums);
-}
-LOCALSGD_NARROW
-void sweep_narrow(const Sweep<double>& w, const Plane<double>& x, const Plane<double>& z, double* sums) {
-    sweep_any<double, kNarrowBytes>(w, x, z, sums);
+// sums[i] += in_lanes[i][0] + ... in double, always in the same order; then in_lanes is zero.
+template <typename Acc, int kBytes>
+LOCALSGD_INLINE void add_lanes(Acc* in_lanes, int64_t count, double* sums) {
+    constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
+    for (int64_t i = 0; i < count; ++i) {
+        double lanes[kLanes];
+        for (int64_t l = 0; l < kLanes; ++l) lanes[l] = static_cast<double>(in_lanes[i * kLanes + l]);
+        for (int64_t half = kLanes / 2; half > 0; half /= 2)
+            for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+        sums[i] += lanes[0];
+    }
+    std::fill_n(in_lanes, count * kLanes, Acc(0));
 }
 
-// The planes of x or z: where they lie, or copied.
+// What is compiled for each width of vectors.
+template <typename Acc>
+LOCALSGD_WIDE void sweep_wide(const Sweep<Acc>& w, const std::vector<Pair<Acc>>& pairs) {
+    sweep_any<Acc, kWideBytes>(w, pairs);
+}
+template <typename Acc>
+LOCALSGD_WIDE void add_lanes_wide(Acc* in_lanes, int64_t count, double* sums) {
+    add_lanes<Acc, kWideBytes>(in_lanes, count, sums);
+}
+LOCALSGD_NARROW
+void sweep_narrow(const Sweep<float>& w, const std::vector<Pair<float>>& pairs) { sweep_any<float, kNarrowBytes>(w, pairs); }
+LOCALSGD_NARROW
+void sweep_narrow(const Sweep<double>& w, const std::vector<Pair<double>>& pairs) { sweep_any<double, kNarrowBytes>(w, pairs); }
+LOCALSGD_NARROW
+void add_lanes_narrow(float* in_lanes, int64_t count, double* sums) { add_lanes<float, kNarrowBytes>(in_lanes, count, sums); }
+LOCALSGD_NARROW
+void add_lanes_narrow(double* in_lanes, int64_t count, double* sums) { add_lanes<double, kNarrowBytes>(in_lanes, count, sums); }
+
+// The planes of x or z: where they lie, or copied into one of several slots.
 template <typename Acc>
 struct Planes {
     const void* data;
     Kind kind;
     Strides strides;
     int64_t height, width;
-    int64_t before, after;   // elements beyond a plane that are read
-    int64_t extent;          // elements from the first to the last one
-    std::vector<Acc> buffer; // [before + height * width + after]
+    int64_t before, after; // elements beyond a plane that are read
+    int64_t slots, slot_size;
+    int64_t extent; // elements from the first to the last one
+    std::vector<Acc> buffer;
 
     Planes(const void* data, Kind kind, const Strides& strides, int64_t batch, int64_t channels, const Triple& space,
-           int64_t before, int64_t after)
-        : data(data), kind(kind), strides(strides), height(space[1]), width(space[2]), before(before), after(after) {
+           int64_t before, int64_t after, int64_t slots)
+        : data(data),
+          kind(kind),
+          strides(strides),
+          height(space[1]),
+          width(space[2]),
+          before(before),
+          after(after),
+          slots(slots),
+          slot_size(before + height * width + after) {
         extent = 1 + (batch - 1) * strides.batch + (channels - 1) * strides.channel;
         for (int i = 0; i < 3; ++i) extent += (space[i] - 1) * strides.space[i];
     }
 
-    Plane<Acc> at(int64_t n, int64_t channel, int64_t depth) {
+    // A copy stays until the next one into its slot.
+    Plane<Acc> at(int64_t n, int64_t channel, int64_t depth, int64_t slot) {
         const int64_t start = n * strides.batch + channel * strides.channel + depth * strides.space[0];
         const int64_t pitch = strides.space[1], step = strides.space[2];
         const bool in_reach = start >= before && start + (height - 1) * pitch + width + after <= extent;
         if (kind == kKindOf<Acc> && step == 1 && in_reach) return {static_cast<const Acc*>(data) + start, pitch};
-        buffer.resize(before + height * width + after);
-        Acc* const to = buffer.data() + before;
+        if (buffer.empty()) buffer.resize(slots * slot_size);
+        Acc* const to = buffer.data() + slot * slot_size + before;
         const bool dense = pitch == width * step;
         for (int64_t row = 0; row < (dense ? 1 : height); ++row)
             copy_run(to + row * width, offset(data, kind, start + row * pitch), kind, dense ? height * width : width, step);
@@ -278,9 +410,12 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
     constexpr int64_t kMostChannels = 32;  // of an image, one after another as they lie in memory,
     constexpr int64_t kSumsInCache = 4096; // while their sums stay in the first-level cache
     const Geometry& g = a.geometry;
-    const Sweep<Acc> sweep(g);
-    Planes<Acc> x_planes(a.x, a.x_kind, a.x_strides, g.batch, g.in_channels, g.input, sweep.before, sweep.after);
-    Planes<Acc> z_planes(a.z, a.z_kind, a.z_strides, g.batch, g.out_channels, g.output, 0, kMostLanes<Acc>);
+    const Sweep<Acc> columns(g);
+    // Pairs swept together: for what begins a sweep, and no more copies than stay in the cache.
+    const int64_t most_pairs = std::clamp<int64_t>(2 * kTogether / g.image_positions(), 1, 16);
+    Planes<Acc> x_planes(a.x, a.x_kind, a.x_strides, g.batch, g.in_channels, g.input, columns.before, columns.after,
+                         most_pairs + 1); // a plane of x may meet planes of z in two sweeps
+    Planes<Acc> z_planes(a.z, a.z_kind, a.z_strides, g.batch, g.out_channels, g.output, 0, kMostLanes<Acc>, most_pairs);
     const std::vector<Meeting> all = meetings(g);
     const bool wide = has_wide_registers();
     const int64_t lanes = (wide ? kWideBytes : kNarrowBytes) / sizeof(Acc), in_plane = g.kernel[1] * g.kernel[2] * lanes;
@@ -289,6 +424,12 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
     const int64_t most = std::clamp<int64_t>(kSumsInCache / (in_channel * lanes), 1, kMostChannels);
     std::vector<Acc> in_lanes;
     std::vector<double> sums;
+    std::vector<Pair<Acc>> pairs;
+    int64_t x_slot = 0;
+    const auto sweep = [&] {
+        wide ? sweep_wide(columns, pairs) : sweep_narrow(columns, pairs);
+        pairs.clear();
+    };
     for (int64_t first = channel_begin; first < channel_end; first += most) {
         const int64_t channels = std::min(most, channel_end - first), count = channels * in_channel;
         in_lanes.assign(count * lanes, Acc(0));
@@ -298,18 +439,20 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
                 Plane<Acc> x{nullptr, 0};
                 for (size_t i = 0; i < all.size(); ++i) {
                     const auto [depth, r, p0] = all[i];
-                    if (i == 0 || depth != all[i - 1].depth) x = x_planes.at(n, first + c, depth);
+                    if (i == 0 || depth != all[i - 1].depth) {
+                        x_slot = (x_slot + 1) % (most_pairs + 1);
+                        x = x_planes.at(n, first + c, depth, x_slot);
+                    }
                     for (int64_t j = 0; j < multiplier; ++j) {
-                        const Plane<Acc> z = z_planes.at(n, (first + c) * multiplier + j, p0);
-                        Acc* const to = in_lanes.data() + ((c * multiplier + j) * g.kernel[0] + r) * in_plane;
-                        wide ? sweep_wide(sweep, x, z, to) : sweep_narrow(sweep, x, z, to);
+                        if (static_cast<int64_t>(pairs.size()) == most_pairs) sweep();
+                        const Plane<Acc> z = z_planes.at(n, (first + c) * multiplier + j, p0, pairs.size());
+                        pairs.push_back({x, z, in_lanes.data() + ((c * multiplier + j) * g.kernel[0] + r) * in_plane});
                     }
                 }
             }
+            sweep();
             if ((n + 1) % together && n + 1 < g.batch) continue;
-            for (int64_t lane = 0; lane < lanes; ++lane)
-                for (int64_t i = 0; i < count; ++i) sums[i] += static_cast<double>(in_lanes[i * lanes + lane]);
-            std::fill(in_lanes.begin(), in_lanes.end(), Acc(0));
+            wide ? add_lanes_wide(in_lanes.data(), count, sums.data()) : add_lanes_narrow(in_lanes.data(), count, sums.data());
         }
         for (int64_t i = 0; i < count; ++i) d[first * in_channel + i] = static_cast<Acc>(sums[i]);
     }

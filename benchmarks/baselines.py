@@ -119,7 +119,7 @@ def compiled_user(o: Operands) -> Callable[[], object] | None:
 def functions(o: Operands, *, compiled: bool, unfold: bool) -> dict[str, Callable[[], object]]:
     """Every function to time by name: ``auto``, the eligible algorithms, the baselines."""
     timed: dict[str, Callable[[], object]] = {}
-    for algorithm in ("auto", *o.case.algorithms):
+    for algorithm in ("auto", *(o.case.cpu_algorithms if o.x.is_cpu else o.case.algorithms)):
         timed[algorithm] = partial(o.update, algorithm)
     timed["wgrad"] = o.wgrad
     timed["user"] = o.user

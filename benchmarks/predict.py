@@ -11,15 +11,20 @@ from benchmarks.networks import geometry
 from localsgd_ext.roofline import Cost, Device, cost
 
 
-def costs(case: Case, dtype: str, layout: str) -> dict[str, Cost]:
+def algorithms(case: Case, device: Device) -> tuple[str, ...]:
+    """That the layer is eligible for there."""
+    return case.cpu_algorithms if device.compute_capability is None else case.algorithms
+
+
+def costs(case: Case, dtype: str, layout: str, device: Device) -> dict[str, Cost]:
     """Of each eligible algorithm, and of the normalised write alone."""
     given = {"x": DTYPES[dtype], "tf32": dtype == "tf32", "layout": LAYOUTS[layout]}
-    return {algorithm: cost(algorithm, geometry(case), **given) for algorithm in (*case.algorithms, "apply")}
+    return {algorithm: cost(algorithm, geometry(case), **given) for algorithm in (*algorithms(case, device), "apply")}
 
 
 def rooflines(case: Case, dtype: str, layout: str, device: Device, launch_us: float | None = None) -> dict[str, float]:
     """Microseconds of each algorithm; ``library`` is two launches, its weight gradient and the write; ``wgrad`` the first alone."""
-    us = {name: c.roofline_us(device, launch_us) for name, c in costs(case, dtype, layout).items()}
+    us = {name: c.roofline_us(device, launch_us) for name, c in costs(case, dtype, layout, device).items()}
     return {**us, "wgrad": us["library"], "library": us["library"] + us["apply"]}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.targets import geomean, targets
 
-ALGORITHMS = ("gram", "direct", "depthwise", "library")
+ALGORITHMS = ("gram", "direct", "depthwise", "winograd", "library")
 BASELINES = ("wgrad", "user", "compiled", "unfold")
 Row = dict[str, Any]
 
@@ -87,7 +87,9 @@ def _head(content: Row) -> str:
 def _layers(rows: Iterable[Row], prediction: bool) -> str:
     heading = ("layer", "kind", "pick", "µs", "TFLOP/s", "GB/s", "roofline")
     ratios = {"wgrad": "(a)/ours", "user": "(b)/ours", "compiled": "(c)/ours", "unfold": "(d)/ours"}
-    table = [(*heading, *(f"{a} µs" for a in ALGORITHMS), *(f"{b} µs" for b in BASELINES), *ratios.values())]
+    rows = list(rows)
+    named = [*(a for a in ALGORITHMS if any(a in row["cost"] for row in rows)), *BASELINES]
+    table = [(*heading, *(f"{name} µs" for name in named), *ratios.values())]
     for row in rows:
         if row["status"] != "ok":
             table.append((row["name"], row["kind"], row["status"], *["-"] * (len(table[0]) - 3)))
@@ -96,7 +98,7 @@ def _layers(rows: Iterable[Row], prediction: bool) -> str:
         rates = ["-", "-"] if counted is None else [number(counted[key] / us["auto"] / 1e6 * scale) for key, scale in _RATES]
         bound = share(row)
         percent = "-" if bound is None or prediction else f"{100 * bound:.0f} %"
-        shown = [number(us.get(name)) for name in (*ALGORITHMS, *BASELINES)]
+        shown = [number(us.get(name)) for name in named]
         over = [times(ratio(row, baseline)) for baseline in ratios]
         table.append((row["name"], row["kind"], row["pick"], number(us["auto"]), *rates, percent, *shown, *over))
     return aligned(table)

@@ -15,7 +15,7 @@ from benchmarks.parity import Judge
 BENCHMARKS = [
     (case, name)
     for case in LAYERS
-    for name in ("auto", *case.algorithms, "wgrad", "user", *(("unfold",) if case.dims == 2 else ()))
+    for name in ("auto", *case.cpu_algorithms, "wgrad", "user", *(("unfold",) if case.dims == 2 else ()))
 ]
 
 
@@ -30,7 +30,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.mark.parametrize(("case", "name"), BENCHMARKS, ids=lambda v: str(v).replace(" ", "-"))
 def test_update(benchmark: Callable[..., object], case: Case, name: str) -> None:
     benchmark.group = case.name  # type: ignore[attr-defined]
-    if name == "auto" or name in case.algorithms:
+    if name == "auto" or name in case.cpu_algorithms:
         small = operands(replace(case, x=(1, *case.x[1:])), "fp32", "nhwc", "cpu")
         parity = Judge(small.case, small.x, small.z, small.weight, small.bias).update(name)
         assert parity.ok, parity

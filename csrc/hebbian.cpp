@@ -62,7 +62,7 @@ std::optional<Algorithm> parse(const std::string& name) {
     if (name == "auto") return std::nullopt;
     for (const Algorithm algorithm : kAlgorithms)
         if (name == algorithm_name(algorithm)) return algorithm;
-    TORCH_CHECK_VALUE(false, "algorithm must be one of auto, gram, direct, depthwise, library, got '", name, "'");
+    TORCH_CHECK_VALUE(false, "algorithm must be one of auto, gram, direct, depthwise, winograd, library, got '", name, "'");
 }
 
 Plan plan_of(const Layer& layer, bool benchmark) {

@@ -6,12 +6,22 @@
 
 #include "cpu/cost.h"
 #include "cpu/tiles.h"
+#include "cpu/winograd.h"
 
 namespace localsgd {
 namespace {
 
 bool fits(const Geometry& g, Algorithm algorithm) {
-    return algorithm == Algorithm::kGram ? g.pointwise() : algorithm == Algorithm::kDepthwise ? g.depthwise() : true;
+    switch (algorithm) {
+    case Algorithm::kGram:
+        return g.pointwise();
+    case Algorithm::kDepthwise:
+        return g.depthwise();
+    case Algorithm::kWinograd:
+        return winograd_fits(g);
+    default:
+        return true;
+    }
 }
 
 // Whether it may be picked: the Gram form reads no z, so it needs the promise that z says nothing else than x does.
@@ -57,6 +67,8 @@ const char* algorithm_name(Algorithm algorithm) {
         return "gram";
     case Algorithm::kDepthwise:
         return "depthwise";
+    case Algorithm::kWinograd:
+        return "winograd";
     case Algorithm::kDirect:
         return "direct";
     default:
@@ -85,8 +97,9 @@ Candidate candidate_of(const Query& q, Algorithm algorithm) {
     c.eligible = fits(q.geometry, algorithm);
     c.automatic = allowed(q, algorithm);
     if (!c.eligible)
-        c.why_not =
-            algorithm == Algorithm::kGram ? "needs a kernel of size 1 or a linear layer" : "needs groups == in_channels > 1";
+        c.why_not = algorithm == Algorithm::kGram        ? "needs a kernel of size 1 or a linear layer"
+                    : algorithm == Algorithm::kDepthwise ? "needs groups == in_channels > 1"
+                                                         : "needs a 3x3 kernel, stride, dilation and groups of 1";
     else if (!c.automatic)
         c.why_not = "ignores z, which was not promised to be the layer's output (z_is_output=True)";
     return c;

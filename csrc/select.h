@@ -9,8 +9,9 @@
 
 namespace localsgd {
 
-enum class Algorithm { kGram, kDepthwise, kDirect, kLibrary };
-constexpr Algorithm kAlgorithms[] = {Algorithm::kGram, Algorithm::kDepthwise, Algorithm::kDirect, Algorithm::kLibrary};
+enum class Algorithm { kGram, kDepthwise, kWinograd, kDirect, kLibrary };
+constexpr Algorithm kAlgorithms[] = {Algorithm::kGram, Algorithm::kDepthwise, Algorithm::kWinograd, Algorithm::kDirect,
+                                     Algorithm::kLibrary};
 
 const char* algorithm_name(Algorithm algorithm);
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ALGORITHMS = ("auto", "gram", "direct", "depthwise", "library")
+ALGORITHMS = ("auto", "gram", "direct", "depthwise", "winograd", "library")
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -56,6 +56,11 @@ def correlation(
             raise ValueError(
                 f"algorithm 'depthwise' needs groups == in_channels > 1, got weight of shape {tuple(weight.shape)} "
                 f"and groups={groups}"
+            )
+        if algorithm == "winograd" and not _winograd_fits(weight, geometry):
+            raise ValueError(
+                "algorithm 'winograd' needs a 3x3 kernel, stride, dilation and groups of 1, "
+                f"got weight of shape {tuple(weight.shape)} and groups={groups}"
             )
         if z is None:
             z = _forward(x, weight, bias, geometry)
@@ -340,6 +345,10 @@ def _padding_pairs(
         totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
         return [(total // 2, total - total // 2) for total in totals]
     return [(p, p) for p in _tuple(padding, len(kernel), "padding", 0)]
+
+
+def _winograd_fits(weight: Tensor, g: _Geometry) -> bool:
+    return weight.shape[2:] == (3, 3) and g.groups == 1 and set(g.stride) == set(g.dilation) == {1}
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, g: _Geometry) -> Tensor:

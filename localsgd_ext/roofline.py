@@ -25,7 +25,7 @@ import torch
 
 __all__ = ["DEVICES", "Cost", "Device", "Geometry", "Product", "cost", "device", "estimate"]
 
-COSTED = ("gram", "direct", "depthwise", "library", "apply")
+COSTED = ("gram", "direct", "depthwise", "winograd", "library", "apply")
 UNITS = ("fp32", "tf32", "bf16", "fp16")
 LAYOUTS = ("channels_last", "contiguous")
 _ASSUMED_LAUNCH_US = 3.0
@@ -206,6 +206,18 @@ class Geometry:
         return len(self.weight) > 2 and self.groups > 1 and self.weight[1] == 1
 
     @property
+    def winograd(self) -> bool:
+        return self.weight[2:] == (3, 3) and self.groups == 1
+
+    @property
+    def winograd_flops(self) -> int:
+        """Of the products over tiles of 2 or 4 rows and 2 columns, whichever are fewer."""
+        height, width = self.z[-2:]
+        frequencies = min(-(-height // rows) * (rows + 2) for rows in (2, 4)) * 4
+        tiles = math.prod(self.z[:-3]) * -(-width // 2)
+        return 2 * tiles * frequencies * self.weight[0] * self.weight[1]
+
+    @property
     def wgrad_flops(self) -> int:
         """Of a weight gradient: two for each element of ``z`` and each weight it meets."""
         return 2 * self.positions * math.prod(self.weight)
@@ -280,7 +292,8 @@ def cost(
 
     ``"gram"``: ``x`` once; the lower triangle of ``XXᵀ``; ``W·G`` in fp32 precision, as a :class:`Product`.
     ``"direct"``: ``x`` and ``z`` once, ``2·M·N·K`` flops. ``"depthwise"``: the same on fused multiply-adds, whatever the dtypes.
-    All three read and write ``W``. ``"library"``: the weight gradient alone, as direct, but it writes ``D`` and no ``W``; it
+    ``"winograd"``: likewise, of the products in tiles of 2 or 4 x 2 outputs. All of these read and write ``W``.
+    ``"library"``: the weight gradient alone, as direct, but it writes ``D`` and no ``W``; it
     is the library's own, in its operands' dtype (this package asks for one in fp32 where they are fp16 or differ: the copies that
     takes are not counted). ``"apply"``: the normalised write alone: ``D`` twice, ``W`` in and out.
 
@@ -301,6 +314,11 @@ def cost(
         raise ValueError(f"algorithm must be one of {', '.join(COSTED)}, got {algorithm!r}")
     if algorithm == "gram" and not geometry.pointwise:
         raise ValueError(f"algorithm 'gram' needs a kernel of size 1 or a linear layer, got weight of shape {geometry.weight}")
+    if algorithm == "winograd" and not geometry.winograd:
+        raise ValueError(
+            "algorithm 'winograd' needs a 3x3 kernel, stride, dilation and groups of 1, "
+            f"got weight of shape {geometry.weight} and groups={geometry.groups}"
+        )
     if algorithm == "depthwise" and not geometry.depthwise:
         raise ValueError(f"algorithm 'depthwise' needs groups == in_channels > 1, got weight of shape {geometry.weight}")
     z = x if z is None else z
@@ -320,8 +338,9 @@ def cost(
         return Cost(read_x + write, triangle, unit, _workspace(partial, splits) + _workspace(elements, 1), product)
     if algorithm == "library":
         return Cost(read_x + read_z + elements * _result_bytes(x, z), geometry.wgrad_flops, unit)
-    unit = "fp32" if algorithm == "depthwise" else unit
-    return Cost(read_x + read_z + write, geometry.wgrad_flops, unit, _workspace(elements, splits))
+    unit = "fp32" if algorithm in ("depthwise", "winograd") else unit
+    flops = geometry.winograd_flops if algorithm == "winograd" else geometry.wgrad_flops
+    return Cost(read_x + read_z + write, flops, unit, _workspace(elements, splits))
 
 
 _LOWER = {torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -48,8 +48,19 @@ class Case:
         return self.dims > 0 and self.groups > 1 and self.weight[1] == 1
 
     @property
+    def winograd(self) -> bool:
+        """3x3 taps next to each other, at every position, of all channels."""
+        ones = (1, (1, 1))
+        return self.weight[2:] == (3, 3) and self.groups == 1 and self.stride in ones and self.dilation in ones
+
+    @property
+    def cpu_algorithms(self) -> tuple[str, ...]:
+        """With those that only a CPU has."""
+        return (*self.algorithms, *(("winograd",) if self.winograd else ()))
+
+    @property
     def algorithms(self) -> tuple[str, ...]:
-        """Those this layer is eligible for, worked out here independently of the code under test."""
+        """Those this layer is eligible for on any device, worked out here independently of the code under test."""
         return (
             *(("gram",) if self.pointwise else ()),
             *(("depthwise",) if self.depthwise else ()),

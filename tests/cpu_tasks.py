@@ -1,4 +1,5 @@
-"""How csrc/cpu cuts a correlation among threads, worked out here a second time: ``gram_tasks`` and ``direct_tasks`` there."""
+"""How csrc/cpu cuts a correlation among threads, worked out here a second time: ``gram_tasks``, ``direct_tasks`` and
+``winograd_plan`` there."""
 
 from __future__ import annotations
 
@@ -35,8 +36,32 @@ def strips(case: Case, algorithm: str, threads: int) -> int:
     return max(1, min(threads, wide // 64)) if wide >= 256 else 1
 
 
+def tiles(case: Case, positions: int) -> tuple[int, int]:
+    """``winograd``'s, of all images together, and the rows of one: 4, or 2 where that takes no more products."""
+    images = case.x[0] if case.batched else 1
+    above = {"same": 1, "valid": 0}[case.padding] if isinstance(case.padding, str) else case.arguments["padding"]
+    height = case.x[-2] - 2 + 2 * (above if isinstance(above, int) else above[0])
+    width = positions // images // height
+    rows = 2 if -(-height // 2) * 4 <= -(-height // 4) * 6 else 4
+    return images * -(-height // rows) * -(-width // 2), rows
+
+
+def winograd_elements(case: Case, positions: int, threads: int) -> int:
+    """Of sums in 16 or 24 frequencies, with ``C`` up to a multiple of 32, and of ``x`` and ``z`` in as many for some blocks of 64
+    tiles: ``C + K`` channels up to multiples of 32, and a line of 32 elements behind each frequency."""
+    out, channels = case.weight[:2]
+    count, rows = tiles(case, positions)
+    blocks = max(1, min(threads * 256 // (channels + out), -(-count // 64)))
+    columns = [-(-n // 32) * 32 for n in (channels, out)]
+    return (rows + 2) * 4 * (out * columns[0] + blocks * (64 * sum(columns) + 2 * 32))
+
+
 def several(case: Case, algorithm: str, positions: int, threads: int) -> Iterator[str]:
-    """Of what there is more than one; in a tile 128 positions, in a panel 32 columns at most, in a chunk 512."""
+    """Of what there is more than one; in a tile 128 positions, in a panel 32 columns at most, in a chunk 512, in a block 64 tiles."""
+    if algorithm == "winograd":
+        counts = {"blocks": -(-tiles(case, positions)[0] // 64), "panels": -(-min(case.weight[:2]) // 32)}
+        yield from (what for what, count in counts.items() if count > 1)
+        return
     wide = columns(case, algorithm)
     both = min(wide, case.weight[0] // case.groups) if algorithm == "direct" else wide
     counts = {

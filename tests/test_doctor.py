@@ -53,7 +53,7 @@ def test_nan_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     monkeypatch.setattr(ops, "correlation", lambda x, z, weight, **_: torch.full_like(weight, torch.nan))
     code, out = report_of(capsys)
     assert code == 1
-    assert re.search(r"correlation auto +float32 +7 shapes +nan +FAILED", out)
+    assert re.search(r"correlation auto +float32 +8 shapes +nan +FAILED", out)
 
 
 def test_a_kernel_that_raises_is_named_and_the_report_goes_on(
@@ -78,7 +78,7 @@ def test_an_update_that_is_not_skipped_fails(capsys: pytest.CaptureFixture[str],
     monkeypatch.setattr(ops, "hebbian_update_", uncounted)
     code, out = report_of(capsys)
     assert code == 1
-    assert re.search(r"hebbian_update_ \(zero norm\) float32 +7 shapes +inf +FAILED", out)
+    assert re.search(r"hebbian_update_ \(zero norm\) float32 +8 shapes +inf +FAILED", out)
     assert re.search(r"hebbian_update_ +float32 .* ok", out)
 
 

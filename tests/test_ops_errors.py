@@ -45,7 +45,16 @@ CORRELATION_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"bias": torch.zeros(10, dtype=torch.int64)}, TypeError, "bias must be float16"),
     ({"x": X.to("meta")}, ValueError, "x must be on the weight's device cpu, got meta"),
     ({"z": Z.to("meta")}, ValueError, "z must be on the weight's device cpu, got meta"),
-    ({"algorithm": "winograd"}, ValueError, "algorithm must be one of auto, gram, direct, depthwise, library, got 'winograd'"),
+    (
+        {"algorithm": "fft"},
+        ValueError,
+        "algorithm must be one of auto, gram, direct, depthwise, winograd, library, got 'fft'",
+    ),
+    (
+        {"algorithm": "winograd", "weight": torch.randn(10, 6, 1, 1), "z": None},
+        ValueError,
+        r"algorithm 'winograd' needs a 3x3 kernel, stride, dilation and groups of 1, got weight of shape \(10, 6, 1, 1\)",
+    ),
     ({"algorithm": "gram"}, ValueError, r"algorithm 'gram' needs a kernel of size 1 or a linear layer, got .*\(10, 6, 3, 3\)"),
     ({"algorithm": "depthwise"}, ValueError, r"algorithm 'depthwise' needs groups == in_channels > 1, got .* groups=1"),
     ({"weight": torch.randn(4, 5), "z": None}, ValueError, r"x must have shape \(..., 5\) for a weight of shape \(4, 5\)"),

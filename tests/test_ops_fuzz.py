@@ -30,13 +30,13 @@ pytestmark = [
 # Relative to what D's sums are made of, for some thousand products; `library` rounds to the operands' dtype.
 TOLERANCE = {FP64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 DTYPES = {"f64": FP64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-KINDS = ("linear", "pointwise", "grouped", "depthwise", "dense")
-ALGORITHMS = ("auto", "gram", "depthwise", "direct", "library")
+KINDS = ("linear", "pointwise", "grouped", "depthwise", "winograd", "dense")
+ALGORITHMS = ("auto", "gram", "depthwise", "winograd", "direct", "library")
 REPEATED = ("expanded", "stretched")
 STRIDES = ("contiguous", "channels_last", "sliced", "transposed", "window", *REPEATED)
 SCALED = ("tiny", "huge", "zero")  # all elements of an operand
 BAD = ("inf", "nan")  # one of them
-EXAMPLES = {kind: 216 if kind == "depthwise" else 72 for kind in KINDS}  # of each stride pattern: 3528 in all
+EXAMPLES = {kind: 216 if kind in ("depthwise", "winograd") else 72 for kind in KINDS}  # of each stride pattern: 5040 in all
 
 coverage: Counter[str] = Counter()
 finished = 0
@@ -56,17 +56,19 @@ def layers(draw: st.DrawFn, kind: str) -> Case:
         leading = [draw(st.integers(500, 3000))] if large else draw(st.lists(st.integers(1, 9), max_size=3))
         inputs, outputs = draw(st.integers(50 if large else 1, 280)), draw(st.integers(1, 100 if large else 280))
         return Case("random", (*leading, inputs), (outputs, inputs), bias=draw(st.booleans()))
-    dims = draw(st.integers(1, 3))
+    dims = 2 if kind == "winograd" else draw(st.integers(1, 3))
     largest = 1 if kind == "pointwise" else {1: 7, 2: 5, 3: 3}[dims]
     kernel = draw(st.tuples(*[st.integers(1, largest)] * dims))
     stride = draw(st.tuples(*[st.integers(1, 2 if large else 4)] * dims))
     dilation = draw(st.tuples(*[st.integers(1, 3)] * dims))
+    if kind == "winograd":
+        kernel, stride, dilation = (3, 3), (1, 1), (1, 1)
     padding: tuple[int, ...] | str = draw(st.tuples(*[st.integers(0, 4)] * dims))
     if draw(st.integers(0, 3)) == 0:
         padding, stride = "same", (1,) * dims
     groups = draw(st.integers(2, 40)) if kind == "depthwise" else draw(st.integers(2, 4)) if kind == "grouped" else 1
     if large:
-        most = {"pointwise": 280, "dense": 100, "grouped": 66}[kind]
+        most = {"pointwise": 280, "winograd": 100, "dense": 100, "grouped": 66}[kind]
         per_group, outputs = draw(st.integers(33, most)), groups * draw(st.integers(33, 70))
         extra = {1: (200, 700), 2: (12, 26), 3: (3, 8)}[dims]
     else:
@@ -161,12 +163,12 @@ def test_agrees_with_fp64(kind: str, strides: str, pytestconfig: pytest.Config) 
 def count(case: Case, x: Tensor, z: Tensor, threads: int, strides: dict[str, str], special: str) -> None:
     coverage["cases"] += 1
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
-    for algorithm in ("auto", *case.algorithms):
+    for algorithm in ("auto", *case.cpu_algorithms):
         for operand, pattern in strides.items():
             coverage[f"{algorithm}|{operand}|{pattern}"] += 1
         coverage[f"{algorithm}|dtypes|{kinds[x.dtype]}-{kinds[z.dtype]}"] += 1
         coverage[f"{algorithm}|special|{special}"] += 1
-        packed = algorithm == "gram" or (algorithm == "direct" and not by_blas(case, x, z, algorithm))
+        packed = algorithm in ("gram", "winograd") or (algorithm == "direct" and not by_blas(case, x, z, algorithm))
         for what in cpu_tasks.several(case, algorithm, z.numel() // case.weight[0], threads) if packed else ():
             coverage[f"{algorithm}|several|{what}"] += 1
 
@@ -179,7 +181,7 @@ def by_blas(case: Case, x: Tensor, z: Tensor, algorithm: str) -> bool:
 def check(case: Case, x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, bad: str) -> None:
     """``bad``: the operand that has an element which is not finite, if any."""
     truths: dict[bool, tuple[Tensor, float]] = {}
-    for algorithm in ("auto", *case.algorithms):
+    for algorithm in ("auto", *case.cpu_algorithms):
         d = ops.correlation(x, z, weight, bias=bias, algorithm=algorithm, **case.arguments)
         assert (d.shape, d.is_contiguous()) == (weight.shape, True)
         gram = algorithm == "gram"  # reads the weight and the bias where the others read z
@@ -273,6 +275,7 @@ def test_the_random_layers_covered_what_there_is() -> None:
         wanted += [f"dtypes|{x}-{z}" for x in DTYPES for z in DTYPES] + [f"special|{special}" for special in specials]
         for what in wanted:
             assert coverage[f"{algorithm}|{what}"] >= 5, f"{algorithm} {what}"
-    for algorithm in ("gram", "direct"):
-        for what in ("parts", "strips", "tiles", "panels", *(["chunks"] if algorithm == "direct" else [])):
+    cut = {"gram": ("parts", "strips", "tiles", "panels"), "winograd": ("blocks", "panels")}
+    for algorithm, whats in {**cut, "direct": (*cut["gram"], "chunks")}.items():
+        for what in whats:
             assert coverage[f"{algorithm}|several|{what}"] >= 20, f"{algorithm} {what}"

@@ -184,8 +184,20 @@ def test_clocks_of_known_devices_estimate_their_data_sheet() -> None:
     assert guess.bytes_per_s == pytest.approx(sheet.bytes_per_s, rel=0.01)
 
 
+def test_winograd_multiplies_in_tiles() -> None:
+    assert cost("winograd", DENSE).flops * 9 / 4 == cost("direct", DENSE).flops  # 2 x 2, without a rest
+    assert cost("winograd", DENSE, x=BF16).bytes == cost("direct", DENSE, x=BF16).bytes
+    assert cost("winograd", DENSE, x=BF16).unit == "fp32"
+    image = Geometry(x=(1, 3, 4, 3), z=(1, 5, 4, 3), weight=(5, 3, 3, 3))
+    assert cost("winograd", image).flops == 2 * 2 * 24 * 15  # two of 4 x 2, the second half filled
+    with pytest.raises(ValueError, match="needs a 3x3 kernel"):
+        cost("winograd", EXPAND)
+
+
 def test_errors_say_what_came() -> None:
-    with pytest.raises(ValueError, match="algorithm must be one of gram, direct, depthwise, library, apply, got 'auto'"):
+    with pytest.raises(
+        ValueError, match="algorithm must be one of gram, direct, depthwise, winograd, library, apply, got 'auto'"
+    ):
         cost("auto", DENSE)
     with pytest.raises(ValueError, match=r"needs a kernel of size 1 .*\(5, 3, 3, 3\)"):
         cost("gram", DENSE)

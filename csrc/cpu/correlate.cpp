@@ -17,6 +17,7 @@
 #include "direct.h"
 #include "gram.h"
 #include "views.h"
+#include "winograd.h"
 #include "write.h"
 
 namespace localsgd::cpu {
@@ -62,6 +63,14 @@ void direct_into(const DirectArgs& args, const at::Tensor& d) {
     });
 }
 
+// Of D: contiguous, or as the weight lies.
+at::Tensor result(const Layer& layer, bool as_weight) {
+    const bool channels_last = layer.weight.is_contiguous(at::MemoryFormat::ChannelsLast) ||
+                               layer.weight.is_contiguous(at::MemoryFormat::ChannelsLast3d);
+    return as_weight && channels_last ? at::empty_like(layer.weight, accumulator(layer))
+                                      : at::empty(layer.weight.sizes(), accumulator(layer));
+}
+
 at::Tensor direct(const Layer& layer, bool as_weight) {
     constexpr int64_t kLeastSpan = 256; // shorter products are all overhead
     constexpr int64_t kNarrow = 8;      // rows of D below which BLAS sums in one long chain
@@ -71,11 +80,43 @@ at::Tensor direct(const Layer& layer, bool as_weight) {
     if (g.out_per_group() >= kNarrow && (span == g.positions() || span >= kLeastSpan))
         return product_of_views(layer, x, z, span);
     const DirectArgs args{source_of(layer.x, g), source_of(*layer.z, output_geometry(g))};
-    const bool channels_last = layer.weight.is_contiguous(at::MemoryFormat::ChannelsLast) ||
-                               layer.weight.is_contiguous(at::MemoryFormat::ChannelsLast3d);
-    const at::Tensor d = as_weight && channels_last ? at::empty_like(layer.weight, accumulator(layer))
-                                                    : at::empty(layer.weight.sizes(), accumulator(layer));
+    const at::Tensor d = result(layer, as_weight);
     layer.accumulate == at::kDouble ? direct_into<double>(args, d) : direct_into<float>(args, d);
+    return d;
+}
+
+template <typename Acc>
+void winograd_into(const WinogradArgs& args, const at::Tensor& d) {
+    const Geometry& g = args.x.geometry;
+    const WinogradPlan plan = winograd_plan(g, at::get_num_threads());
+    const int64_t each = winograd_block_elements<Acc>(g, plan), transforms = winograd_transforms(g);
+    const at::Tensor blocks = at::empty({plan.blocks * each}, d.options());
+    const at::Tensor sums = at::empty({winograd_sum_elements<Acc>(g, plan)}, d.options());
+    Acc *const transformed = blocks.mutable_data_ptr<Acc>(), *const frequencies = sums.mutable_data_ptr<Acc>();
+    for (int64_t first = 0; first < plan.tiles; first += plan.blocks * kTilesAtOnce) {
+        const int64_t count = std::min(plan.blocks * kTilesAtOnce, plan.tiles - first);
+        at::parallel_for(0, ceil_div(count, kTilesAtOnce) * transforms, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t task = begin; task < end; ++task) {
+                const int64_t block = task / transforms;
+                winograd_transform(args, plan, task % transforms, first + block * kTilesAtOnce, transformed + block * each);
+            }
+        });
+        at::parallel_for(0, winograd_products<Acc>(g, plan), 1, [&](int64_t begin, int64_t end) {
+            for (int64_t task = begin; task < end; ++task)
+                winograd_multiply(args, plan, task, first, count, transformed, frequencies);
+        });
+    }
+    at::parallel_for(0, winograd_finishes(g), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task)
+            winograd_finish(g, plan, task, frequencies, d.mutable_data_ptr<Acc>(), !d.is_contiguous());
+    });
+}
+
+at::Tensor winograd(const Layer& layer, bool as_weight) {
+    const Geometry& g = layer.geometry;
+    const WinogradArgs args{source_of(layer.x, g), source_of(*layer.z, output_geometry(g))};
+    const at::Tensor d = result(layer, as_weight);
+    layer.accumulate == at::kDouble ? winograd_into<double>(args, d) : winograd_into<float>(args, d);
     return d;
 }
 
@@ -257,6 +298,8 @@ at::Tensor correlate(const Layer& given, Algorithm algorithm, bool as_weight) {
         return gram(layer);
     case Algorithm::kDepthwise:
         return depthwise(layer);
+    case Algorithm::kWinograd:
+        return winograd(layer, as_weight);
     case Algorithm::kDirect:
         return direct(layer, as_weight);
     default:

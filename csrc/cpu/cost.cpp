@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "patches.h"
+#include "winograd.h"
 
 namespace localsgd::cpu {
 namespace {
@@ -29,6 +30,9 @@ constexpr double kRunUs = 6e-3;            // a run of neighbouring elements tha
 constexpr double kElementUs = 0.1e-3;      // an element of it
 constexpr double kFinishUs = 1.9e-3;       // an element of D, from panels into its place
 constexpr double kCallUs = 4;              // one GEMM through ATen
+
+// Minimal filtering: an element of x and z in the frequencies, by layout, and one of the sums from there.
+constexpr double kTransformUs[] = {0.34e-3, 0.4e-3}, kBackUs = 0.5e-3;
 
 bool is_wide(const Query& q) { return q.x_kind == Kind::f64 || q.z_kind == Kind::f64; }
 
@@ -180,6 +184,23 @@ double depthwise_us(const Query& q) {
            2 * kCallUs;
 }
 
+// Products over blocks of tiles, the transforms of both operands and back, and memory that no cache holds from one layer to the
+// next.
+double winograd_us(const Query& q) {
+    const Geometry& g = q.geometry;
+    const WinogradPlan plan = winograd_plan(g, q.threads);
+    const double frequencies = double(plan.frequencies()), tiles = double(plan.tiles) * frequencies;
+    const double rows = double(ceil_div(g.out_channels, 8) * 8), columns = double(ceil_div(g.in_channels, 32) * 32);
+    const double channels = columns + double(ceil_div(g.out_channels, 32) * 32);
+    const double sums = frequencies * double(g.out_channels) * columns;
+    const double blocks = double(plan.blocks * kTilesAtOnce) * frequencies * channels;
+    const double passes = std::ceil(double(plan.tiles) / double(plan.blocks * kTilesAtOnce));
+    return panels_us(q, 2 * tiles * rows * columns / 0.88) +
+           (tiles * channels * kTransformUs[q.channels_last ? 0 : 1] + sums * kBackUs) / q.threads +
+           memory_us(q, (sums + blocks) * element_bytes(q), 5e3) + convert_us(q, x_elements(q), q.x_kind) +
+           convert_us(q, z_elements(q), q.z_kind) + (passes + 1) * kCallUs;
+}
+
 // oneDNN brings operands in NCHW into blocks of channels unless the images are small. Memory beyond the allocator's limit is
 // asked of the system each time.
 double blocked_us(const Query& q) {
@@ -245,6 +266,8 @@ double estimate_us(const Query& q, Algorithm algorithm) {
         return gram_us(q);
     case Algorithm::kDepthwise:
         return forward + depthwise_us(q);
+    case Algorithm::kWinograd:
+        return forward + winograd_us(q);
     case Algorithm::kDirect:
         return forward + direct_us(q);
     default:

@@ -99,6 +99,10 @@ Candidate judged(const Layer& layer, Candidate candidate, const Chips& chips) {
     case Algorithm::kDirect:
         judge(candidate, direct, layer, chips);
         break;
+    case Algorithm::kWinograd:
+        candidate.eligible = candidate.automatic = false;
+        candidate.why_not = "has kernels for a CPU only";
+        return candidate;
     case Algorithm::kLibrary:
         candidate.estimated_us = library_us(direct, layer, chips);
         candidate.configuration = layer.geometry.dims == 0 ? "matrix product, then apply" : "weight gradient, then apply";

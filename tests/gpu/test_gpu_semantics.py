@@ -188,6 +188,9 @@ def test_explicit_algorithms_that_do_not_fit_are_refused() -> None:
         given.update(0.1, "gram")
     with pytest.raises(ValueError, match="depthwise"):
         given.update(0.1, "depthwise")
+    if ops.is_compiled(DEVICE):
+        with pytest.raises(ValueError, match="algorithm 'winograd' has kernels for a CPU only"):
+            given.update(0.1, "winograd")
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)

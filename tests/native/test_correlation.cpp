@@ -1,9 +1,10 @@
-// Depthwise kernels, Gram matrices and implicit GEMMs against the definition of the correlation, written as loops. With the
-// argument "tiles": products on AMX's tiles alone.
+// Depthwise kernels, Gram matrices, implicit GEMMs and minimal filtering against the definition of the correlation, written as
+// loops. With the argument "tiles": products on AMX's tiles alone.
 #include "check.h"
 #include "cpu/depthwise.h"
 #include "cpu/direct.h"
 #include "cpu/gram.h"
+#include "cpu/winograd.h"
 
 #include <string_view>
 
@@ -199,18 +200,37 @@ void gram_product_of_nan() {
     CHECK(d[0] == most);
 }
 
-template <typename Acc, typename T = Acc>
-void check_direct(const Geometry& g, double tolerance) {
-    const Problem p = problem_of<T>(g);
+// D [K, C/groups, taps]
+std::vector<double> by_loops(const Problem& p) {
+    const Geometry& g = p.g;
     const int64_t channels = g.in_per_group(), taps = g.taps();
-    std::vector<double> expected(g.out_channels * g.patch());
+    std::vector<double> d(g.out_channels * g.patch());
     for_each_product(g, [&](int64_t n, int64_t position, int64_t tap, const Triple& in) {
         for (int64_t k = 0; k < g.out_channels; ++k) {
             const double z = p.z[(n * g.out_channels + k) * g.image_positions() + position];
             for (int64_t c = 0; c < channels; ++c)
-                expected[k * g.patch() + c * taps + tap] += z * x_at(p, n, k / g.out_per_group() * channels + c, in);
+                d[k * g.patch() + c * taps + tap] += z * x_at(p, n, k / g.out_per_group() * channels + c, in);
         }
     });
+    return d;
+}
+
+// `taps_first`: d is [K, taps, C/groups].
+template <typename Acc>
+void check_close(const Geometry& g, const std::vector<Acc>& d, const std::vector<double>& expected, bool taps_first,
+                 double tolerance) {
+    const int64_t channels = g.in_per_group(), taps = g.taps();
+    for (int64_t i = 0; i < int64_t(d.size()); ++i) {
+        const int64_t k = i / g.patch(), c = i / taps % channels, tap = i % taps;
+        const int64_t at = taps_first ? k * g.patch() + tap * channels + c : i;
+        CHECK(std::abs(d[at] - expected[i]) <= tolerance * std::sqrt(double(g.positions())));
+    }
+}
+
+template <typename Acc, typename T = Acc>
+void check_direct(const Geometry& g, double tolerance) {
+    const Problem p = problem_of<T>(g);
+    const std::vector<double> expected = by_loops(p);
     for (const bool x_last : {false, true})
         for (const bool z_last : {false, true})
             for (const Unit unit : units())
@@ -228,12 +248,49 @@ void check_direct(const Geometry& g, double tolerance) {
                     const bool taps_first = x_last && z_last;
                     for (int64_t block = direct_blocks(g) - 1; block >= 0; --block)
                         finish_direct(g, tasks.parts, block, partials.data(), d.data(), taps_first);
-                    for (int64_t i = 0; i < int64_t(d.size()); ++i) {
-                        const int64_t k = i / g.patch(), c = i / taps % channels, tap = i % taps;
-                        const int64_t at = taps_first ? k * g.patch() + tap * channels + c : i;
-                        CHECK(std::abs(d[at] - expected[i]) <= tolerance * std::sqrt(double(g.positions())));
-                    }
+                    check_close(g, d, expected, taps_first, tolerance);
                 }
+}
+
+// Tasks in reverse, memory poisoned; the same bits from any number of blocks at once.
+template <typename Acc, typename T = Acc>
+void check_winograd(const Geometry& g, int64_t rows, double tolerance) {
+    CHECK(winograd_fits(g));
+    const Problem p = problem_of<T>(g);
+    const std::vector<double> expected = by_loops(p);
+    for (const bool x_last : {false, true})
+        for (const bool z_last : {false, true}) {
+            const auto x = arranged<T>(p.x, g.batch, g.in_channels, g.input, x_last);
+            const auto z = arranged<T>(p.z, g.batch, g.out_channels, g.output, z_last);
+            const auto strides = [](bool last) { return last ? test::channels_last : test::channels_first; };
+            const WinogradArgs args{{x.data(), kStored<T>, g, strides(x_last)(g.in_channels, g.input)},
+                                    {z.data(), kStored<T>, output_geometry(g), strides(z_last)(g.out_channels, g.output)}};
+            const bool taps_first = x_last && z_last;
+            std::vector<Acc> first;
+            for (const int64_t blocks : {1, 2, 5}) {
+                WinogradPlan plan = winograd_plan(g, 1);
+                CHECK(plan.rows == rows);
+                plan.blocks = blocks;
+                const int64_t each = winograd_block_elements<Acc>(g, plan);
+                std::vector<Acc> transformed(blocks * each, Acc(NAN)), sums(winograd_sum_elements<Acc>(g, plan), Acc(NAN));
+                std::vector<Acc> d(expected.size(), Acc(NAN));
+                for (int64_t begin = 0; begin < plan.tiles; begin += blocks * kTilesAtOnce) {
+                    const int64_t count = std::min(blocks * kTilesAtOnce, plan.tiles - begin);
+                    std::fill(transformed.begin(), transformed.end(), Acc(NAN));
+                    for (int64_t block = ceil_div(count, kTilesAtOnce) - 1; block >= 0; --block)
+                        for (int64_t task = winograd_transforms(g) - 1; task >= 0; --task)
+                            winograd_transform(args, plan, task, begin + block * kTilesAtOnce,
+                                               transformed.data() + block * each);
+                    for (int64_t task = winograd_products<Acc>(g, plan) - 1; task >= 0; --task)
+                        winograd_multiply(args, plan, task, begin, count, transformed.data(), sums.data());
+                }
+                for (int64_t task = winograd_finishes(g) - 1; task >= 0; --task)
+                    winograd_finish(g, plan, task, sums.data(), d.data(), taps_first);
+                check_close(g, d, expected, taps_first, tolerance);
+                if (first.empty()) first = d;
+                CHECK(first == d);
+            }
+        }
 }
 
 // Of a long row what is read is turned to channels_last, and what two calls read is turned once.
@@ -362,6 +419,27 @@ void implicit_gemms() {
     direct(1, 70, 9, 1, {1, 6, 7}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1});    // several chunks and strips
 }
 
+void minimal_filtering() {
+    const auto winograd = [](int64_t batch, int64_t in, int64_t out, Triple input, Triple pad, int64_t rows) {
+        const Geometry g = test::geometry(batch, in, out, 1, input, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, pad);
+        check_winograd<float>(g, rows, 1e-5);
+        check_winograd<double>(g, rows, 1e-13);
+        check_winograd<float, BFloat16>(g, rows, 1e-5);
+    };
+    winograd(1, 1, 1, {1, 3, 3}, {0, 0, 0}, 2);    // one output
+    winograd(3, 33, 17, {1, 2, 5}, {0, 1, 1}, 2);  // a lane more than a panel
+    winograd(2, 7, 40, {1, 9, 3}, {0, 0, 2}, 4);   // more padding than the taps reach
+    winograd(2, 70, 130, {1, 8, 7}, {0, 1, 1}, 4); // several tasks for each operand; outputs behind the last
+    winograd(2, 16, 32, {1, 5, 77}, {0, 3, 0}, 4); // rows of several pieces, and rows of padding alone
+    winograd(5, 9, 11, {1, 14, 14}, {0, 1, 1}, 4); // several blocks, which begin within a row of tiles
+    const auto fits = [](int64_t groups, Triple kernel, Triple stride, Triple dilation) {
+        return winograd_fits(test::geometry(2, 4, 4, groups, {1, 9, 9}, kernel, stride, dilation, {0, 1, 1}));
+    };
+    CHECK(fits(1, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}));
+    CHECK(!fits(2, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}) && !fits(1, {1, 3, 2}, {1, 1, 1}, {1, 1, 1}));
+    CHECK(!fits(1, {1, 3, 3}, {1, 2, 1}, {1, 1, 1}) && !fits(1, {1, 3, 3}, {1, 1, 1}, {1, 1, 2}));
+}
+
 } // namespace
 
 int main(int argc, char** argv) {
@@ -374,6 +452,7 @@ int main(int argc, char** argv) {
         ranges();
         merging();
         depthwise_layers();
+        minimal_filtering();
     }
     gram_matrices();
     implicit_gemms();

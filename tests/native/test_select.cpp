@@ -28,12 +28,13 @@ void rules() {
                             q.z_present = present, q.z_is_output = output, q.x_kind = q.z_kind = kind, q.threads = threads;
                             const Plan plan = make_plan(q);
                             const Candidate& pick = plan.candidate(plan.pick);
-                            CHECK(plan.candidates.size() == 4);
+                            CHECK(plan.candidates.size() == 5);
                             CHECK(cheapest(q) == plan.pick);
                             CHECK(pick.eligible && pick.automatic && !plan.reason.empty());
                             CHECK(plan.candidate(Algorithm::kGram).eligible == (kernel == 1));
                             CHECK(plan.candidate(Algorithm::kGram).automatic == (kernel == 1 && promised(q)));
                             CHECK(plan.candidate(Algorithm::kDepthwise).eligible == (groups == 64));
+                            CHECK(plan.candidate(Algorithm::kWinograd).automatic == (kernel == 3 && groups == 1));
                             CHECK(plan.candidate(Algorithm::kDirect).automatic);
                             CHECK(plan.candidate(Algorithm::kLibrary).automatic);
                             for (const Candidate& c : plan.candidates) {
@@ -58,7 +59,10 @@ void picks() {
     small.channels_last = true;
     CHECK(make_plan(small).pick == Algorithm::kDepthwise);
     Query dense = query(512, 512, 7, 3), stem = query(3, 64, 224, 7, 1, 2);
-    CHECK(make_plan(dense).pick == Algorithm::kDirect);
+    CHECK(make_plan(dense).pick == Algorithm::kWinograd);
+    CHECK(make_plan(query(512, 512, 7, 3, 1, 2)).pick == Algorithm::kDirect);
+    CHECK(make_plan(query(16, 16, 14, 3)).pick ==
+          Algorithm::kLibrary); // transforms of so few channels are more than the products
     CHECK(make_plan(stem).pick == Algorithm::kLibrary);
     Query without = query(96, 64, 14, 1); // contracting, but any other algorithm would have to compute z first
     without.z_present = false;
@@ -66,7 +70,7 @@ void picks() {
 }
 
 void what_the_cpu_multiplies_with_decides() {
-    Query q = query(128, 128, 28, 3);
+    Query q = query(128, 128, 28, 5);
     q.channels_last = true;
     CHECK(make_plan(q).pick == Algorithm::kDirect);
     q.cpu.wide = true; // oneDNN's own kernels gain more by it

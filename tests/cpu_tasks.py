@@ -46,20 +46,28 @@ def tiles(case: Case, positions: int) -> tuple[int, int]:
     return images * -(-height // rows) * -(-width // 2), rows
 
 
-def winograd_elements(case: Case, positions: int, threads: int) -> int:
-    """Of sums in 16 or 24 frequencies, with ``C`` up to a multiple of 32, and of ``x`` and ``z`` in as many for some blocks of 64
-    tiles: ``C + K`` channels up to multiples of 32, and a line of 32 elements behind each frequency."""
+def winograd_plan(case: Case, positions: int, threads: int) -> dict[str, int]:
+    """``parts`` of the tiles that are summed apart: at most 8, of 4 blocks or more each, and not so many that their ``sums`` in 16 or
+    24 frequencies, ``C`` up to a multiple of 32, are more than 2^20 elements; ``blocks`` of 64 tiles that are in memory at once: a
+    thread's own or, where threads are more than parts, of all. ``block``: elements of one, ``x`` and ``z``, channels up to multiples of
+    32 and a line of 32 elements behind each frequency."""
     out, channels = case.weight[:2]
     count, rows = tiles(case, positions)
-    blocks = max(1, min(threads * 256 // (channels + out), -(-count // 64)))
-    columns = [-(-n // 32) * 32 for n in (channels, out)]
-    return (rows + 2) * 4 * (out * columns[0] + blocks * (64 * sum(columns) + 2 * 32))
+    frequencies, columns, blocks = (rows + 2) * 4, [-(-n // 32) * 32 for n in (channels, out)], -(-count // 64)
+    sums = frequencies * out * columns[0]
+    parts = max(1, min(8, blocks // 4, (1 << 20) // sums))
+    apart = threads <= parts
+    cached = (1 if apart else threads) * 256 // (channels + out)
+    at_once = max(1, min(cached, -(-blocks // parts)))
+    block = frequencies * (64 * sum(columns) + 2 * 32)
+    return {"parts": parts, "sums": sums, "blocks": at_once * (threads if apart else 1), "block": block, "all": blocks}
 
 
 def several(case: Case, algorithm: str, positions: int, threads: int) -> Iterator[str]:
     """Of what there is more than one; in a tile 128 positions, in a panel 32 columns at most, in a chunk 512, in a block 64 tiles."""
     if algorithm == "winograd":
-        counts = {"blocks": -(-tiles(case, positions)[0] // 64), "panels": -(-min(case.weight[:2]) // 32)}
+        plan = winograd_plan(case, positions, threads)
+        counts = {"parts": plan["parts"], "blocks": plan["all"], "panels": -(-min(case.weight[:2]) // 32)}
         yield from (what for what, count in counts.items() if count > 1)
         return
     wide = columns(case, algorithm)

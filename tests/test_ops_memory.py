@@ -76,7 +76,8 @@ def allowed(case: Case, algorithm: str, x: Tensor, z: Tensor, weight: Tensor) ->
         else:
             elements = d + cpu_tasks.parts(case, algorithm, positions) * cpu_tasks.panels(case)
     elif algorithm == "winograd":
-        elements = d + cpu_tasks.winograd_elements(case, positions, torch.get_num_threads())
+        plan = cpu_tasks.winograd_plan(case, positions, torch.get_num_threads())
+        elements = d + plan["parts"] * plan["sums"] + plan["blocks"] * plan["block"]
     elif algorithm == "depthwise":
         elements = d if images_apart else d + 64 * 2 * d
     elif case.dims == 0:

@@ -88,24 +88,32 @@ at::Tensor direct(const Layer& layer, bool as_weight) {
 template <typename Acc>
 void winograd_into(const WinogradArgs& args, const at::Tensor& d) {
     const Geometry& g = args.x.geometry;
-    const WinogradPlan plan = winograd_plan(g, at::get_num_threads());
+    const int64_t threads = at::get_num_threads();
+    const WinogradPlan plan = winograd_plan(g, threads);
     const int64_t each = winograd_block_elements<Acc>(g, plan), transforms = winograd_transforms(g);
-    const at::Tensor blocks = at::empty({plan.blocks * each}, d.options());
-    const at::Tensor sums = at::empty({winograd_sum_elements<Acc>(g, plan)}, d.options());
-    Acc *const transformed = blocks.mutable_data_ptr<Acc>(), *const frequencies = sums.mutable_data_ptr<Acc>();
-    for (int64_t first = 0; first < plan.tiles; first += plan.blocks * kTilesAtOnce) {
-        const int64_t count = std::min(plan.blocks * kTilesAtOnce, plan.tiles - first);
-        at::parallel_for(0, ceil_div(count, kTilesAtOnce) * transforms, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t task = begin; task < end; ++task) {
-                const int64_t block = task / transforms;
-                winograd_transform(args, plan, task % transforms, first + block * kTilesAtOnce, transformed + block * each);
-            }
-        });
-        at::parallel_for(0, winograd_products<Acc>(g, plan), 1, [&](int64_t begin, int64_t end) {
-            for (int64_t task = begin; task < end; ++task)
-                winograd_multiply(args, plan, task, first, count, transformed, frequencies);
-        });
-    }
+    const at::Tensor blocks = at::empty({plan.apart ? threads : 1, plan.blocks * each}, d.options());
+    const at::Tensor sums = at::empty({plan.parts, winograd_sum_elements<Acc>(g, plan)}, d.options());
+    Acc* const frequencies = sums.mutable_data_ptr<Acc>();
+    const auto run = [&](int64_t part, Acc* transformed) { // by all threads, or by one that is among them
+        Acc* const of_part = frequencies + part * sums.size(1);
+        for (int64_t first = plan.begin(part), end = plan.begin(part + 1), begin = first; begin < end;) {
+            const int64_t count = std::min(plan.blocks * kTilesAtOnce, end - begin);
+            at::parallel_for(0, ceil_div(count, kTilesAtOnce) * transforms, 1, [&](int64_t task, int64_t last) {
+                for (; task < last; ++task) {
+                    const int64_t block = task / transforms;
+                    winograd_transform(args, plan, task % transforms, begin + block * kTilesAtOnce, transformed + block * each);
+                }
+            });
+            at::parallel_for(0, winograd_products<Acc>(g, plan), 1, [&](int64_t task, int64_t last) {
+                for (; task < last; ++task) winograd_multiply(args, plan, task, count, transformed, begin > first, of_part);
+            });
+            begin += count;
+        }
+    };
+    at::parallel_for(0, plan.parts, plan.apart ? 1 : plan.parts, [&](int64_t part, int64_t last) {
+        Acc* const transformed = blocks.mutable_data_ptr<Acc>() + (plan.apart ? at::get_thread_num() : 0) * blocks.size(1);
+        for (; part < last; ++part) run(part, transformed);
+    });
     at::parallel_for(0, winograd_finishes(g), 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task)
             winograd_finish(g, plan, task, frequencies, d.mutable_data_ptr<Acc>(), !d.is_contiguous());

@@ -193,11 +193,12 @@ double winograd_us(const Query& q) {
     const double rows = double(ceil_div(g.out_channels, 8) * 8), columns = double(ceil_div(g.in_channels, 32) * 32);
     const double channels = columns + double(ceil_div(g.out_channels, 32) * 32);
     const double sums = frequencies * double(g.out_channels) * columns;
-    const double blocks = double(plan.blocks * kTilesAtOnce) * frequencies * channels;
-    const double passes = std::ceil(double(plan.tiles) / double(plan.blocks * kTilesAtOnce));
+    const double kept =
+        double(plan.parts) * sums + double((plan.apart ? q.threads : 1) * plan.blocks * kTilesAtOnce) * frequencies * channels;
+    const double passes = plan.apart ? 1 : std::ceil(double(plan.tiles) / double(plan.blocks * kTilesAtOnce)); // of all threads
     return panels_us(q, 2 * tiles * rows * columns / 0.88) +
            (tiles * channels * kTransformUs[q.channels_last ? 0 : 1] + sums * kBackUs) / q.threads +
-           memory_us(q, (sums + blocks) * element_bytes(q), 5e3) + convert_us(q, x_elements(q), q.x_kind) +
+           memory_us(q, kept * element_bytes(q), 5e3) + convert_us(q, x_elements(q), q.x_kind) +
            convert_us(q, z_elements(q), q.z_kind) + (passes + 1) * kCallUs;
 }
 

@@ -74,6 +74,7 @@ LOCALSGD_INLINE void combine(const V (&in)[M::kIn], V (&out)[M::kOut]) {
 
 constexpr int64_t kCachedChannels = 256; // whose transforms of a block, 1.6 MB, a second-level cache holds
 constexpr int64_t kChannels = 64;        // of a task's transforms
+constexpr int64_t kLeastBlocks = 4;      // of a part
 constexpr int64_t kFinished = 16;        // rows of D that are finished together
 constexpr int64_t kPiece = 16;           // tiles side by side that are transformed together
 constexpr int64_t kMostIn = 6;           // rows of x that a tile reads
@@ -237,15 +238,16 @@ LOCALSGD_BOTH_WIDTHS(transform_z, Transform<double>, double)
 // One panel of columns of one frequency's sums.
 template <typename Acc>
 struct Multiply {
-    const Acc *z, *x; // of the first block: [panels][kTilesAtOnce][kPanel]
-    int64_t block, blocks, first, count, rows, column;
+    const Acc *z, *x;                   // of the first block: [panels][kTilesAtOnce][kPanel]
+    int64_t block, count, rows, column; // block: elements
+    bool add;
     Acc* sums; // [rows, kMostPanel]
 };
 
 template <typename Acc, int kBytes>
 LOCALSGD_INLINE void multiply_frequency(const Multiply<Acc>& p) {
     constexpr int64_t kPanel = Shape<Acc, kBytes>::kPanel;
-    if (p.first == 0) std::fill_n(p.sums, p.rows * kMostPanel<Acc>, Acc(0));
+    if (!p.add) std::fill_n(p.sums, p.rows * kMostPanel<Acc>, Acc(0));
     for (int64_t block = 0, left = p.count; left > 0; ++block, left -= kTilesAtOnce)
         for (int64_t column = 0; column < kMostPanel<Acc>; column += kPanel)
             for (int64_t row = 0; row < p.rows; row += kPanel)
@@ -260,8 +262,9 @@ LOCALSGD_BOTH_WIDTHS(multiply_frequency, Multiply<double>, double)
 
 template <typename Acc>
 struct Finish {
-    const Acc* sums;                                 // of the first row: of a frequency and a panel, kMostPanel elements a row
-    int64_t frequency, panel, rows, channels, count; // the first two: elements apart; the last: rows of D
+    const Acc* sums;                      // of the first row: of a frequency and a panel, kMostPanel elements a row
+    int64_t part, frequency, panel;       // elements from one to the next
+    int64_t parts, rows, channels, count; // rows: of outputs in a tile; count: rows of D
     Acc* d;
     bool taps_first;
 };
@@ -277,8 +280,10 @@ LOCALSGD_INLINE void finish_rows(const Finish<Acc>& p) {
         for (int j = 0; j < 4; ++j) {
             V in[Vertical::kIn], out[3];
             for (int i = 0; i < Vertical::kIn; ++i) {
-                in[i] = *reinterpret_cast<const V*>(from + (i * 4 + j) * p.frequency);
-                __builtin_prefetch(from + (i * 4 + j) * p.frequency + kAhead, 0, 3);
+                const Acc* const sum = from + (i * 4 + j) * p.frequency;
+                in[i] = *reinterpret_cast<const V*>(sum);
+                for (int64_t part = 1; part < p.parts; ++part) in[i] += *reinterpret_cast<const V*>(sum + part * p.part);
+                __builtin_prefetch(sum + kAhead, 0, 3);
             }
             combine<Acc, Vertical>(in, out);
             for (int i = 0; i < 3; ++i) mid[i][j] = out[i];
@@ -319,16 +324,6 @@ bool winograd_fits(const Geometry& g) {
            product(g.dilation) == 1;
 }
 
-WinogradPlan winograd_plan(const Geometry& g, int64_t threads) {
-    WinogradPlan plan;
-    plan.rows = ceil_div(g.output[1], 2) * 4 <= ceil_div(g.output[1], 4) * 6 ? 2 : 4;
-    plan.tiles = g.batch * tile_rows(g, plan) * tile_columns(g);
-    // Fewer channels are little work between two times that all threads wait for each other.
-    const int64_t cached = threads * kCachedChannels / std::max<int64_t>(1, g.in_channels + g.out_channels);
-    plan.blocks = std::max<int64_t>(1, std::min(cached, ceil_div(plan.tiles, kTilesAtOnce)));
-    return plan;
-}
-
 template <typename Acc>
 int64_t winograd_block_elements(const Geometry& g, const WinogradPlan& plan) {
     return plan.frequencies() * (frequency_elements<Acc>(g.in_channels) + frequency_elements<Acc>(g.out_channels));
@@ -337,6 +332,21 @@ int64_t winograd_block_elements(const Geometry& g, const WinogradPlan& plan) {
 template <typename Acc>
 int64_t winograd_sum_elements(const Geometry& g, const WinogradPlan& plan) {
     return plan.frequencies() * matrix_elements<Acc>(g);
+}
+
+WinogradPlan winograd_plan(const Geometry& g, int64_t threads) {
+    WinogradPlan plan;
+    plan.rows = ceil_div(g.output[1], 2) * 4 <= ceil_div(g.output[1], 4) * 6 ? 2 : 4;
+    plan.tiles = g.batch * tile_rows(g, plan) * tile_columns(g);
+    const int64_t blocks = ceil_div(plan.tiles, kTilesAtOnce);
+    plan.parts = std::min(
+        {kMostParts, blocks / kLeastBlocks, kMostPartElements / std::max<int64_t>(1, winograd_sum_elements<float>(g, plan))});
+    plan.parts = std::max<int64_t>(1, plan.parts);
+    plan.apart = threads <= plan.parts; // what a thread transformed is then in its own cache where it is multiplied
+    // Fewer channels are little work between two times that all threads wait for each other.
+    const int64_t cached = (plan.apart ? 1 : threads) * kCachedChannels / std::max<int64_t>(1, g.in_channels + g.out_channels);
+    plan.blocks = std::clamp<int64_t>(cached, 1, std::max<int64_t>(1, ceil_div(blocks, plan.parts)));
+    return plan;
 }
 
 int64_t winograd_transforms(const Geometry& g) {
@@ -365,19 +375,18 @@ int64_t winograd_products(const Geometry& g, const WinogradPlan& plan) {
 }
 
 template <typename Acc>
-void winograd_multiply(const WinogradArgs& a, const WinogradPlan& plan, int64_t task, int64_t first, int64_t count,
-                       const Acc* blocks, Acc* sums) {
+void winograd_multiply(const WinogradArgs& a, const WinogradPlan& plan, int64_t task, int64_t count, const Acc* blocks,
+                       bool add, Acc* sums) {
     const Geometry& g = a.x.geometry;
     const int64_t panels = ceil_div(g.in_channels, kMostPanel<Acc>), frequency = task / panels, panel = task % panels;
     const int64_t of_z = frequency_elements<Acc>(g.out_channels), of_x = frequency_elements<Acc>(g.in_channels);
     const Multiply<Acc> p{blocks + frequency * of_z,
                           blocks + plan.frequencies() * of_z + frequency * of_x,
                           winograd_block_elements<Acc>(g, plan),
-                          0,
-                          first,
                           count,
                           g.out_channels,
                           panel * kMostPanel<Acc>,
+                          add,
                           sums + frequency * matrix_elements<Acc>(g) + panel * g.out_channels * kMostPanel<Acc>};
     has_wide_registers() ? multiply_frequency_wide(p) : multiply_frequency_narrow(p);
 }
@@ -388,8 +397,10 @@ template <typename Acc>
 void winograd_finish(const Geometry& g, const WinogradPlan& plan, int64_t task, const Acc* sums, Acc* d, bool taps_first) {
     const int64_t row = task * kFinished;
     const Finish<Acc> p{sums + row * kMostPanel<Acc>,
+                        winograd_sum_elements<Acc>(g, plan),
                         matrix_elements<Acc>(g),
                         g.out_channels * kMostPanel<Acc>,
+                        plan.parts,
                         plan.rows,
                         g.in_channels,
                         std::min(kFinished, g.out_channels - row),
@@ -398,13 +409,12 @@ void winograd_finish(const Geometry& g, const WinogradPlan& plan, int64_t task, 
     has_wide_registers() ? finish_wide(p) : finish_narrow(p);
 }
 
-#define LOCALSGD_WINOGRAD(Acc)                                                                                            \
-    template int64_t winograd_block_elements<Acc>(const Geometry&, const WinogradPlan&);                                  \
-    template int64_t winograd_sum_elements<Acc>(const Geometry&, const WinogradPlan&);                                    \
-    template void winograd_transform<Acc>(const WinogradArgs&, const WinogradPlan&, int64_t, int64_t, Acc*);              \
-    template int64_t winograd_products<Acc>(const Geometry&, const WinogradPlan&);                                        \
-    template void winograd_multiply<Acc>(const WinogradArgs&, const WinogradPlan&, int64_t, int64_t, int64_t, const Acc*, \
-                                         Acc*);                                                                           \
+#define LOCALSGD_WINOGRAD(Acc)                                                                                                \
+    template int64_t winograd_block_elements<Acc>(const Geometry&, const WinogradPlan&);                                      \
+    template int64_t winograd_sum_elements<Acc>(const Geometry&, const WinogradPlan&);                                        \
+    template void winograd_transform<Acc>(const WinogradArgs&, const WinogradPlan&, int64_t, int64_t, Acc*);                  \
+    template int64_t winograd_products<Acc>(const Geometry&, const WinogradPlan&);                                            \
+    template void winograd_multiply<Acc>(const WinogradArgs&, const WinogradPlan&, int64_t, int64_t, const Acc*, bool, Acc*); \
     template void winograd_finish<Acc>(const Geometry&, const WinogradPlan&, int64_t, const Acc*, Acc*, bool);
 LOCALSGD_WINOGRAD(float)
 LOCALSGD_WINOGRAD(double)

@@ -5,6 +5,8 @@
 // more and round more than twice as much as a sum of products does.
 #pragma once
 
+#include <algorithm>
+
 #include "patches.h"
 #include "vectors.h"
 
@@ -14,19 +16,26 @@ struct WinogradArgs {
     PatchSource x, z; // z with output_geometry
 };
 
-// How a layer's tiles are shared out. The order of additions follows from `rows` and kTilesAtOnce alone.
+constexpr int64_t kTilesAtOnce = 64; // a block
+
+// How a layer's tiles are shared out. Only `rows` and `parts` change the order of additions, so they depend on the layer alone.
 struct WinogradPlan {
     int64_t rows;   // of outputs in a tile: 2 or 4
     int64_t tiles;  // in the batch
+    int64_t parts;  // with sums of their own
     int64_t blocks; // of tiles that are transformed before they are multiplied
+    bool apart;     // whether each thread has parts of its own, or all threads share every block
+
     int64_t frequencies() const { return (rows + 2) * 4; }
+    int64_t begin(int64_t part) const { // its first tile
+        return std::min(tiles, ceil_div(tiles, kTilesAtOnce) * part / parts * kTilesAtOnce);
+    }
 };
-constexpr int64_t kTilesAtOnce = 64; // a block
 
 bool winograd_fits(const Geometry& geometry);
 WinogradPlan winograd_plan(const Geometry& geometry, int64_t threads);
 
-// Elements of a transformed block, x behind z, and of the sums of all tiles in the frequencies.
+// Elements of a transformed block, x behind z, and of a part's sums in the frequencies.
 template <typename Acc>
 int64_t winograd_block_elements(const Geometry& geometry, const WinogradPlan& plan);
 template <typename Acc>
@@ -37,15 +46,15 @@ int64_t winograd_transforms(const Geometry& geometry);
 template <typename Acc>
 void winograd_transform(const WinogradArgs& args, const WinogradPlan& plan, int64_t task, int64_t first, Acc* block);
 
-// Task `task` of winograd_products: some sums of one frequency, over the tiles [first, first + count) in as many blocks as that
-// takes; those before are forgotten if `first` is 0.
+// Task `task` of winograd_products: some sums of one frequency, over `count` tiles in as many blocks as that takes, to those
+// that are there already if `add`.
 template <typename Acc>
 int64_t winograd_products(const Geometry& geometry, const WinogradPlan& plan);
 template <typename Acc>
-void winograd_multiply(const WinogradArgs& args, const WinogradPlan& plan, int64_t task, int64_t first, int64_t count,
-                       const Acc* blocks, Acc* sums);
+void winograd_multiply(const WinogradArgs& args, const WinogradPlan& plan, int64_t task, int64_t count, const Acc* blocks,
+                       bool add, Acc* sums);
 
-// Task `task` of winograd_finishes: some rows of D [K, (C, taps)], or [K, (taps, C)] if `taps_first`.
+// Task `task` of winograd_finishes: some rows of D [K, (C, taps)], or [K, (taps, C)] if `taps_first`, of the sums of all parts.
 int64_t winograd_finishes(const Geometry& geometry);
 template <typename Acc>
 void winograd_finish(const Geometry& geometry, const WinogradPlan& plan, int64_t task, const Acc* sums, Acc* d,

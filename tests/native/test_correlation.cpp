@@ -272,17 +272,22 @@ void check_winograd(const Geometry& g, int64_t rows, double tolerance) {
                 CHECK(plan.rows == rows);
                 plan.blocks = blocks;
                 const int64_t each = winograd_block_elements<Acc>(g, plan);
-                std::vector<Acc> transformed(blocks * each, Acc(NAN)), sums(winograd_sum_elements<Acc>(g, plan), Acc(NAN));
+                std::vector<Acc> transformed(blocks * each, Acc(NAN)),
+                    sums(plan.parts * winograd_sum_elements<Acc>(g, plan), Acc(NAN));
                 std::vector<Acc> d(expected.size(), Acc(NAN));
-                for (int64_t begin = 0; begin < plan.tiles; begin += blocks * kTilesAtOnce) {
-                    const int64_t count = std::min(blocks * kTilesAtOnce, plan.tiles - begin);
-                    std::fill(transformed.begin(), transformed.end(), Acc(NAN));
-                    for (int64_t block = ceil_div(count, kTilesAtOnce) - 1; block >= 0; --block)
-                        for (int64_t task = winograd_transforms(g) - 1; task >= 0; --task)
-                            winograd_transform(args, plan, task, begin + block * kTilesAtOnce,
-                                               transformed.data() + block * each);
-                    for (int64_t task = winograd_products<Acc>(g, plan) - 1; task >= 0; --task)
-                        winograd_multiply(args, plan, task, begin, count, transformed.data(), sums.data());
+                for (int64_t part = plan.parts - 1; part >= 0; --part) {
+                    Acc* const of_part = sums.data() + part * winograd_sum_elements<Acc>(g, plan);
+                    for (int64_t begin = plan.begin(part), end = plan.begin(part + 1); begin < end;
+                         begin += blocks * kTilesAtOnce) {
+                        const int64_t count = std::min(blocks * kTilesAtOnce, end - begin);
+                        std::fill(transformed.begin(), transformed.end(), Acc(NAN));
+                        for (int64_t block = ceil_div(count, kTilesAtOnce) - 1; block >= 0; --block)
+                            for (int64_t task = winograd_transforms(g) - 1; task >= 0; --task)
+                                winograd_transform(args, plan, task, begin + block * kTilesAtOnce,
+                                                   transformed.data() + block * each);
+                        for (int64_t task = winograd_products<Acc>(g, plan) - 1; task >= 0; --task)
+                            winograd_multiply(args, plan, task, count, transformed.data(), begin > plan.begin(part), of_part);
+                    }
                 }
                 for (int64_t task = winograd_finishes(g) - 1; task >= 0; --task)
                     winograd_finish(g, plan, task, sums.data(), d.data(), taps_first);
@@ -432,6 +437,7 @@ void minimal_filtering() {
     winograd(2, 70, 130, {1, 8, 7}, {0, 1, 1}, 4); // several tasks for each operand; outputs behind the last
     winograd(2, 16, 32, {1, 5, 77}, {0, 3, 0}, 4); // rows of several pieces, and rows of padding alone
     winograd(5, 9, 11, {1, 14, 14}, {0, 1, 1}, 4); // several blocks, which begin within a row of tiles
+    winograd(2, 9, 11, {1, 45, 68}, {0, 1, 1}, 4); // several parts
     const auto fits = [](int64_t groups, Triple kernel, Triple stride, Triple dilation) {
         return winograd_fits(test::geometry(2, 4, 4, groups, {1, 9, 9}, kernel, stride, dilation, {0, 1, 1}));
     };

@@ -124,7 +124,7 @@ def test_depthwise_bits_do_not_depend_on_the_number_of_threads(case: Case, layou
 
 
 SHARED = (  # by threads, in several parts of the positions or several strips of D
-    Case("dense-parts", (2, 20, 40, 40), (48, 20, 3, 3), padding=1),
+    Case("dense-parts", (3, 20, 40, 40), (48, 20, 3, 3), padding=1),  # winograd: 2 parts, then all threads share each block
     Case("dense-strips", (3, 64, 19, 18), (40, 64, 3, 3), padding=1),
     Case("grouped-parts", (2, 40, 40, 40), (96, 20, 3, 3), padding=1, groups=2),
     Case("grouped-strips", (2, 64, 11, 10), (40, 32, 3, 3), padding=1, groups=2),

@@ -170,7 +170,7 @@ double depthwise_us(const Query& q) {
     const Geometry& g = q.geometry;
     // The sums of nine taps fit into registers.
     const double taps = g.taps() > 9 ? double(g.taps()) / 6 : 1;
-    const double convert = convert_us(q, x_elements(q), q.x_kind) + convert_us(q, z_elements(q), q.z_kind);
+    double convert = convert_us(q, x_elements(q), q.x_kind) + convert_us(q, z_elements(q), q.z_kind);
     if (q.channels_last && g.out_per_group() == 1)
         return taps * memory_us(q, operand_bytes(q), strided(g) ? 11e3 : 14e3) + convert + 2 * kCallUs;
     const double x_planes = double(g.batch * g.in_channels * g.input[0]),
@@ -179,6 +179,7 @@ double depthwise_us(const Query& q) {
     // Strips hold 3x3 taps; other kernels are swept row by row.
     const bool strips =
         g.kernel[1] == 3 && g.kernel[2] == 3 && g.stride[1] == g.stride[2] && g.stride[2] <= 2 && g.dilation[1] == 1;
+    if (strips && q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16) convert = 0; // in registers
     const double short_runs = (z_planes * 20e-3 + rows * (strips ? 1e-3 : 2e-3)) / q.threads;
     return taps * (strided(g) && !strips ? 1.4 : 1) * (memory_us(q, operand_bytes(q), 25e3) + short_runs) + convert +
            2 * kCallUs;

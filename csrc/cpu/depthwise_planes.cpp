@@ -1,6 +1,7 @@
 #include "depthwise.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "copy.h"
@@ -9,22 +10,24 @@
 namespace localsgd {
 namespace {
 
-// Planes that meet, and where their taps are summed.
-template <typename Acc>
+// Planes of T that meet, and where their taps are summed.
+template <typename T, typename Acc>
 struct Pair {
-    Plane<Acc> x, z;
+    Plane<T> x, z;
     Acc* sums;
 };
+template <typename T, typename Acc>
+using Pairs = std::vector<Pair<T, Acc>>;
 
-template <typename Acc, int kBytes, int kStride>
-LOCALSGD_INLINE void sweep_pairs(const Sweep<Acc>& w, const std::vector<Pair<Acc>>& pairs) {
-    for (const Pair<Acc>& pair : pairs) plane_taps<Acc, kBytes, kStride>(w, pair.x, pair.z, pair.sums);
+template <typename T, typename Acc, int kBytes, int kStride>
+LOCALSGD_INLINE void sweep_pairs(const Sweep<Acc>& w, const Pairs<T, Acc>& pairs) {
+    for (const Pair<T, Acc>& pair : pairs) plane_taps<T, Acc, kBytes, kStride>(w, pair.x, pair.z, pair.sums);
 }
-template <typename Acc, int kBytes>
-LOCALSGD_INLINE void sweep_any(const Sweep<Acc>& w, const std::vector<Pair<Acc>>& pairs) {
-    if (w.g.stride[2] == 1) return sweep_pairs<Acc, kBytes, 1>(w, pairs);
-    if (w.g.stride[2] == 2) return sweep_pairs<Acc, kBytes, 2>(w, pairs);
-    sweep_pairs<Acc, kBytes, 0>(w, pairs);
+template <typename T, typename Acc, int kBytes>
+LOCALSGD_INLINE void sweep_any(const Sweep<Acc>& w, const Pairs<T, Acc>& pairs) {
+    if (w.g.stride[2] == 1) return sweep_pairs<T, Acc, kBytes, 1>(w, pairs);
+    if (w.g.stride[2] == 2) return sweep_pairs<T, Acc, kBytes, 2>(w, pairs);
+    if constexpr (std::is_same_v<T, Acc>) sweep_pairs<T, Acc, kBytes, 0>(w, pairs);
 }
 
 // sums[i] += in_lanes[i][0] + ... in double, always in the same order; then in_lanes is zero.
@@ -42,18 +45,24 @@ LOCALSGD_INLINE void add_lanes(Acc* in_lanes, int64_t count, double* sums) {
 }
 
 // What is compiled for each width of vectors.
-template <typename Acc>
-LOCALSGD_WIDE void sweep_wide(const Sweep<Acc>& w, const std::vector<Pair<Acc>>& pairs) {
-    sweep_any<Acc, kWideBytes>(w, pairs);
+template <typename T, typename Acc>
+LOCALSGD_WIDE void sweep_wide(const Sweep<Acc>& w, const Pairs<T, Acc>& pairs) {
+    sweep_any<T, Acc, kWideBytes>(w, pairs);
 }
 template <typename Acc>
 LOCALSGD_WIDE void add_lanes_wide(Acc* in_lanes, int64_t count, double* sums) {
     add_lanes<Acc, kWideBytes>(in_lanes, count, sums);
 }
 LOCALSGD_NARROW
-void sweep_narrow(const Sweep<float>& w, const std::vector<Pair<float>>& pairs) { sweep_any<float, kNarrowBytes>(w, pairs); }
+void sweep_narrow(const Sweep<float>& w, const Pairs<float, float>& pairs) { sweep_any<float, float, kNarrowBytes>(w, pairs); }
 LOCALSGD_NARROW
-void sweep_narrow(const Sweep<double>& w, const std::vector<Pair<double>>& pairs) { sweep_any<double, kNarrowBytes>(w, pairs); }
+void sweep_narrow(const Sweep<float>& w, const Pairs<BFloat16, float>& pairs) {
+    sweep_any<BFloat16, float, kNarrowBytes>(w, pairs);
+}
+LOCALSGD_NARROW
+void sweep_narrow(const Sweep<double>& w, const Pairs<double, double>& pairs) {
+    sweep_any<double, double, kNarrowBytes>(w, pairs);
+}
 LOCALSGD_NARROW
 void add_lanes_narrow(float* in_lanes, int64_t count, double* sums) { add_lanes<float, kNarrowBytes>(in_lanes, count, sums); }
 LOCALSGD_NARROW
@@ -86,12 +95,21 @@ struct Planes {
         for (int i = 0; i < 3; ++i) extent += (space[i] - 1) * strides.space[i];
     }
 
-    // A copy stays until the next one into its slot.
-    Plane<Acc> at(int64_t n, int64_t channel, int64_t depth, int64_t slot) {
-        const int64_t start = n * strides.batch + channel * strides.channel + depth * strides.space[0];
+    int64_t start_of(int64_t n, int64_t channel, int64_t depth) const {
+        return n * strides.batch + channel * strides.channel + depth * strides.space[0];
+    }
+    // Whether a plane can be read where it lies, but for its type.
+    bool in_place(int64_t start) const {
+        return strides.space[2] == 1 && start >= before && start + (height - 1) * strides.space[1] + width + after <= extent;
+    }
+    template <typename T>
+    Plane<T> there(int64_t start) const {
+        return {static_cast<const T*>(data) + start, strides.space[1]};
+    }
+    // There, or a copy that stays until the next one into its slot.
+    Plane<Acc> at(int64_t start, int64_t slot) {
+        if (kind == kKindOf<Acc> && in_place(start)) return there<Acc>(start);
         const int64_t pitch = strides.space[1], step = strides.space[2];
-        const bool in_reach = start >= before && start + (height - 1) * pitch + width + after <= extent;
-        if (kind == kKindOf<Acc> && step == 1 && in_reach) return {static_cast<const Acc*>(data) + start, pitch};
         if (buffer.empty()) buffer.resize(slots * slot_size);
         Acc* const to = buffer.data() + slot * slot_size + before;
         const bool dense = pitch == width * step;
@@ -138,11 +156,15 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
     const int64_t most = std::clamp<int64_t>(kSumsInCache / (in_channel * lanes), 1, kMostChannels);
     std::vector<Acc> in_lanes;
     std::vector<double> sums;
-    std::vector<Pair<Acc>> pairs;
+    Pairs<Acc, Acc> pairs;
+    Pairs<BFloat16, Acc> in_bf16;
+    const bool bf16 = std::is_same_v<Acc, float> && a.x_kind == Kind::bf16 && a.z_kind == Kind::bf16 && in_strips(g);
     int64_t x_slot = 0;
     const auto sweep = [&] {
         wide ? sweep_wide(columns, pairs) : sweep_narrow(columns, pairs);
         pairs.clear();
+        if constexpr (std::is_same_v<Acc, float>) wide ? sweep_wide(columns, in_bf16) : sweep_narrow(columns, in_bf16);
+        in_bf16.clear();
     };
     for (int64_t first = channel_begin; first < channel_end; first += most) {
         const int64_t channels = std::min(most, channel_end - first), count = channels * in_channel;
@@ -153,14 +175,22 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
                 Plane<Acc> x{nullptr, 0};
                 for (size_t i = 0; i < all.size(); ++i) {
                     const auto [depth, r, p0] = all[i];
-                    if (i == 0 || depth != all[i - 1].depth) {
-                        x_slot = (x_slot + 1) % (most_pairs + 1);
-                        x = x_planes.at(n, first + c, depth, x_slot);
-                    }
+                    const int64_t of_x = x_planes.start_of(n, first + c, depth);
+                    if (i == 0 || depth != all[i - 1].depth) x = {nullptr, 0};
                     for (int64_t j = 0; j < multiplier; ++j) {
-                        if (static_cast<int64_t>(pairs.size()) == most_pairs) sweep();
-                        const Plane<Acc> z = z_planes.at(n, (first + c) * multiplier + j, p0, pairs.size());
-                        pairs.push_back({x, z, in_lanes.data() + ((c * multiplier + j) * g.kernel[0] + r) * in_plane});
+                        if (static_cast<int64_t>(pairs.size() + in_bf16.size()) == most_pairs) sweep();
+                        const int64_t of_z = z_planes.start_of(n, (first + c) * multiplier + j, p0);
+                        Acc* const to = in_lanes.data() + ((c * multiplier + j) * g.kernel[0] + r) * in_plane;
+                        if (bf16 && x_planes.in_place(of_x) && z_planes.in_place(of_z)) {
+                            in_bf16.push_back(
+                                {x_planes.template there<BFloat16>(of_x), z_planes.template there<BFloat16>(of_z), to});
+                            continue;
+                        }
+                        if (!x.data) {
+                            x_slot = (x_slot + 1) % (most_pairs + 1);
+                            x = x_planes.at(of_x, x_slot);
+                        }
+                        pairs.push_back({x, z_planes.at(of_z, pairs.size()), to});
                     }
                 }
             }

@@ -17,9 +17,9 @@ template <typename Acc>
 using MaskElement = std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>; // all ones or all zeros
 
 // A plane of x or z whose columns are neighbours: element (row, column) at data + row * pitch + column.
-template <typename Acc>
+template <typename T>
 struct Plane {
-    const Acc* data;
+    const T* data;
     int64_t pitch;
 };
 
@@ -52,15 +52,37 @@ struct Sweep {
     int64_t shift(int64_t s) const { return s * g.dilation[2] - g.pad[2]; }
 };
 
-// Vectors of a plane's columns.
-template <typename Acc, int kBytes, int kStride>
+// As many elements of bf16 as a vector of kBytes has floats, and twice as many. GCC takes no size that depends on a template's.
+template <int kBytes>
+struct Bf16;
+template <>
+struct Bf16<kWideBytes> {
+    typedef uint16_t Bits __attribute__((vector_size(kWideBytes / 2), aligned(2), may_alias));
+    typedef uint32_t Wide __attribute__((vector_size(kWideBytes), aligned(2), may_alias));
+};
+template <>
+struct Bf16<kNarrowBytes> {
+    typedef uint16_t Bits __attribute__((vector_size(kNarrowBytes / 2), aligned(2), may_alias));
+    typedef uint32_t Wide __attribute__((vector_size(kNarrowBytes), aligned(2), may_alias));
+};
+
+// Vectors of the columns of a plane of T, which is Acc or bf16.
+template <typename T, typename Acc, int kBytes, int kStride>
 struct Lanes {
     using V = typename Vector<Acc, kBytes>::Type;
     using Mask = typename Vector<Acc, kBytes>::Mask;
     static constexpr int64_t kCount = Vector<Acc, kBytes>::kLanes;
+    static constexpr bool kConverts = !std::is_same_v<T, Acc>;
 
     static LOCALSGD_INLINE V read(const Acc* p) { return *reinterpret_cast<const V*>(p); }
     static LOCALSGD_INLINE Mask read(const MaskElement<Acc>* p) { return *reinterpret_cast<const Mask*>(p); }
+    static LOCALSGD_INLINE V read(const BFloat16* p) {
+        const auto bits = *reinterpret_cast<const typename Bf16<kBytes>::Bits*>(p);
+        return (V)(__builtin_convertvector(bits, typename Bf16<kBytes>::Wide) << 16);
+    }
+    static LOCALSGD_INLINE V read_every_other(const BFloat16* p) {
+        return (V)(*reinterpret_cast<const typename Bf16<kBytes>::Wide*>(p) << 16);
+    }
     static LOCALSGD_INLINE void write(Acc* p, const V& v) { *reinterpret_cast<V*>(p) = v; }
     static LOCALSGD_INLINE V masked(const V& v, const Mask& mask) { return (V)((Mask)v & mask); }
 
@@ -70,8 +92,8 @@ struct Lanes {
         constexpr int64_t kHalf = 8 / sizeof(Acc);
         return lane / (2 * kHalf) * kHalf + lane % kHalf + (lane % (2 * kHalf) < kHalf ? 0 : kCount / 2);
     }
-    template <typename T, size_t... lane>
-    static LOCALSGD_INLINE T in_order(const T& v, std::index_sequence<lane...>) {
+    template <typename Any, size_t... lane>
+    static LOCALSGD_INLINE Any in_order(const Any& v, std::index_sequence<lane...>) {
         return __builtin_shufflevector(v, v, column_of(lane)...);
     }
     template <size_t... lane>
@@ -80,20 +102,26 @@ struct Lanes {
     }
     static constexpr auto kEach = std::make_index_sequence<kCount>();
 
-    template <typename T>
-    static LOCALSGD_INLINE auto load(const T* p) {
-        if constexpr (kStride == 2)
+    template <typename Any>
+    static LOCALSGD_INLINE auto load(const Any* p) {
+        if constexpr (kStride == 2 && !kConverts)
             return in_order(read(p), kEach);
         else
             return read(p);
     }
     // p[0], p[stride], ...; a kStride other than 0 is that stride.
-    static LOCALSGD_INLINE V load_strided(const Acc* p, int64_t stride) {
-        if constexpr (kStride == 1) return read(p);
-        if constexpr (kStride == 2) return alternate(read(p), read(p + kCount), kEach);
-        V v;
-        for (int64_t l = 0; l < kCount; ++l) v[l] = p[l * stride];
-        return v;
+    static LOCALSGD_INLINE V load_strided(const T* p, int64_t stride) {
+        if constexpr (kStride == 1) {
+            return read(p);
+        } else if constexpr (kConverts) {
+            static_assert(kStride == 2);
+            return read_every_other(p);
+        } else {
+            if constexpr (kStride == 2) return alternate(read(p), read(p + kCount), kEach);
+            V v;
+            for (int64_t l = 0; l < kCount; ++l) v[l] = p[l * stride];
+            return v;
+        }
     }
     static LOCALSGD_INLINE Mask first(const Sweep<Acc>& w, int64_t count) {
         return load(w.first_lanes.data() + kMostLanes<Acc> - count);
@@ -108,8 +136,8 @@ enum class Cover { kAll, kInside, kFirst };
 
 // The sums of S taps of a row of the kernel.
 template <typename Acc, int kBytes, int kStride, int S>
-struct RowSums : Lanes<Acc, kBytes, kStride> {
-    using Base = Lanes<Acc, kBytes, kStride>;
+struct RowSums : Lanes<Acc, Acc, kBytes, kStride> {
+    using Base = Lanes<Acc, Acc, kBytes, kStride>;
     using typename Base::Mask, typename Base::V;
     V sum[S];
     const Acc *x, *z;
@@ -170,27 +198,27 @@ LOCALSGD_INLINE void plane_row(const Sweep<Acc>& w, const Plane<Acc>& x, const P
 
 // The sums of 3x3 taps over a strip of z, a vector wide, row after row: they stay in registers, and so does what rows share.
 // What comes next in memory is asked for: the hardware loses track of strips and of short planes.
-template <typename Acc, int kBytes, int kStride>
-struct Strip : Lanes<Acc, kBytes, kStride> {
-    using Base = Lanes<Acc, kBytes, kStride>;
+template <typename T, typename Acc, int kBytes, int kStride>
+struct Strip : Lanes<T, Acc, kBytes, kStride> {
+    using Base = Lanes<T, Acc, kBytes, kStride>;
     using typename Base::Mask, typename Base::V;
-    static constexpr int64_t kLine = 64 / sizeof(Acc), kAhead = 4096 / sizeof(Acc);
+    static constexpr int64_t kLine = 64 / sizeof(T), kAhead = 4096 / sizeof(T);
     const Sweep<Acc>& w;
-    Plane<Acc> x, z;
+    Plane<T> x, z;
     V (&sum)[3][3];
     int64_t q = 0;
     Mask first{}, inside[3]{};
 
     template <bool kMasked>
     LOCALSGD_INLINE V row_of_z(int64_t p) const {
-        const Acc* const from = z.data + p * z.pitch + q;
+        const T* const from = z.data + p * z.pitch + q;
         __builtin_prefetch(from + kAhead);
         const V v = Base::load(from);
         return kMasked ? Base::masked(v, first) : v;
     }
     template <bool kMasked>
     LOCALSGD_INLINE V row_of_x(int64_t h, int s) const {
-        const Acc* const from = x.data + h * x.pitch + q * kStride + w.shift(s);
+        const T* const from = x.data + h * x.pitch + q * kStride + w.shift(s);
         for (int64_t i = 0; s == 0 && i < kStride * Base::kCount; i += kLine) __builtin_prefetch(from + i + kAhead);
         const V v = Base::load_strided(from, kStride);
         return kMasked ? Base::masked(v, inside[s]) : v;
@@ -266,32 +294,37 @@ struct Strip : Lanes<Acc, kBytes, kStride> {
     }
 };
 
-template <typename Acc, int kBytes, int kStride>
-LOCALSGD_INLINE void plane_strips(const Sweep<Acc>& w, const Plane<Acc>& x, const Plane<Acc>& z, Acc* sums) {
+template <typename T, typename Acc, int kBytes, int kStride>
+LOCALSGD_INLINE void plane_strips(const Sweep<Acc>& w, const Plane<T>& x, const Plane<T>& z, Acc* sums) {
     constexpr int64_t kBand = 512; // elements of a row of z, times rows: what is read stays near what was read before
-    using Base = Lanes<Acc, kBytes, kStride>;
+    using Base = Lanes<T, Acc, kBytes, kStride>;
     typename Base::V sum[3][3];
     for (int i = 0; i < 9; ++i) sum[i / 3][i % 3] = Base::read(sums + i * Base::kCount);
-    Strip<Acc, kBytes, kStride> strip{{}, w, x, z, sum};
+    Strip<T, Acc, kBytes, kStride> strip{{}, w, x, z, sum};
     const int64_t rows = kStride == 1 ? w.g.input[1] : w.g.output[1];
     const int64_t band = std::max<int64_t>(kBand / w.g.output[2], 4);
     for (int64_t begin = 0; begin < rows; begin += band) strip.add_rows(begin, std::min(rows, begin + band));
     for (int i = 0; i < 9; ++i) Base::write(sums + i * Base::kCount, sum[i / 3][i % 3]);
 }
 
-// As many taps at once as registers hold accumulators; kernels other than 3x3 row by row.
-template <typename Acc, int kBytes, int kStride>
-LOCALSGD_INLINE void plane_taps(const Sweep<Acc>& w, const Plane<Acc>& x, const Plane<Acc>& z, Acc* sums) {
-    const int64_t kernel_h = w.g.kernel[1], kernel_w = w.g.kernel[2];
+inline bool in_strips(const Geometry& g) {
+    return g.kernel[1] == 3 && g.kernel[2] == 3 && g.stride[1] == g.stride[2] && g.stride[2] <= 2 && g.dilation[1] == 1;
+}
+
+// As many taps at once as registers hold accumulators; kernels other than 3x3 row by row. bf16 in strips only.
+template <typename T, typename Acc, int kBytes, int kStride>
+LOCALSGD_INLINE void plane_taps(const Sweep<Acc>& w, const Plane<T>& x, const Plane<T>& z, Acc* sums) {
     if constexpr (kStride != 0)
-        if (kernel_h == 3 && kernel_w == 3 && w.g.stride[1] == kStride && w.g.dilation[1] == 1)
-            return plane_strips<Acc, kBytes, kStride>(w, x, z, sums);
-    for (int64_t r = 0; r < kernel_h; ++r) {
-        int64_t s = 0;
-        for (; s + 7 <= kernel_w; s += 7) plane_row<Acc, kBytes, kStride, 7>(w, x, z, r, s, sums);
-        for (; s + 5 <= kernel_w; s += 5) plane_row<Acc, kBytes, kStride, 5>(w, x, z, r, s, sums);
-        for (; s + 3 <= kernel_w; s += 3) plane_row<Acc, kBytes, kStride, 3>(w, x, z, r, s, sums);
-        for (; s < kernel_w; ++s) plane_row<Acc, kBytes, kStride, 1>(w, x, z, r, s, sums);
+        if (in_strips(w.g)) return plane_strips<T, Acc, kBytes, kStride>(w, x, z, sums);
+    if constexpr (std::is_same_v<T, Acc>) {
+        const int64_t kernel_w = w.g.kernel[2];
+        for (int64_t r = 0; r < w.g.kernel[1]; ++r) {
+            int64_t s = 0;
+            for (; s + 7 <= kernel_w; s += 7) plane_row<Acc, kBytes, kStride, 7>(w, x, z, r, s, sums);
+            for (; s + 5 <= kernel_w; s += 5) plane_row<Acc, kBytes, kStride, 5>(w, x, z, r, s, sums);
+            for (; s + 3 <= kernel_w; s += 3) plane_row<Acc, kBytes, kStride, 3>(w, x, z, r, s, sums);
+            for (; s < kernel_w; ++s) plane_row<Acc, kBytes, kStride, 1>(w, x, z, r, s, sums);
+        }
     }
 }
 

@@ -91,14 +91,14 @@ std::vector<T> arranged(const std::vector<double>& values, int64_t batch, int64_
     return out;
 }
 
-template <typename Acc>
+template <typename Acc, typename T = Acc>
 void check_depthwise(const Geometry& g, double tolerance) {
-    const Problem p = problem(g);
+    const Problem p = problem_of<T>(g);
     const auto expected = depthwise_by_loops(p);
     for (const bool last : {false, true}) {
-        const auto x = arranged<Acc>(p.x, g.batch, g.in_channels, g.input, last);
-        const auto z = arranged<Acc>(p.z, g.batch, g.out_channels, g.output, last);
-        const Kind kind = sizeof(Acc) == 8 ? Kind::f64 : Kind::f32;
+        const auto x = arranged<T>(p.x, g.batch, g.in_channels, g.input, last);
+        const auto z = arranged<T>(p.z, g.batch, g.out_channels, g.output, last);
+        const Kind kind = kStored<T>;
         const auto strides = last ? test::channels_last : test::channels_first;
         const DepthwiseArgs args{
             g, x.data(), kind, strides(g.in_channels, g.input), z.data(), kind, strides(g.out_channels, g.output)};
@@ -355,6 +355,7 @@ void depthwise_layers() {
             test::geometry(batch, channels, channels * multiplier, channels, input, kernel, stride, dilation, pad);
         check_depthwise<float>(g, 1e-5);
         check_depthwise<double>(g, 1e-13);
+        check_depthwise<float, BFloat16>(g, 1e-5);
     };
     depthwise(2, 19, 1, {1, 9, 33}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1});
     depthwise(2, 70, 1, {1, 17, 7}, {1, 3, 3}, {1, 2, 2}, {1, 1, 1}, {0, 1, 1});

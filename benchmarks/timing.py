@@ -16,6 +16,7 @@ from localsgd_ext import roofline
 Function = Callable[[], object]
 WARM_UPS = 3
 MOST_ROUNDS, LEAST_ROUNDS = 100, 5
+SLOW = 5  # times as long as the fastest of a layer
 
 
 @dataclass(frozen=True)
@@ -64,20 +65,25 @@ class CpuTimer:
         clock = self._clock
         for function in functions.values():
             function()
-        start = clock()
-        for function in functions.values():
-            function()
-        rounds = _rounds(clock() - start, seconds)
         times: dict[str, list[float]] = {name: [] for name in functions}
-        names, order = list(functions), random.Random(0)
-        for _ in range(rounds):
-            # Who comes after the patch matrix of `unfold` finds its operands out of the caches, and who comes after a function
-            # that read them finds them there: a new order in each round.
-            order.shuffle(names)
-            for name in names:
-                start = clock()
-                functions[name]()
-                times[name].append(clock() - start)
+        order = random.Random(0)
+
+        def take_turns(names: list[str], rounds: int) -> None:
+            for _ in range(rounds):
+                # Who comes after the patch matrix of `unfold` finds its operands out of the caches, and who comes after a function
+                # that read them finds them there: a new order in each round.
+                order.shuffle(names)
+                for name in names:
+                    start = clock()
+                    functions[name]()
+                    times[name].append(clock() - start)
+
+        take_turns(list(functions), LEAST_ROUNDS)
+        took = {name: median(values) for name, values in times.items()}
+        left = seconds - sum(sum(values) for values in times.values())
+        # Few rounds have few orders. What takes many times as long as the fastest would leave the others no more.
+        close = [name for name in functions if took[name] <= SLOW * min(took.values())]
+        take_turns(close, min(MOST_ROUNDS - LEAST_ROUNDS, max(0, int(left / max(sum(took[name] for name in close), 1e-9)))))
         return {name: _timing([1e6 * value for value in values], self._how) for name, values in times.items()}
 
 

@@ -116,10 +116,15 @@ def compiled_user(o: Operands) -> Callable[[], object] | None:
     return function
 
 
+def algorithms(case: Case, device: str | torch.device) -> tuple[str, ...]:
+    """That the layer is eligible for there."""
+    return case.cpu_algorithms if torch.device(device).type == "cpu" else case.algorithms
+
+
 def functions(o: Operands, *, compiled: bool, unfold: bool) -> dict[str, Callable[[], object]]:
     """Every function to time by name: ``auto``, the eligible algorithms, the baselines."""
     timed: dict[str, Callable[[], object]] = {}
-    for algorithm in ("auto", *(o.case.cpu_algorithms if o.x.is_cpu else o.case.algorithms)):
+    for algorithm in ("auto", *algorithms(o.case, o.x.device)):
         timed[algorithm] = partial(o.update, algorithm)
     timed["wgrad"] = o.wgrad
     timed["user"] = o.user

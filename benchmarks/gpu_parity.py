@@ -21,6 +21,7 @@ import torch
 from cases import CASES, LAYOUTS, Case, with_layout
 from oracle import FP64
 
+from benchmarks.baselines import algorithms
 from benchmarks.parity import Judge, Parity
 from benchmarks.records import Records
 from localsgd_ext._precision import tf32
@@ -55,7 +56,9 @@ def judge(case: Case, dtype: str, layout: str, device: str) -> dict[str, Parity]
     weight, bias = weight.to(parameters), None if bias is None else bias.to(parameters)
     with tf32(rounded):
         judge = Judge(case, with_layout(x.to(x_dtype), layout, case), with_layout(z, layout, case), weight, bias)
-        return {algorithm: judge.correlation(algorithm) for algorithm in case.algorithms} | {"update": judge.update("auto")}
+        return {algorithm: judge.correlation(algorithm) for algorithm in algorithms(case, device)} | {
+            "update": judge.update("auto")
+        }
 
 
 def row(case: Case, dtype: str, layout: str, device: str) -> dict[str, Any]:

@@ -24,10 +24,10 @@ if __name__ == "__main__":  # in the place of this directory, whose modules are 
 import torch
 from cases import Case
 
-from benchmarks.baselines import DTYPES, LAYOUTS, functions, operands, reduced
+from benchmarks.baselines import DTYPES, LAYOUTS, algorithms, functions, operands, reduced
 from benchmarks.networks import DEFAULT_NETWORKS, NETWORKS, kind, layers
 from benchmarks.parity import Judge
-from benchmarks.predict import algorithms, costs, predicted_row, rooflines
+from benchmarks.predict import costs, predicted_row, rooflines
 from benchmarks.records import Records
 from benchmarks.tables import report
 from benchmarks.timing import Timer, timer_for
@@ -115,7 +115,7 @@ def measured_row(case: Case, dtype: str, layout: str, timer: Timer, args: argpar
         torch.backends.cudnn.benchmark = False  # no search for the fastest fp64 oracle
         small = operands(reduced(case, PARITY_FLOPS[args.device]), dtype, layout, args.device)
         judge = Judge(small.case, small.x, small.z, small.weight, small.bias)
-        verdicts = {algorithm: judge.update(algorithm) for algorithm in ("auto", *algorithms(case, timer.device))}
+        verdicts = {algorithm: judge.update(algorithm) for algorithm in ("auto", *algorithms(case, args.device))}
         row["parity"] = {algorithm: parity.as_json() for algorithm, parity in verdicts.items()}
         row["parity_batch"] = small.case.x[0]
         if failed := [algorithm for algorithm, parity in verdicts.items() if not parity.ok]:
@@ -128,7 +128,7 @@ def measured_row(case: Case, dtype: str, layout: str, timer: Timer, args: argpar
     row["timer"] = {name: timing.how for name, timing in timings.items()}
     row["runs"] = next(iter(timings.values())).runs
     bounds = rooflines(case, dtype, layout, timer.device)
-    row["roofline_us"] = {algorithm: bounds[algorithm] for algorithm in algorithms(case, timer.device)}
+    row["roofline_us"] = {algorithm: bounds[algorithm] for algorithm in algorithms(case, args.device)}
     return {**row, "status": "ok"}
 
 

@@ -6,20 +6,18 @@ from typing import Any
 
 from cases import Case
 
-from benchmarks.baselines import DTYPES, LAYOUTS
+from benchmarks.baselines import DTYPES, LAYOUTS, algorithms
 from benchmarks.networks import geometry
 from localsgd_ext.roofline import Cost, Device, cost
-
-
-def algorithms(case: Case, device: Device) -> tuple[str, ...]:
-    """That the layer is eligible for there."""
-    return case.cpu_algorithms if device.compute_capability is None else case.algorithms
 
 
 def costs(case: Case, dtype: str, layout: str, device: Device) -> dict[str, Cost]:
     """Of each eligible algorithm, and of the normalised write alone."""
     given = {"x": DTYPES[dtype], "tf32": dtype == "tf32", "layout": LAYOUTS[layout]}
-    return {algorithm: cost(algorithm, geometry(case), **given) for algorithm in (*algorithms(case, device), "apply")}
+    return {
+        algorithm: cost(algorithm, geometry(case), **given)
+        for algorithm in (*algorithms(case, "cpu" if device.compute_capability is None else "cuda"), "apply")
+    }
 
 
 def rooflines(case: Case, dtype: str, layout: str, device: Device, launch_us: float | None = None) -> dict[str, float]:

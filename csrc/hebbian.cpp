@@ -91,9 +91,13 @@ Algorithm choose(const Layer& layer, const std::string& name, bool benchmark) {
     const auto asked = parse(name);
     if (!asked) return is_empty(layer) ? Algorithm::kDirect : pick(layer, benchmark);
     const std::string reason = why_not(layer, *asked);
-    TORCH_CHECK_VALUE(reason.empty(), "algorithm '", name, "' ", reason, ", got weight of shape ", text(layer.weight.sizes()),
-                      " and groups=", layer.geometry.groups);
-    return *asked;
+    if (reason.empty()) return *asked;
+    const Geometry& g = layer.geometry;
+    const auto given = [&](const Triple& t) { return text(at::IntArrayRef(t.data() + 3 - g.dims, g.dims)); };
+    const std::string steps =
+        *asked == Algorithm::kWinograd ? ", stride=" + given(g.stride) + ", dilation=" + given(g.dilation) : "";
+    TORCH_CHECK_VALUE(false, "algorithm '", name, "' ", reason, ", got weight of shape ", text(layer.weight.sizes()), steps,
+                      " and groups=", g.groups);
 }
 
 at::Tensor correlate(const Layer& layer, const std::string& algorithm, bool benchmark) {

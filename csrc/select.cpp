@@ -99,7 +99,7 @@ Candidate candidate_of(const Query& q, Algorithm algorithm) {
     if (!c.eligible)
         c.why_not = algorithm == Algorithm::kGram        ? "needs a kernel of size 1 or a linear layer"
                     : algorithm == Algorithm::kDepthwise ? "needs groups == in_channels > 1"
-                                                         : "needs a 3x3 kernel, stride, dilation and groups of 1";
+                                                         : "needs a 2-d kernel of 3x3, stride, dilation and groups of 1";
     else if (!c.automatic)
         c.why_not = "ignores z, which was not promised to be the layer's output (z_is_output=True)";
     return c;

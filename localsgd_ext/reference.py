@@ -59,8 +59,8 @@ def correlation(
             )
         if algorithm == "winograd" and not _winograd_fits(weight, geometry):
             raise ValueError(
-                "algorithm 'winograd' needs a 3x3 kernel, stride, dilation and groups of 1, "
-                f"got weight of shape {tuple(weight.shape)} and groups={groups}"
+                "algorithm 'winograd' needs a 2-d kernel of 3x3, stride, dilation and groups of 1, got weight of shape "
+                f"{tuple(weight.shape)}, stride={geometry.stride}, dilation={geometry.dilation} and groups={groups}"
             )
         if z is None:
             z = _forward(x, weight, bias, geometry)

@@ -211,11 +211,9 @@ class Geometry:
 
     @property
     def winograd_flops(self) -> int:
-        """Of the products over tiles of 2 or 4 rows and 2 columns, whichever are fewer."""
-        height, width = self.z[-2:]
-        frequencies = min(-(-height // rows) * (rows + 2) for rows in (2, 4)) * 4
-        tiles = math.prod(self.z[:-3]) * -(-width // 2)
-        return 2 * tiles * frequencies * self.weight[0] * self.weight[1]
+        """Of the products over tiles of 2 x 2 outputs in 16 frequencies; that the stride is 1 is not seen here."""
+        tiles = math.prod(self.z[:-3]) * math.prod(-(-n // 2) for n in self.z[-2:])
+        return 2 * 16 * tiles * self.weight[0] * self.weight[1]
 
     @property
     def wgrad_flops(self) -> int:
@@ -292,7 +290,7 @@ def cost(
 
     ``"gram"``: ``x`` once; the lower triangle of ``XXᵀ``; ``W·G`` in fp32 precision, as a :class:`Product`.
     ``"direct"``: ``x`` and ``z`` once, ``2·M·N·K`` flops. ``"depthwise"``: the same on fused multiply-adds, whatever the dtypes.
-    ``"winograd"``: likewise, of the products in tiles of 2 or 4 x 2 outputs. All of these read and write ``W``.
+    ``"winograd"``: likewise, of the products in tiles of 2 x 2 outputs. All of these read and write ``W``.
     ``"library"``: the weight gradient alone, as direct, but it writes ``D`` and no ``W``; it
     is the library's own, in its operands' dtype (this package asks for one in fp32 where they are fp16 or differ: the copies that
     takes are not counted). ``"apply"``: the normalised write alone: ``D`` twice, ``W`` in and out.
@@ -316,7 +314,7 @@ def cost(
         raise ValueError(f"algorithm 'gram' needs a kernel of size 1 or a linear layer, got weight of shape {geometry.weight}")
     if algorithm == "winograd" and not geometry.winograd:
         raise ValueError(
-            "algorithm 'winograd' needs a 3x3 kernel, stride, dilation and groups of 1, "
+            "algorithm 'winograd' needs a 3x3 kernel and groups == 1, "
             f"got weight of shape {geometry.weight} and groups={geometry.groups}"
         )
     if algorithm == "depthwise" and not geometry.depthwise:

@@ -15,11 +15,12 @@ def columns(case: Case, algorithm: str) -> int:
 
 
 def parts(case: Case, algorithm: str, positions: int) -> int:
-    """Ranges of positions whose sums are added up at the end: at most 8, each of 2^22 products or more; one from 256 columns on, and
-    not so many for ``direct`` that their sums have more than 2^20 elements."""
+    """Ranges of positions whose sums are added up at the end: at most 8, each of 2^22 products or more, and not so many for ``direct``
+    that their sums have more than 2^20 elements. From 256 columns on one, and for ``gram`` one for each 2^15 positions, again if
+    their sums are no more elements."""
     wide = columns(case, algorithm)
     if wide >= 256:
-        return 1
+        return max(1, min(8, (1 << 20) // (case.groups * wide**2), positions >> 15)) if algorithm == "gram" else 1
     products = positions * (wide * wide // 2 if algorithm == "gram" else wide * case.weight[0] // case.groups)
     most = 8 if algorithm == "gram" else min(8, (1 << 20) // panels(case))
     return max(1, min(most, products >> 22))
@@ -36,30 +37,22 @@ def strips(case: Case, algorithm: str, threads: int) -> int:
     return max(1, min(threads, wide // 64)) if wide >= 256 else 1
 
 
-def tiles(case: Case, positions: int) -> tuple[int, int]:
-    """``winograd``'s, of all images together, and the rows of one: 4, or 2 where that takes no more products."""
+def winograd_plan(case: Case, positions: int, threads: int) -> dict[str, int]:
+    """``parts`` of the tiles of 2 x 2 outputs that are summed apart: at most 8, of 4 blocks or more each, and not so many that their
+    ``sums`` in 16 frequencies, ``C`` up to a multiple of 32, are more than 2^20 elements; ``blocks`` of 64 tiles that are in memory at
+    once: a thread's own where the threads can share out the parts evenly, or all threads'. ``block``: elements of one, ``x`` and
+    ``z``, channels up to multiples of 32 and a line of 32 elements behind each frequency. ``all``: blocks of the layer."""
+    out, columns = case.weight[0], [-(-n // 32) * 32 for n in case.weight[:2]]
     images = case.x[0] if case.batched else 1
     above = {"same": 1, "valid": 0}[case.padding] if isinstance(case.padding, str) else case.arguments["padding"]
     height = case.x[-2] - 2 + 2 * (above if isinstance(above, int) else above[0])
     width = positions // images // height
-    rows = 2 if -(-height // 2) * 4 <= -(-height // 4) * 6 else 4
-    return images * -(-height // rows) * -(-width // 2), rows
-
-
-def winograd_plan(case: Case, positions: int, threads: int) -> dict[str, int]:
-    """``parts`` of the tiles that are summed apart: at most 8, of 4 blocks or more each, and not so many that their ``sums`` in 16 or
-    24 frequencies, ``C`` up to a multiple of 32, are more than 2^20 elements; ``blocks`` of 64 tiles that are in memory at once: a
-    thread's own or, where threads are more than parts, of all. ``block``: elements of one, ``x`` and ``z``, channels up to multiples of
-    32 and a line of 32 elements behind each frequency."""
-    out, channels = case.weight[:2]
-    count, rows = tiles(case, positions)
-    frequencies, columns, blocks = (rows + 2) * 4, [-(-n // 32) * 32 for n in (channels, out)], -(-count // 64)
-    sums = frequencies * out * columns[0]
+    blocks = -(-images * -(-height // 2) * -(-width // 2) // 64)
+    sums = 16 * out * columns[1]
     parts = max(1, min(8, blocks // 4, (1 << 20) // sums))
-    apart = threads <= parts
-    cached = (1 if apart else threads) * 256 // (channels + out)
-    at_once = max(1, min(cached, -(-blocks // parts)))
-    block = frequencies * (64 * sum(columns) + 2 * 32)
+    apart = parts % threads == 0
+    at_once = max(1, min((1 if apart else threads) * 256 // sum(columns), -(-blocks // parts)))
+    block = 16 * (64 * sum(columns) + 2 * 32)
     return {"parts": parts, "sums": sums, "blocks": at_once * (threads if apart else 1), "block": block, "all": blocks}
 
 

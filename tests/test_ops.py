@@ -124,12 +124,13 @@ def test_depthwise_bits_do_not_depend_on_the_number_of_threads(case: Case, layou
 
 
 SHARED = (  # by threads, in several parts of the positions or several strips of D
-    Case("dense-parts", (3, 20, 40, 40), (48, 20, 3, 3), padding=1),  # winograd: 2 parts, then all threads share each block
+    Case("dense-parts", (3, 20, 40, 40), (48, 20, 3, 3), padding=1),  # winograd: 4 parts, or all threads share each block
     Case("dense-strips", (3, 64, 19, 18), (40, 64, 3, 3), padding=1),
     Case("grouped-parts", (2, 40, 40, 40), (96, 20, 3, 3), padding=1, groups=2),
     Case("grouped-strips", (2, 64, 11, 10), (40, 32, 3, 3), padding=1, groups=2),
     Case("1x1-parts", (2, 96, 37, 36), (60, 96, 1, 1), bias=True),
     Case("1x1-strips", (2, 300, 13, 12), (40, 300, 1, 1), bias=True),
+    Case("1x1-strips-and-parts", (1, 260, 300, 240), (40, 260, 1, 1)),
     Case("1x1-parts-stride2", (2, 100, 73, 72), (60, 100, 1, 1), stride=2),
     Case("linear-parts", (2101, 120), (70, 120), bias=True),
     Case("linear-strips", (301, 400), (64, 400), bias=True),
@@ -151,6 +152,31 @@ def test_bits_do_not_depend_on_the_number_of_threads(case: Case, layout: str, dt
             torch.set_num_threads(threads)
             results.append(ops.correlation(x, z, weight, bias=bias, algorithm=algorithm, **case.arguments))
         assert all(torch.equal(results[0], d) for d in results[1:]), algorithm
+
+
+@pytest.mark.skipif(not ops.is_compiled() or ops._C.gpu == "cpu", reason="the CPU kernels are what is tested here")
+def test_long_sums_do_not_cost_precision() -> None:
+    """Of 100,000 positions, as the early layers of a network for ImageNet have them; in NCHW PyTorch adds image by image."""
+    case = Case("", (32, 256, 56, 56), (16, 256, 1, 1))
+    x, weight, _ = case.sample()
+    x.relu_()
+    z = case.forward(x, weight, None)
+    error = relative_error(ops.correlation(x, z, weight, algorithm="gram"), exact(case, x, z, weight, None))
+    assert error <= bound(case, x, z, weight, None, torch.float32)
+
+
+@pytest.mark.skipif(not ops.is_compiled() or ops._C.gpu == "cpu", reason="the CPU kernels are what is tested here")
+@pytest.mark.parametrize("case", [
+    Case("4x4", (32, 512, 4, 4), (512, 512, 3, 3), padding=1),
+    Case("4x2", (64, 256, 4, 2), (256, 256, 3, 3), padding=1),
+    Case("7x7", (32, 128, 7, 7), (128, 128, 3, 3), padding=1),
+], ids=str)  # fmt: skip
+def test_minimal_filtering_of_few_positions_is_as_exact(case: Case) -> None:
+    """Short sums have small errors in PyTorch. Where z has nothing to do with x, sums are small, too."""
+    x, weight, _ = case.sample(layout="channels_last")
+    z = torch.randn_like(case.forward(x, weight, None))
+    error = relative_error(ops.correlation(x, z, weight, padding=1, algorithm="winograd"), exact(case, x, z, weight, None))
+    assert error <= bound(case, x, z, weight, None, torch.float32)
 
 
 @pytest.mark.usefixtures("poisoned_memory")

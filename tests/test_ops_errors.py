@@ -53,7 +53,17 @@ CORRELATION_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"algorithm": "winograd", "weight": torch.randn(10, 6, 1, 1), "z": None},
         ValueError,
-        r"algorithm 'winograd' needs a 3x3 kernel, stride, dilation and groups of 1, got weight of shape \(10, 6, 1, 1\)",
+        r"algorithm 'winograd' needs a 2-d kernel of 3x3, stride, dilation and groups of 1, got weight of shape \(10, 6, 1, 1\)",
+    ),
+    *(
+        ({"algorithm": "winograd", "z": None, **change}, ValueError, rf"algorithm 'winograd' needs .*, got weight .*{got}")
+        for change, got in (
+            ({"stride": (1, 2)}, r"\(10, 6, 3, 3\), stride=\(1, 2\), dilation=\(1, 1\) and groups=1"),
+            ({"dilation": 2}, r"\(10, 6, 3, 3\), stride=\(1, 1\), dilation=\(2, 2\) and groups=1"),
+            ({"groups": 2, "weight": torch.randn(10, 3, 3, 3)}, "and groups=2"),
+            ({"weight": torch.randn(4, 8, 3), "x": X[:, :, 0].transpose(1, 2)}, r"\(4, 8, 3\), stride=\(1,\)"),
+            ({"weight": torch.randn(10, 6, 1, 3, 3), "x": X.unsqueeze(2)}, r"\(10, 6, 1, 3, 3\)"),
+        )
     ),
     ({"algorithm": "gram"}, ValueError, r"algorithm 'gram' needs a kernel of size 1 or a linear layer, got .*\(10, 6, 3, 3\)"),
     ({"algorithm": "depthwise"}, ValueError, r"algorithm 'depthwise' needs groups == in_channels > 1, got .* groups=1"),

@@ -110,6 +110,18 @@ def test_peak_memory(case: Case, layout: str, dtype: torch.dtype) -> None:
         assert used <= allowed(case, algorithm, x, z, weight), algorithm
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_peak_memory_of_winograd_with_several_parts(threads: int) -> None:
+    case = Case("", (3, 40, 40, 40), (70, 40, 3, 3), padding=1)
+    torch.set_num_threads(threads)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, z, weight, _ = operands(case, "contiguous", dtype)
+        plan = cpu_tasks.winograd_plan(case, z.numel() // 70, threads)
+        assert plan["parts"] > 1
+        used = peak(lambda x=x, z=z, weight=weight: ops.correlation(x, z, weight, algorithm="winograd", padding=1))
+        assert 0.9 * allowed(case, "winograd", x, z, weight) < used <= allowed(case, "winograd", x, z, weight)
+
+
 @pytest.mark.parametrize("case", LAYERS, ids=str)
 def test_the_library_also_copies_operands_of_another_dtype(case: Case) -> None:
     x, z, weight, _ = operands(case, "contiguous", torch.float32)

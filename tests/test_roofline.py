@@ -188,8 +188,8 @@ def test_winograd_multiplies_in_tiles() -> None:
     assert cost("winograd", DENSE).flops * 9 / 4 == cost("direct", DENSE).flops  # 2 x 2, without a rest
     assert cost("winograd", DENSE, x=BF16).bytes == cost("direct", DENSE, x=BF16).bytes
     assert cost("winograd", DENSE, x=BF16).unit == "fp32"
-    image = Geometry(x=(1, 3, 4, 3), z=(1, 5, 4, 3), weight=(5, 3, 3, 3))
-    assert cost("winograd", image).flops == 2 * 2 * 24 * 15  # two of 4 x 2, the second half filled
+    odd = Geometry(x=(1, 3, 5, 3), z=(1, 5, 5, 3), weight=(5, 3, 3, 3))
+    assert cost("winograd", odd).flops == 2 * 16 * 3 * 2 * 15
     with pytest.raises(ValueError, match="needs a 3x3 kernel"):
         cost("winograd", EXPAND)
 

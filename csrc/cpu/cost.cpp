@@ -32,7 +32,7 @@ constexpr double kFinishUs = 1.9e-3;       // an element of D, from panels into 
 constexpr double kCallUs = 4;              // one GEMM through ATen
 
 // Minimal filtering: an element of x and z in the frequencies, by layout, and one of the sums from there.
-constexpr double kTransformUs[] = {0.34e-3, 0.4e-3}, kBackUs = 0.5e-3;
+constexpr double kTransformUs[] = {0.3e-3, 0.35e-3}, kBackUs = 0.5e-3;
 
 bool is_wide(const Query& q) { return q.x_kind == Kind::f64 || q.z_kind == Kind::f64; }
 
@@ -190,16 +190,15 @@ double depthwise_us(const Query& q) {
 double winograd_us(const Query& q) {
     const Geometry& g = q.geometry;
     const WinogradPlan plan = winograd_plan(g, q.threads);
-    const double frequencies = double(plan.frequencies()), tiles = double(plan.tiles) * frequencies;
+    const double tiles = double(plan.tiles * kFrequencies);
     const double rows = double(ceil_div(g.out_channels, 8) * 8), columns = double(ceil_div(g.in_channels, 32) * 32);
     const double channels = columns + double(ceil_div(g.out_channels, 32) * 32);
-    const double sums = frequencies * double(g.out_channels) * columns;
-    const double kept =
-        double(plan.parts) * sums + double((plan.apart ? q.threads : 1) * plan.blocks * kTilesAtOnce) * frequencies * channels;
-    const double passes = plan.apart ? 1 : std::ceil(double(plan.tiles) / double(plan.blocks * kTilesAtOnce)); // of all threads
-    return panels_us(q, 2 * tiles * rows * columns / 0.88) +
+    const double sums = double(kFrequencies * g.out_channels) * columns;
+    const double blocks = double((plan.apart ? q.threads : 1) * plan.blocks * kTilesAtOnce * kFrequencies) * channels;
+    const double passes = plan.apart ? 1 : std::ceil(double(plan.tiles) / double(plan.blocks * kTilesAtOnce));
+    return panels_us(q, 2 * tiles * rows * columns / 0.92) +
            (tiles * channels * kTransformUs[q.channels_last ? 0 : 1] + sums * kBackUs) / q.threads +
-           memory_us(q, kept * element_bytes(q), 5e3) + convert_us(q, x_elements(q), q.x_kind) +
+           memory_us(q, (double(plan.parts) * sums + blocks) * element_bytes(q), 5e3) + convert_us(q, x_elements(q), q.x_kind) +
            convert_us(q, z_elements(q), q.z_kind) + (passes + 1) * kCallUs;
 }
 

@@ -9,9 +9,10 @@
 namespace localsgd {
 namespace {
 
-constexpr int64_t kBlock = 32;  // rows of a Gram matrix that are finished together
-constexpr int64_t kSide = 256;  // of a block of D = W G
-constexpr int64_t kDepth = 128; // of its sums at once: three panels' worth in the first-level cache
+constexpr int64_t kBlock = 32;             // rows of a Gram matrix that are finished together
+constexpr int64_t kLongestChain = 1 << 15; // positions
+constexpr int64_t kSide = 256;             // of a block of D = W G
+constexpr int64_t kDepth = 128;            // of its sums at once: three panels' worth in the first-level cache
 
 template <typename Acc>
 struct Part {
@@ -93,7 +94,10 @@ void add_part_tiles(const Part<float>& p) {
 
 Tasks gram_tasks(const Geometry& g, int64_t threads, Unit unit) {
     const int64_t channels = g.in_per_group(), products = g.positions() * channels * channels / 2;
-    if (channels >= kWide) return {1, std::clamp<int64_t>(threads, 1, channels / 64)};
+    if (channels >= kWide) { // several parts only where a sum in one chain would cost precision
+        const int64_t most = std::clamp<int64_t>(kMostPartElements / (g.groups * channels * channels), 1, kMostParts);
+        return {std::clamp<int64_t>(g.positions() / kLongestChain, 1, most), std::clamp<int64_t>(threads, 1, channels / 64)};
+    }
     return {std::clamp<int64_t>(products / kLeastProducts, 1, most_parts(g.positions(), unit)), 1};
 }
 

@@ -8,80 +8,43 @@
 namespace localsgd {
 namespace {
 
-// Points 0, 1, -1 (, 1/2, -2) and infinity: the values of a polynomial there, and the polynomial of such values. Where that
-// takes fractions they are in kBack, which rounds once, not in kData, which does for every element.
-template <int kOutputs>
-struct Points;
-template <>
-struct Points<2> {
-    static constexpr double kData[4][4] = {{1, 0, -1, 0}, {0, 1, 1, 0}, {0, -1, 1, 0}, {0, -1, 0, 1}};
-    static constexpr double kGradient[4][2] = {{1, 0}, {1, 1}, {1, -1}, {0, 1}};
-    static constexpr double kBack[3][4] = {{1, 1. / 2, 1. / 2, 0}, {0, 1. / 2, -1. / 2, 0}, {0, 1. / 2, 1. / 2, 1}};
-};
-template <>
-struct Points<4> {
-    static constexpr double kData[6][6] = {{1, -1.5, -2, 1.5, 1, 0}, {0, -2, 1, 5, 2, 0},    {0, -2, 5, -1, -2, 0},
-                                           {0, 2, 1, -2, -1, 0},     {0, .5, -1, -.5, 1, 0}, {0, 1, -1.5, -2, 1.5, 1}};
-    static constexpr double kGradient[6][4] = {{1, 0, 0, 0},       {1, 1, 1, 1},   {1, -1, 1, -1},
-                                               {1, .5, .25, .125}, {1, -2, 4, -8}, {0, 0, 0, 1}};
-    static constexpr double kBack[3][6] = {{1, 1. / 6, 1. / 6, 16. / 15, 1. / 15, 0},
-                                           {0, 1. / 6, -1. / 6, 8. / 15, -2. / 15, 0},
-                                           {0, 1. / 6, 1. / 6, 4. / 15, 4. / 15, 1}};
-};
+// The points are 0, 1, -1 and infinity. Where the way back takes halves the transforms do not: fewer roundings.
+template <typename Acc, int kBytes>
+struct Rules {
+    using V = typename Vector<Acc, kBytes>::Type;
 
-// Which operand: x, whose tiles overlap by two rows and columns, or z.
-template <int kOutputs>
-struct Data {
-    static constexpr int kIn = kOutputs + 2, kOut = kOutputs + 2;
-    static constexpr const auto& kMatrix = Points<kOutputs>::kData;
-};
-template <int kOutputs>
-struct Gradient {
-    static constexpr int kIn = kOutputs, kOut = kOutputs + 2;
-    static constexpr const auto& kMatrix = Points<kOutputs>::kGradient;
-};
-template <int kOutputs>
-struct Back {
-    static constexpr int kIn = kOutputs + 2, kOut = 3;
-    static constexpr const auto& kMatrix = Points<kOutputs>::kBack;
-};
-
-// Row kRow of M times `in`, from column kColumn on, to be added to what `sum` holds unless nothing does yet.
-template <typename Acc, typename M, int kRow, int kColumn, bool kAdd, typename V>
-LOCALSGD_INLINE V row_of(const V (&in)[M::kIn], const V& sum) {
-    if constexpr (kColumn == M::kIn) {
-        return sum;
-    } else {
-        constexpr double factor = M::kMatrix[kRow][kColumn];
-        const V& v = in[kColumn];
-        if constexpr (factor == 0)
-            return row_of<Acc, M, kRow, kColumn + 1, kAdd>(in, sum);
-        else if constexpr (!kAdd)
-            return row_of<Acc, M, kRow, kColumn + 1, true>(in, factor == 1 ? v : v * Acc(factor));
-        else if constexpr (factor == 1)
-            return row_of<Acc, M, kRow, kColumn + 1, true>(in, sum + v);
-        else
-            return row_of<Acc, M, kRow, kColumn + 1, true>(in, sum + v * Acc(factor));
+    struct OfX { // whose tiles overlap by two rows and columns
+        static constexpr int kIn = 4;
+        static LOCALSGD_INLINE void apply(const V (&x)[4], V (&out)[4]) {
+            out[0] = x[0] - x[2];
+            out[1] = x[1] + x[2];
+            out[2] = x[2] - x[1];
+            out[3] = x[3] - x[1];
+        }
+    };
+    struct OfZ {
+        static constexpr int kIn = 2;
+        static LOCALSGD_INLINE void apply(const V (&z)[2], V (&out)[4]) {
+            out[0] = z[0];
+            out[1] = z[0] + z[1];
+            out[2] = z[0] - z[1];
+            out[3] = z[1];
+        }
+    };
+    static LOCALSGD_INLINE void back(const V (&sum)[4], V (&taps)[3]) {
+        const V even = (sum[1] + sum[2]) * Acc(0.5);
+        taps[0] = sum[0] + even;
+        taps[1] = (sum[1] - sum[2]) * Acc(0.5);
+        taps[2] = even + sum[3];
     }
-}
+};
 
-// out = M in
-template <typename Acc, typename M, int kRow = 0, typename V>
-LOCALSGD_INLINE void combine(const V (&in)[M::kIn], V (&out)[M::kOut]) {
-    out[kRow] = row_of<Acc, M, kRow, 0, false>(in, in[0]);
-    if constexpr (kRow + 1 < M::kOut) combine<Acc, M, kRow + 1>(in, out);
-}
-
-constexpr int64_t kCachedChannels = 256; // whose transforms of a block, 1.6 MB, a second-level cache holds
+constexpr int64_t kCachedChannels = 256; // whose transforms of a block, 1 MB, a second-level cache holds
 constexpr int64_t kChannels = 64;        // of a task's transforms
 constexpr int64_t kLeastBlocks = 4;      // of a part
 constexpr int64_t kFinished = 16;        // rows of D that are finished together
 constexpr int64_t kPiece = 16;           // tiles side by side that are transformed together
-constexpr int64_t kMostIn = 6;           // rows of x that a tile reads
 constexpr int64_t kMostColumns = 2 * kPiece + 2;
-
-int64_t tile_rows(const Geometry& g, const WinogradPlan& plan) { return ceil_div(g.output[1], plan.rows); }
-int64_t tile_columns(const Geometry& g) { return ceil_div(g.output[2], 2); }
 
 template <typename Acc>
 int64_t columns_in_panels(int64_t channels) {
@@ -102,36 +65,37 @@ struct Rows {
     int64_t step[kIn];
 };
 
-// Columns [0, columns) of the rows, of which only [begin, end) are not 0, to mid [kOut][kMostColumns][kLanes].
-template <typename Acc, int kBytes, typename M>
-LOCALSGD_INLINE void transform_columns(const Rows<Acc, M::kIn>& rows, int64_t columns, int64_t begin, int64_t end, Acc* mid) {
+// Columns [0, columns) of the rows, of which only [begin, end) are not 0, to mid [4][kMostColumns][kLanes].
+template <typename Acc, int kBytes, typename Rule>
+LOCALSGD_INLINE void transform_columns(const Rows<Acc, Rule::kIn>& rows, int64_t columns, int64_t begin, int64_t end,
+                                       Acc* mid) {
     using V = typename Vector<Acc, kBytes>::Type;
     constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
     const auto to = [&](int64_t i, int64_t column) -> V& {
         return *reinterpret_cast<V*>(mid + (i * kMostColumns + column) * kLanes);
     };
     for (int64_t column = 0; column < columns; ++column) {
-        V in[M::kIn], out[M::kOut];
+        V in[Rule::kIn], out[4];
         if (column < begin || column >= end) {
-            for (int i = 0; i < M::kOut; ++i) to(i, column) = V{};
+            for (int i = 0; i < 4; ++i) to(i, column) = V{};
             continue;
         }
-        for (int i = 0; i < M::kIn; ++i) in[i] = *reinterpret_cast<const V*>(rows.data[i] + column * rows.step[i]);
-        combine<Acc, M>(in, out);
-        for (int i = 0; i < M::kOut; ++i) to(i, column) = out[i];
+        for (int i = 0; i < Rule::kIn; ++i) in[i] = *reinterpret_cast<const V*>(rows.data[i] + column * rows.step[i]);
+        Rule::apply(in, out);
+        for (int i = 0; i < 4; ++i) to(i, column) = out[i];
     }
 }
 
-// The tiles' rows of `mid` to to[frequency][tile]: `frequency` elements apart, and `pitch` from tile to tile.
-template <typename Acc, int kBytes, typename M, int kRows>
+// The rows of `mid`, two columns a tile, to to[frequency][tile]: `frequency` elements apart, and `pitch` from tile to tile.
+template <typename Acc, int kBytes, typename Rule>
 LOCALSGD_INLINE void transform_tiles(const Acc* mid, int64_t tiles, Acc* to, int64_t frequency, int64_t pitch) {
     using V = typename Vector<Acc, kBytes>::Type;
     constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
-    for (int64_t i = 0; i < kRows; ++i, mid += kMostColumns * kLanes, to += 4 * frequency)
+    for (int64_t i = 0; i < 4; ++i, mid += kMostColumns * kLanes, to += 4 * frequency)
         for (int64_t t = 0; t < tiles; ++t) {
-            V in[M::kIn], out[4];
-            for (int j = 0; j < M::kIn; ++j) in[j] = *reinterpret_cast<const V*>(mid + (2 * t + j) * kLanes);
-            combine<Acc, M>(in, out);
+            V in[Rule::kIn], out[4];
+            for (int j = 0; j < Rule::kIn; ++j) in[j] = *reinterpret_cast<const V*>(mid + (2 * t + j) * kLanes);
+            Rule::apply(in, out);
             for (int j = 0; j < 4; ++j) *reinterpret_cast<V*>(to + j * frequency + t * pitch) = out[j];
         }
 }
@@ -168,36 +132,32 @@ template <typename Acc>
 struct Transform {
     PatchSource source;
     Triple output, pad; // the layer's
-    int64_t rows;       // of outputs in a tile
     int64_t channel_begin, channel_end, first, count;
     Acc* to; // [frequencies][panels][kTilesAtOnce][kPanel]
 };
 
-template <typename Acc, int kBytes, int kOutputs, template <int> typename Operand>
+template <typename Acc, int kBytes, typename Rule>
 LOCALSGD_INLINE void transform_operand(const Transform<Acc>& p) {
-    using Vertical = Operand<kOutputs>;
-    using Horizontal = Operand<2>;
     constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes, kPanel = Shape<Acc, kBytes>::kPanel;
-    constexpr bool kOverlaps = Vertical::kIn > kOutputs;
-    alignas(64) Acc mid[Vertical::kOut * kMostColumns * kLanes], staged[Vertical::kIn * kMostColumns * kLanes];
-    alignas(64) Acc scratch[kMostColumns * kLanes];
+    constexpr bool kOverlaps = Rule::kIn > 2;
+    alignas(64) Acc mid[4 * kMostColumns * kLanes], staged[Rule::kIn * kMostColumns * kLanes], scratch[kMostColumns * kLanes];
     alignas(64) static constexpr Acc kZeros[kLanes] = {};
     const PatchSource& s = p.source;
     const Geometry& g = s.geometry;
-    const int64_t columns = ceil_div(p.output[2], 2), rows = ceil_div(p.output[1], kOutputs);
+    const int64_t columns = ceil_div(p.output[2], 2), rows = ceil_div(p.output[1], 2);
     const int64_t frequency = frequency_elements<Acc>(g.in_channels);
     const bool in_place = s.kind == kKindOf<Acc> && s.strides.channel == 1;
     for (int64_t done = 0; done < p.count;) {
         const int64_t tile = p.first + done, column = tile % columns, row = tile / columns % rows,
                       image = tile / columns / rows;
         const int64_t tiles = std::min({kPiece, columns - column, p.count - done});
-        const int64_t top = row * kOutputs - (kOverlaps ? p.pad[1] : 0), left = column * 2 - (kOverlaps ? p.pad[2] : 0);
+        const int64_t top = row * 2 - (kOverlaps ? p.pad[1] : 0), left = column * 2 - (kOverlaps ? p.pad[2] : 0);
         const int64_t width = 2 * tiles + (kOverlaps ? 2 : 0);
         const int64_t begin = std::clamp<int64_t>(-left, 0, width), end = std::clamp<int64_t>(g.input[2] - left, begin, width);
         for (int64_t c = p.channel_begin; c < p.channel_end; c += kLanes) {
             const int64_t channels = std::clamp<int64_t>(g.in_channels - c, 0, kLanes);
-            Rows<Acc, Vertical::kIn> read;
-            for (int64_t i = 0; i < Vertical::kIn; ++i) {
+            Rows<Acc, Rule::kIn> read;
+            for (int64_t i = 0; i < Rule::kIn; ++i) {
                 const int64_t element = image * s.strides.batch + c * s.strides.channel + (top + i) * s.strides.space[1] +
                                         left * s.strides.space[2];
                 if (top + i < 0 || top + i >= g.input[1]) {
@@ -213,9 +173,9 @@ LOCALSGD_INLINE void transform_operand(const Transform<Acc>& p) {
                     read.step[i] = kLanes;
                 }
             }
-            transform_columns<Acc, kBytes, Vertical>(read, width, begin, end, mid);
+            transform_columns<Acc, kBytes, Rule>(read, width, begin, end, mid);
             Acc* const to = p.to + (c / kPanel * kTilesAtOnce + done) * kPanel + c % kPanel;
-            transform_tiles<Acc, kBytes, Horizontal, Vertical::kOut>(mid, tiles, to, frequency, kPanel);
+            transform_tiles<Acc, kBytes, Rule>(mid, tiles, to, frequency, kPanel);
         }
         done += tiles;
     }
@@ -223,11 +183,11 @@ LOCALSGD_INLINE void transform_operand(const Transform<Acc>& p) {
 
 template <typename Acc, int kBytes>
 LOCALSGD_INLINE void transform_x(const Transform<Acc>& p) {
-    p.rows == 4 ? transform_operand<Acc, kBytes, 4, Data>(p) : transform_operand<Acc, kBytes, 2, Data>(p);
+    transform_operand<Acc, kBytes, typename Rules<Acc, kBytes>::OfX>(p);
 }
 template <typename Acc, int kBytes>
 LOCALSGD_INLINE void transform_z(const Transform<Acc>& p) {
-    p.rows == 4 ? transform_operand<Acc, kBytes, 4, Gradient>(p) : transform_operand<Acc, kBytes, 2, Gradient>(p);
+    transform_operand<Acc, kBytes, typename Rules<Acc, kBytes>::OfZ>(p);
 }
 
 LOCALSGD_BOTH_WIDTHS(transform_x, Transform<float>, float)
@@ -262,33 +222,31 @@ LOCALSGD_BOTH_WIDTHS(multiply_frequency, Multiply<double>, double)
 
 template <typename Acc>
 struct Finish {
-    const Acc* sums;                      // of the first row: of a frequency and a panel, kMostPanel elements a row
-    int64_t part, frequency, panel;       // elements from one to the next
-    int64_t parts, rows, channels, count; // rows: of outputs in a tile; count: rows of D
+    const Acc* sums;                // of the first row: of a frequency and a panel, kMostPanel elements a row
+    int64_t part, frequency, panel; // elements from one to the next
+    int64_t parts, channels, count; // count: rows of D
     Acc* d;
     bool taps_first;
 };
 
-template <typename Acc, int kBytes, int kOutputs>
-LOCALSGD_INLINE void finish_rows(const Finish<Acc>& p) {
+template <typename Acc, int kBytes>
+LOCALSGD_INLINE void finish(const Finish<Acc>& p) {
     using V = typename Vector<Acc, kBytes>::Type;
-    using Vertical = Back<kOutputs>;
-    using Horizontal = Back<2>;
     constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes, kPanel = kMostPanel<Acc>, kAhead = 2 * kPanel;
     const auto one = [&](const Acc* from, int64_t c, Acc* d) __attribute__((always_inline)) {
         V mid[3][4], taps[3][3];
         for (int j = 0; j < 4; ++j) {
-            V in[Vertical::kIn], out[3];
-            for (int i = 0; i < Vertical::kIn; ++i) {
+            V in[4], out[3];
+            for (int i = 0; i < 4; ++i) {
                 const Acc* const sum = from + (i * 4 + j) * p.frequency;
                 in[i] = *reinterpret_cast<const V*>(sum);
                 for (int64_t part = 1; part < p.parts; ++part) in[i] += *reinterpret_cast<const V*>(sum + part * p.part);
                 __builtin_prefetch(sum + kAhead, 0, 3);
             }
-            combine<Acc, Vertical>(in, out);
+            Rules<Acc, kBytes>::back(in, out);
             for (int i = 0; i < 3; ++i) mid[i][j] = out[i];
         }
-        for (int i = 0; i < 3; ++i) combine<Acc, Horizontal>(mid[i], taps[i]);
+        for (int i = 0; i < 3; ++i) Rules<Acc, kBytes>::back(mid[i], taps[i]);
         const int64_t count = std::min(kLanes, p.channels - c);
         if (p.taps_first && count == kLanes) {
             for (int tap = 0; tap < 9; ++tap) *reinterpret_cast<V*>(d + tap * p.channels + c) = taps[tap / 3][tap % 3];
@@ -304,11 +262,6 @@ LOCALSGD_INLINE void finish_rows(const Finish<Acc>& p) {
                 one(p.sums + left / kPanel * p.panel + row * kPanel + c - left, c, p.d + row * p.channels * 9);
 }
 
-template <typename Acc, int kBytes>
-LOCALSGD_INLINE void finish(const Finish<Acc>& p) {
-    p.rows == 4 ? finish_rows<Acc, kBytes, 4>(p) : finish_rows<Acc, kBytes, 2>(p);
-}
-
 LOCALSGD_BOTH_WIDTHS(finish, Finish<float>, float)
 LOCALSGD_BOTH_WIDTHS(finish, Finish<double>, double)
 
@@ -320,31 +273,30 @@ int64_t matrix_elements(const Geometry& g) { // sums of one frequency
 } // namespace
 
 bool winograd_fits(const Geometry& g) {
-    return g.groups == 1 && g.kernel == Triple{1, 3, 3} && g.input[0] == 1 && g.output[0] == 1 && product(g.stride) == 1 &&
-           product(g.dilation) == 1;
+    return g.dims == 2 && g.groups == 1 && g.kernel == Triple{1, 3, 3} && product(g.stride) == 1 && product(g.dilation) == 1;
 }
 
 template <typename Acc>
-int64_t winograd_block_elements(const Geometry& g, const WinogradPlan& plan) {
-    return plan.frequencies() * (frequency_elements<Acc>(g.in_channels) + frequency_elements<Acc>(g.out_channels));
+int64_t winograd_block_elements(const Geometry& g) {
+    return kFrequencies * (frequency_elements<Acc>(g.in_channels) + frequency_elements<Acc>(g.out_channels));
 }
 
 template <typename Acc>
-int64_t winograd_sum_elements(const Geometry& g, const WinogradPlan& plan) {
-    return plan.frequencies() * matrix_elements<Acc>(g);
+int64_t winograd_sum_elements(const Geometry& g) {
+    return kFrequencies * matrix_elements<Acc>(g);
 }
 
 WinogradPlan winograd_plan(const Geometry& g, int64_t threads) {
     WinogradPlan plan;
-    plan.rows = ceil_div(g.output[1], 2) * 4 <= ceil_div(g.output[1], 4) * 6 ? 2 : 4;
-    plan.tiles = g.batch * tile_rows(g, plan) * tile_columns(g);
-    const int64_t blocks = ceil_div(plan.tiles, kTilesAtOnce);
-    plan.parts = std::min(
-        {kMostParts, blocks / kLeastBlocks, kMostPartElements / std::max<int64_t>(1, winograd_sum_elements<float>(g, plan))});
+    plan.wide = has_wide_registers();
+    plan.tiles = g.batch * ceil_div(g.output[1], 2) * ceil_div(g.output[2], 2);
+    const int64_t blocks = ceil_div(plan.tiles, kTilesAtOnce), sums = winograd_sum_elements<float>(g);
+    plan.parts = std::min({kMostParts, blocks / kLeastBlocks, kMostPartElements / std::max<int64_t>(1, sums)});
     plan.parts = std::max<int64_t>(1, plan.parts);
-    plan.apart = threads <= plan.parts; // what a thread transformed is then in its own cache where it is multiplied
+    plan.apart = plan.parts % threads == 0; // what a thread transformed is then in its own cache where it is multiplied
     // Fewer channels are little work between two times that all threads wait for each other.
-    const int64_t cached = (plan.apart ? 1 : threads) * kCachedChannels / std::max<int64_t>(1, g.in_channels + g.out_channels);
+    const int64_t channels = columns_in_panels<float>(g.in_channels) + columns_in_panels<float>(g.out_channels);
+    const int64_t cached = (plan.apart ? 1 : threads) * kCachedChannels / std::max<int64_t>(1, channels);
     plan.blocks = std::clamp<int64_t>(cached, 1, std::max<int64_t>(1, ceil_div(blocks, plan.parts)));
     return plan;
 }
@@ -358,20 +310,19 @@ void winograd_transform(const WinogradArgs& a, const WinogradPlan& plan, int64_t
     const Geometry& g = a.x.geometry;
     const int64_t of_z = ceil_div(g.out_channels, kChannels);
     const bool is_z = task < of_z;
-    Transform<Acc> p{
-        is_z ? a.z : a.x, g.output, g.pad, plan.rows, 0, 0, first, std::min(kTilesAtOnce, plan.tiles - first), block};
+    Transform<Acc> p{is_z ? a.z : a.x, g.output, g.pad, 0, 0, first, std::min(kTilesAtOnce, plan.tiles - first), block};
     p.channel_begin = (is_z ? task : task - of_z) * kChannels;
     p.channel_end = std::min(p.channel_begin + kChannels, columns_in_panels<Acc>(p.source.geometry.in_channels));
-    if (!is_z) p.to += plan.frequencies() * frequency_elements<Acc>(g.out_channels);
-    if (has_wide_registers())
+    if (!is_z) p.to += kFrequencies * frequency_elements<Acc>(g.out_channels);
+    if (plan.wide)
         is_z ? transform_z_wide(p) : transform_x_wide(p);
     else
         is_z ? transform_z_narrow(p) : transform_x_narrow(p);
 }
 
 template <typename Acc>
-int64_t winograd_products(const Geometry& g, const WinogradPlan& plan) {
-    return plan.frequencies() * ceil_div(g.in_channels, kMostPanel<Acc>);
+int64_t winograd_products(const Geometry& g) {
+    return kFrequencies * ceil_div(g.in_channels, kMostPanel<Acc>);
 }
 
 template <typename Acc>
@@ -381,14 +332,14 @@ void winograd_multiply(const WinogradArgs& a, const WinogradPlan& plan, int64_t 
     const int64_t panels = ceil_div(g.in_channels, kMostPanel<Acc>), frequency = task / panels, panel = task % panels;
     const int64_t of_z = frequency_elements<Acc>(g.out_channels), of_x = frequency_elements<Acc>(g.in_channels);
     const Multiply<Acc> p{blocks + frequency * of_z,
-                          blocks + plan.frequencies() * of_z + frequency * of_x,
-                          winograd_block_elements<Acc>(g, plan),
+                          blocks + kFrequencies * of_z + frequency * of_x,
+                          winograd_block_elements<Acc>(g),
                           count,
                           g.out_channels,
                           panel * kMostPanel<Acc>,
                           add,
                           sums + frequency * matrix_elements<Acc>(g) + panel * g.out_channels * kMostPanel<Acc>};
-    has_wide_registers() ? multiply_frequency_wide(p) : multiply_frequency_narrow(p);
+    plan.wide ? multiply_frequency_wide(p) : multiply_frequency_narrow(p);
 }
 
 int64_t winograd_finishes(const Geometry& g) { return ceil_div(g.out_channels, kFinished); }
@@ -397,23 +348,22 @@ template <typename Acc>
 void winograd_finish(const Geometry& g, const WinogradPlan& plan, int64_t task, const Acc* sums, Acc* d, bool taps_first) {
     const int64_t row = task * kFinished;
     const Finish<Acc> p{sums + row * kMostPanel<Acc>,
-                        winograd_sum_elements<Acc>(g, plan),
+                        winograd_sum_elements<Acc>(g),
                         matrix_elements<Acc>(g),
                         g.out_channels * kMostPanel<Acc>,
                         plan.parts,
-                        plan.rows,
                         g.in_channels,
                         std::min(kFinished, g.out_channels - row),
                         d + row * g.in_channels * 9,
                         taps_first};
-    has_wide_registers() ? finish_wide(p) : finish_narrow(p);
+    plan.wide ? finish_wide(p) : finish_narrow(p);
 }
 
 #define LOCALSGD_WINOGRAD(Acc)                                                                                                \
-    template int64_t winograd_block_elements<Acc>(const Geometry&, const WinogradPlan&);                                      \
-    template int64_t winograd_sum_elements<Acc>(const Geometry&, const WinogradPlan&);                                        \
+    template int64_t winograd_block_elements<Acc>(const Geometry&);                                                           \
+    template int64_t winograd_sum_elements<Acc>(const Geometry&);                                                             \
     template void winograd_transform<Acc>(const WinogradArgs&, const WinogradPlan&, int64_t, int64_t, Acc*);                  \
-    template int64_t winograd_products<Acc>(const Geometry&, const WinogradPlan&);                                            \
+    template int64_t winograd_products<Acc>(const Geometry&);                                                                 \
     template void winograd_multiply<Acc>(const WinogradArgs&, const WinogradPlan&, int64_t, int64_t, const Acc*, bool, Acc*); \
     template void winograd_finish<Acc>(const Geometry&, const WinogradPlan&, int64_t, const Acc*, Acc*, bool);
 LOCALSGD_WINOGRAD(float)

@@ -18,9 +18,10 @@ struct Core {
     double channels_last[2], channels_first[2], pointwise_first; // the last: of kernel size 1, channels first
     double depthwise_cached[2], depthwise_bytes_per_us[2];       // channels_last, channels first
     double cached_bytes;
+    double tiny; // how much faster they are where images are tiny
 };
-constexpr Core kAvx2{88e3, 85e3, {0.65, 0.65}, {0.85, 0.85}, 1, {11.5e3, 11.5e3}, {6e3, 6e3}, 16e6};
-constexpr Core kAvx512{190e3, 178e3, {0.97, 0.7}, {0.9, 0.72}, 0.84, {13.5e3, 5e3}, {8e3, 3e3}, 40e6};
+constexpr Core kAvx2{88e3, 85e3, {0.65, 0.65}, {0.85, 0.85}, 1, {11.5e3, 11.5e3}, {6e3, 6e3}, 16e6, 1};
+constexpr Core kAvx512{190e3, 178e3, {0.97, 0.7}, {0.9, 0.72}, 0.84, {13.5e3, 5e3}, {8e3, 3e3}, 40e6, 1.3};
 const Core& core(const Query& q) { return q.cpu.wide ? kAvx512 : kAvx2; }
 
 constexpr double kStreamBytesPerUs = 40e3; // operands of a GEMM, mostly hidden behind it
@@ -166,13 +167,20 @@ double direct_us(const Query& q) {
            pack_us(q, 1, rows, image, 1, q.z_kind) + double(g.out_channels) * patch * kFinishUs / q.threads + 2 * kCallUs;
 }
 
+bool fits_a_cache(const Query& q) { return operand_bytes(q) <= core(q).cached_bytes; }
+bool tiny(const Geometry& g) { return g.image_positions() < 64; }
+
 double depthwise_us(const Query& q) {
     const Geometry& g = q.geometry;
     // The sums of nine taps fit into registers.
     const double taps = g.taps() > 9 ? double(g.taps()) / 6 : 1;
     double convert = convert_us(q, x_elements(q), q.x_kind) + convert_us(q, z_elements(q), q.z_kind);
     if (q.channels_last && g.out_per_group() == 1)
-        return taps * memory_us(q, operand_bytes(q), strided(g) ? 11e3 : 14e3) + convert + 2 * kCallUs;
+        return taps * memory_us(q, operand_bytes(q),
+                                !strided(g)       ? 14e3
+                                : fits_a_cache(q) ? 16e3
+                                                  : 11e3) +
+               convert + 2 * kCallUs;
     const double x_planes = double(g.batch * g.in_channels * g.input[0]),
                  z_planes = double(g.batch * g.out_channels * g.output[0]);
     const double rows = x_planes * g.input[1] + z_planes * g.output[1];
@@ -180,7 +188,8 @@ double depthwise_us(const Query& q) {
     const bool strips =
         g.kernel[1] == 3 && g.kernel[2] == 3 && g.stride[1] == g.stride[2] && g.stride[2] <= 2 && g.dilation[1] == 1;
     if (strips && q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16) convert = 0; // in registers
-    const double short_runs = (z_planes * 20e-3 + rows * (strips ? 1e-3 : 2e-3)) / q.threads;
+    const double plane_us = q.cpu.wide && tiny(g) ? 35e-3 : 20e-3;
+    const double short_runs = (z_planes * plane_us + rows * (strips ? 1e-3 : 2e-3)) / q.threads;
     return taps * (strided(g) && !strips ? 1.4 : 1) * (memory_us(q, operand_bytes(q), 25e3) + short_runs) + convert +
            2 * kCallUs;
 }
@@ -225,13 +234,14 @@ double library_us(const Query& q) {
     const double order = d_bytes(q) / (g.pointwise() ? 4e3 : 1e3);
     if (g.depthwise()) {
         const double bytes = operand_bytes(q);
-        const auto& speeds = bytes > core(q).cached_bytes ? core(q).depthwise_bytes_per_us : core(q).depthwise_cached;
+        const auto& speeds = fits_a_cache(q) ? core(q).depthwise_cached : core(q).depthwise_bytes_per_us;
         // Not as fast from memory as from a cache.
         const double share = !bf16 ? 1 : on_tiles(q, true) && q.channels_last && bytes > 8e6 ? 0.4 : 0.5;
         // Other kernels than small, dense ones are not vectorised.
         const bool vectorised = g.taps() <= 9 && product(g.dilation) == 1 && slow <= 1;
-        const double sums = vectorised ? memory_us(q, bytes, speeds[q.channels_last ? 0 : 1] * share)
-                                       : wgrad_flops(g) / ((q.channels_last ? 4.5e3 : 1.6e3) * q.threads);
+        const double sums = vectorised
+                                ? memory_us(q, bytes, speeds[q.channels_last ? 0 : 1] * share * (tiny(g) ? core(q).tiny : 1))
+                                : wgrad_flops(g) / ((q.channels_last ? 4.5e3 : 1.6e3) * q.threads);
         return sums + convert + 10 * kCallUs;
     }
     const double grouped = g.groups > 1 ? 2 : 1;
@@ -245,7 +255,10 @@ double library_us(const Query& q) {
         if (!q.channels_last)
             return gemm_us(q, (g.image_positions() < 100 ? 1 : 1.06) * flops / core(q).pointwise_first) + rest + sliced +
                    blocked_us(q);
-        return gemm_us(q, g.in_channels < 64 ? flops : flops * narrow(double(g.patch())) / 0.97) + rest + sliced;
+        const double product = gemm_us(q, g.in_channels < 64 ? flops : flops * narrow(double(g.patch())) / 0.97);
+        // Few channels on either side: it waits for memory.
+        const bool waits = q.cpu.wide && !bf16 && std::min(g.in_channels, g.out_channels) < 64;
+        return (waits ? std::max(product, memory_us(q, operand_bytes(q), 8e3)) : product) + rest + sliced;
     }
     const bool apart = g.kernel == g.stride; // patches that share no element
     const auto& shares = q.channels_last ? core(q).channels_last : core(q).channels_first;

@@ -78,12 +78,12 @@ const char* algorithm_name(Algorithm algorithm) {
 
 Cpu this_cpu() {
     Cpu cpu;
-#ifdef LOCALSGD_HAS_TARGETS
-    static const bool vectors = __builtin_cpu_supports("avx512bf16");
     cpu.wide = has_wide_registers();
-    if (vectors) cpu.bf16 = Cpu::Bf16::kVectors;
+#ifdef LOCALSGD_HAS_TARGETS
+    static const bool amd = __builtin_cpu_is("amd");
+    cpu.amd = amd;
 #endif
-    if (has_tiles()) cpu.bf16 = Cpu::Bf16::kTiles;
+    cpu.bf16 = has_tiles() ? Cpu::Bf16::kTiles : has_dots() ? Cpu::Bf16::kDots : Cpu::Bf16::kEmulated;
     return cpu;
 }
 

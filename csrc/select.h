@@ -15,10 +15,11 @@ constexpr Algorithm kAlgorithms[] = {Algorithm::kGram, Algorithm::kDepthwise, Al
 
 const char* algorithm_name(Algorithm algorithm);
 
-// What a CPU multiplies fast with: oneDNN with all of it, our kernels with vectors of floats and AMX's tiles.
+// What a CPU multiplies fast with.
 struct Cpu {
-    enum class Bf16 { kEmulated, kVectors, kTiles }; // the latter two: AVX-512's and AMX's instructions
-    bool wide = false;                               // registers of 64 bytes
+    enum class Bf16 { kEmulated, kDots, kTiles }; // the latter two: AVX-512's and AMX's instructions
+    bool wide = false;                            // registers of 64 bytes
+    bool amd = false;                             // MKL keeps to AVX2 there
     Bf16 bf16 = Bf16::kEmulated;
 };
 Cpu this_cpu();

@@ -17,8 +17,10 @@ def columns(case: Case, algorithm: str) -> int:
 def parts(case: Case, algorithm: str, positions: int) -> int:
     """Ranges of positions whose sums are added up at the end: at most 8, each of 2^22 products or more, and not so many for ``direct``
     that their sums have more than 2^20 elements. From 256 columns on one, and for ``gram`` one for each 2^15 positions, again if
-    their sums are no more elements."""
+    their sums are no more elements; one for ``direct`` of fewer than 2048 positions, too."""
     wide = columns(case, algorithm)
+    if algorithm == "direct" and positions < 2048:
+        return 1
     if wide >= 256:
         return max(1, min(8, (1 << 20) // (case.groups * wide**2), positions >> 15)) if algorithm == "gram" else 1
     products = positions * (wide * wide // 2 if algorithm == "gram" else wide * case.weight[0] // case.groups)

@@ -111,6 +111,22 @@ def test_same_bits_every_run(case: Case, algorithm: str, layout: str) -> None:
         assert (again - first).abs().max().item() == 0.0
 
 
+@pytest.mark.skipif(not ops.is_compiled() or ops._C.gpu == "cpu", reason="the CPU kernels are what is tested here")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("algorithm", ["direct", "gram"])
+def test_long_sums_are_as_precise_as_pytorch_s(algorithm: str, layout: str) -> None:
+    """Few channels at 401,408 positions, of images that lie together or apart: BLAS alone would sum in one chain."""
+    case = Case("long", (2, 16, 448, 448), (24, 16, 1, 1))
+    x, z, weight, _ = operands(case, torch.float32, torch.float32, layout)
+    expected = torch.einsum("nkpq,ncpq->kc", z.double(), x.double())[:, :, None, None]
+
+    def error(d: Tensor) -> float:
+        return float((d - expected).norm() / expected.norm())
+
+    theirs = error(ops.correlation(x, z, weight, algorithm="library"))
+    assert error(ops.correlation(x, z, weight, algorithm=algorithm, z_is_output=True)) <= 2 * theirs
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.depthwise], ids=str)
 def test_depthwise_bits_do_not_depend_on_the_number_of_threads(case: Case, layout: str) -> None:

@@ -68,11 +68,14 @@ def allowed(case: Case, algorithm: str, x: Tensor, z: Tensor, weight: Tensor) ->
     images_apart = case.dims > 0 and x.stride(1) != 1 and case.x[0] > 1
     if algorithm == "gram":
         gram_and_sums = case.groups * case.weight[1] * (case.weight[1] + case.bias)
-        elements = cpu_tasks.parts(case, algorithm, positions) * gram_and_sums + d + (d if z.dtype != weight.dtype else 0)
+        rows_of_d = min(256, case.weight[0] // case.groups) * -(-case.weight[1] // 32) * 32
+        elements = cpu_tasks.parts(case, algorithm, positions) * gram_and_sums + d + rows_of_d
+        elements += d if z.dtype != weight.dtype else 0
     elif algorithm == "direct":
         matrices = case.pointwise and case.stride == 1 and z.dtype == weight.dtype
         if matrices and not (images_apart and positions // case.x[0] < 256):
-            elements = d
+            parts = max(1, min(8, positions // 8192, (1 << 20) // d))
+            elements = d + (parts * d if parts > 1 else 0)
         else:
             elements = d + cpu_tasks.parts(case, algorithm, positions) * cpu_tasks.panels(case)
     elif algorithm == "winograd":

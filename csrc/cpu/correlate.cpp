@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <utility>
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/bmm.h>
@@ -29,22 +30,31 @@ PatchSource source_of(const at::Tensor& tensor, const Geometry& geometry) {
 
 at::TensorOptions accumulator(const Layer& layer) { return at::TensorOptions().dtype(layer.accumulate); }
 
-// D = Z^T X by BLAS, over spans of positions that both operands show as matrices.
+// D = Z^T X by BLAS, over spans of positions that both operands show as matrices. Long chains of additions cost precision: many
+// positions have sums in parts.
 at::Tensor product_of_views(const Layer& layer, const Views& x, const Views& z, int64_t span) {
-    constexpr int64_t kLongest = int64_t{1} << 16; // long chains of additions cost precision
+    constexpr int64_t kLeastOfPart = 8192;
     const Geometry& g = layer.geometry;
-    const int64_t positions = g.positions();
-    at::Tensor d;
+    const int64_t positions = g.positions(), most = kMostPartElements / (g.out_channels * g.in_per_group());
+    const int64_t parts = std::clamp<int64_t>(std::min(positions / kLeastOfPart, most), 1, kMostParts);
+    const int64_t longest = ceil_div(positions, parts);
+    const at::Tensor sums = at::empty({parts, g.groups, g.out_per_group(), g.in_per_group()}, accumulator(layer));
+    int64_t used = 0; // of the parts
     for (int64_t begin = 0; begin < positions; begin += span)
-        for (int64_t first = begin; first < std::min(begin + span, positions); first += kLongest) {
-            const int64_t count = std::min({kLongest, begin + span - first, positions - first});
+        for (int64_t first = begin, end = std::min(begin + span, positions); first < end; first += longest) {
+            const int64_t count = std::min(longest, end - first);
             const at::Tensor a = z.at(first, count).transpose(1, 2), b = x.at(first, count);
-            if (g.groups > 1)
-                d.defined() ? d.baddbmm_(a, b) : d = at::bmm(a, b);
-            else
-                d.defined() ? d.addmm_(a.select(0, 0), b.select(0, 0)) : d = at::mm(a.select(0, 0), b.select(0, 0));
+            at::Tensor d = sums.select(0, first / longest);
+            const bool add = first / longest < used;
+            used = first / longest + 1;
+            if (g.groups > 1) {
+                add ? d.baddbmm_(a, b) : at::bmm_out(d, a, b);
+            } else {
+                d = d.select(0, 0);
+                add ? d.addmm_(a.select(0, 0), b.select(0, 0)) : at::mm_out(d, a.select(0, 0), b.select(0, 0));
+            }
         }
-    return d.view(layer.weight.sizes());
+    return (used == 1 ? sums.select(0, 0) : sums.narrow(0, 0, used).sum(0)).view(layer.weight.sizes());
 }
 
 template <typename Acc>
@@ -190,11 +200,33 @@ struct Grams {
     at::Tensor sums;     // [groups, 1, C/groups] of X's columns, where there is a bias
 };
 
+// W G as a correlation whose positions are the rows of G and of W^T: unlike BLAS, the same bits with any number of threads. A
+// few rows of D at a time, as they are made apart from it.
+template <typename Acc>
+void product_into(const at::Tensor& w, const at::Tensor& gram, const at::Tensor& d) { // [K, C], [C, C], [K, C]
+    constexpr int64_t kRows = 256;
+    const int64_t in = w.size(1);
+    for (int64_t first = 0; first < w.size(0); first += kRows) {
+        Geometry g;
+        g.in_channels = in;
+        g.out_channels = std::min(kRows, w.size(0) - first);
+        g.input[2] = g.output[2] = in;
+        direct_into<Acc>({{gram.const_data_ptr<Acc>(), kKindOf<Acc>, g, {0, 1, {0, 0, in}}},
+                          {w.const_data_ptr<Acc>() + first * in, kKindOf<Acc>, output_geometry(g), {0, in, {0, 0, 1}}}},
+                         d.narrow(0, first, g.out_channels));
+    }
+}
+
 // W G for each group. `w` is given away: no copy of another dtype need live beside it.
 at::Tensor weighted(const Geometry& g, at::Tensor w, const at::Tensor& grams) {
     if (kind_of(w) != Kind::bf16 || grams.scalar_type() != at::kFloat || !has_tiles()) {
-        w = w.to(grams.scalar_type());
-        return at::bmm(w, grams);
+        w = w.to(grams.scalar_type()).contiguous();
+        const at::Tensor d = at::empty(w.sizes(), w.options());
+        for (int64_t group = 0; group < w.size(0); ++group)
+            grams.scalar_type() == at::kDouble
+                ? product_into<double>(w.select(0, group), grams.select(0, group), d.select(0, group))
+                : product_into<float>(w.select(0, group), grams.select(0, group), d.select(0, group));
+        return d;
     }
     const at::Tensor weights = w.contiguous(), d = at::empty(w.sizes(), grams.options());
     const auto* const from = static_cast<const uint16_t*>(weights.const_data_ptr());
@@ -225,26 +257,13 @@ Grams grams_of(const Layer& layer) {
 at::Tensor gram(const Layer& layer) {
     const Geometry& g = layer.geometry;
     const Grams grams = grams_of(layer);
-    at::Tensor d = weighted(g, as_forward_saw(layer.weight, layer).reshape({g.groups, g.out_per_group(), g.in_per_group()}),
-                            grams.matrices);
+    at::Tensor w = as_forward_saw(layer.weight, layer).reshape({g.groups, g.out_per_group(), g.in_per_group()});
+    at::Tensor d = weighted(g, std::move(w), grams.matrices);
     if (layer.bias) {
         const at::Tensor b = as_forward_saw(*layer.bias, layer).to(layer.accumulate).reshape({g.groups, g.out_per_group(), 1});
         d.baddbmm_(b, grams.sums);
     }
     return d.view(layer.weight.sizes());
-}
-
-// W G as a correlation whose positions are the rows of G and of W^T: unlike BLAS, the same bits with any number of threads.
-template <typename Acc>
-void product_into(const at::Tensor& w, const at::Tensor& gram, const at::Tensor& d) { // [K, C], [C, C], [K, C]
-    Geometry g;
-    g.in_channels = w.size(1);
-    g.out_channels = w.size(0);
-    g.input[2] = g.output[2] = w.size(1);
-    const int64_t in = w.size(1);
-    direct_into<Acc>({{gram.const_data_ptr<Acc>(), kKindOf<Acc>, g, {0, 1, {0, 0, in}}},
-                      {w.const_data_ptr<Acc>(), kKindOf<Acc>, output_geometry(g), {0, in, {0, 0, 1}}}},
-                     d);
 }
 
 template <typename Acc>

@@ -9,10 +9,11 @@
 namespace localsgd::cpu {
 namespace {
 
-// One core of a current x86 server, fp32, fitted to `benchmarks/kernels.py --device cpu --threads 1` on one with AVX2 and one
-// with AVX-512. Only ratios matter for the pick; `localsgd_ext.benchmark` measures instead.
+// One core of a current x86 server, fp32, fitted to `benchmarks/kernels.py --device cpu --threads 1` on one with AVX2, one with
+// AVX-512 and one of AMD's with AVX-512 (Zen 4). Only ratios matter for the pick; `localsgd_ext.benchmark` measures instead.
 struct Core {
     double blas_flops_per_us;  // a large product by BLAS
+    double blas_bytes_per_us;  // its operands, as far as they are not hidden behind it
     double panel_flops_per_us; // by a kernel on packed panels
     // oneDNN's dense convolutions with stride 1 and others, as shares of a product; depthwise ones, which wait for memory.
     double channels_last[2], channels_first[2], pointwise_first; // the last: of kernel size 1, channels first
@@ -20,11 +21,12 @@ struct Core {
     double cached_bytes;
     double tiny; // how much faster they are where images are tiny
 };
-constexpr Core kAvx2{88e3, 85e3, {0.65, 0.65}, {0.85, 0.85}, 1, {11.5e3, 11.5e3}, {6e3, 6e3}, 16e6, 1};
-constexpr Core kAvx512{190e3, 178e3, {0.97, 0.7}, {0.9, 0.72}, 0.84, {13.5e3, 5e3}, {8e3, 3e3}, 40e6, 1.3};
-const Core& core(const Query& q) { return q.cpu.wide ? kAvx512 : kAvx2; }
+constexpr Core kAvx2{88e3, 40e3, 85e3, {0.65, 0.65}, {0.85, 0.85}, 1, {11.5e3, 11.5e3}, {6e3, 6e3}, 16e6, 1};
+constexpr Core kAvx512{190e3, 40e3, 178e3, {0.97, 0.7}, {0.9, 0.72}, 0.84, {13.5e3, 5e3}, {8e3, 3e3}, 40e6, 1.3};
+constexpr Core kZen4{92e3, 13e3, 101e3, {0.97, 0.7}, {1.0, 0.85}, 0.84, {9e3, 5e3}, {9e3, 3e3}, 40e6, 0.9};
+const Core& core(const Query& q) { return !q.cpu.wide ? kAvx2 : q.cpu.amd ? kZen4 : kAvx512; }
 
-constexpr double kStreamBytesPerUs = 40e3; // operands of a GEMM, mostly hidden behind it
+constexpr double kStreamBytesPerUs = 40e3; // operands of oneDNN, mostly hidden behind its products
 constexpr double kReadBytesPerUs = 20e3;   // operands of a kernel that waits for them
 constexpr double kConvertBytesPerUs = 6e3; // conversions and transposes
 constexpr double kRunUs = 6e-3;            // a run of neighbouring elements that packing copies
@@ -89,14 +91,21 @@ bool reads_in_place(const Query& q) {
     return g.pointwise() && !strided(g) && product(g.pad) == 0;
 }
 
-// Our kernels on AMX's tiles, by the same CPU: what a product of whole tiles takes, what packing an element of an operand does
-// in either layout, and what an element of D does from panels into its place.
-constexpr double kTileFlopsPerUs = 1.35e6, kPreciseTileFlopsPerUs = 0.65e6; // the latter of W G, in three parts
+// Our kernels on AMX's tiles, by the same CPU, and by AVX-512's dot products on AMD's: what a product of whole tiles takes,
+// what packing an element of an operand does in either layout, and what an element of D does from panels into its place.
+constexpr double kTileFlopsPerUs = 1.35e6, kPreciseTileFlopsPerUs = 0.65e6,
+                 kDotFlopsPerUs = 0.2e6; // precise: of W G, in three parts
 constexpr double kTilePackUs[] = {0.22e-3, 0.3e-3}, kTileTapUs = 0.08e-3, kTileReorderUs = 0.6e-3;
 constexpr double kTileFinishUs[] = {0.9e-3, 1.5e-3};
 
-bool on_tiles(const Query& q, bool reads_z) {
-    return q.cpu.bf16 == Cpu::Bf16::kTiles && q.x_kind == Kind::bf16 && (!reads_z || q.z_kind == Kind::bf16);
+bool in_bf16(const Query& q, bool reads_z) {
+    return q.cpu.bf16 != Cpu::Bf16::kEmulated && q.x_kind == Kind::bf16 && (!reads_z || q.z_kind == Kind::bf16);
+}
+bool has_tiles(const Query& q) { return q.cpu.bf16 == Cpu::Bf16::kTiles; }
+bool on_tiles(const Query& q, bool reads_z) { return has_tiles(q) && in_bf16(q, reads_z); }
+
+double tiles_us(const Query& q, double flops) {
+    return flops / ((has_tiles(q) ? kTileFlopsPerUs : kDotFlopsPerUs) * q.threads);
 }
 
 double tiles(double size) { return std::ceil(size / 32) * 32; }
@@ -107,10 +116,9 @@ double gram_on_tiles_us(const Query& q) {
     const double flops = double(g.positions() * g.groups) * all * (all + 32);
     const bool first = !q.channels_last && g.dims > 0;
     const double product = double(g.out_channels) * c;
-    const double weighted =
-        q.z_kind == Kind::bf16 ? 6 * product * all / (kPreciseTileFlopsPerUs * q.threads) : gemm_us(q, 2 * product * c);
-    return flops / (kTileFlopsPerUs * q.threads) + weighted +
-           elements * kTilePackUs[first] * (first && strided(g) ? 2 : 1) / q.threads +
+    const double weighted = has_tiles(q) && q.z_kind == Kind::bf16 ? 6 * product * all / (kPreciseTileFlopsPerUs * q.threads)
+                                                                   : panels_us(q, 2 * product * c);
+    return tiles_us(q, flops) + weighted + elements * kTilePackUs[first] * (first && strided(g) ? 2 : 1) / q.threads +
            memory_us(q, elements * kind_size(q.x_kind), kReadBytesPerUs) + double(g.groups) * c * c * 1e-3 / q.threads +
            4 * kCallUs;
 }
@@ -128,17 +136,16 @@ double direct_on_tiles_us(const Query& q) {
     pack += first && g.pointwise() ? columns * kTilePackUs[1] : columns * narrow_runs * kTileTapUs;
     if (first && !g.pointwise()) pack += x_elements(q) * kTileReorderUs * shared;
     const double finish = double(g.out_channels) * patch * kTileFinishUs[first && !g.pointwise()];
-    return flops / (kTileFlopsPerUs * q.threads) + (pack + finish) / q.threads +
-           memory_us(q, operand_bytes(q), kReadBytesPerUs) + 2 * kCallUs;
+    return tiles_us(q, flops) + (pack + finish) / q.threads + memory_us(q, operand_bytes(q), kReadBytesPerUs) + 2 * kCallUs;
 }
 
 double gram_us(const Query& q) {
-    if (on_tiles(q, false)) return gram_on_tiles_us(q);
+    if (in_bf16(q, false)) return gram_on_tiles_us(q);
     const Geometry& g = q.geometry;
     const double c = double(g.in_per_group()), elements = double(g.positions() * g.in_channels);
     const double transpose = q.channels_last || g.dims == 0 ? 0 : elements * (strided(g) ? 0.3e-3 : 0.15e-3) / q.threads;
     return panels_us(q, elements * (c + 16)) + // panels of 16 on the diagonal
-           gemm_us(q, 2.0 * g.out_channels * c * c) + memory_us(q, elements * kind_size(q.x_kind), kReadBytesPerUs) +
+           panels_us(q, 2.0 * g.out_channels * c * c) + memory_us(q, elements * kind_size(q.x_kind), kReadBytesPerUs) +
            convert_us(q, elements, q.x_kind) + transpose + 2 * kCallUs;
 }
 
@@ -153,12 +160,13 @@ double few_rows_us(const Query& q) {
 double direct_us(const Query& q) {
     const Geometry& g = q.geometry;
     if (few_rows(g) && !is_wide(q)) return few_rows_us(q);
-    if (on_tiles(q, true)) return direct_on_tiles_us(q);
+    if (in_bf16(q, true)) return direct_on_tiles_us(q);
     const double rows = double(g.out_per_group()), patch = double(g.patch()), image = double(g.image_positions());
     const bool one_run = q.channels_last || g.dims == 0 || g.batch == 1, in_place = reads_in_place(q);
     const bool views = in_place && kind_size(q.x_kind) == element_bytes(q) && kind_size(q.z_kind) == element_bytes(q);
     if (views && rows >= 8 && (one_run || image >= 256)) // by BLAS, where x and z lie
-        return gemm_us(q, wgrad_flops(g) * narrow(rows) * narrow(patch)) + memory_us(q, operand_bytes(q), kStreamBytesPerUs) +
+        return gemm_us(q, wgrad_flops(g) * narrow(rows) * narrow(patch)) +
+               memory_us(q, operand_bytes(q), core(q).blas_bytes_per_us) +
                (one_run ? 1 : double(g.batch)) * kCallUs * double(g.groups);
     const double blocks = double(ceil_div(g.out_per_group(), 6) * 6 * ceil_div(g.patch(), 16) * 16); // whole ones of D
     const double width = in_place ? image : double(g.output[2]);
@@ -258,7 +266,7 @@ double library_us(const Query& q) {
         const double product = gemm_us(q, g.in_channels < 64 ? flops : flops * narrow(double(g.patch())) / 0.97);
         // Few channels on either side: it waits for memory.
         const bool waits = q.cpu.wide && !bf16 && std::min(g.in_channels, g.out_channels) < 64;
-        return (waits ? std::max(product, memory_us(q, operand_bytes(q), 8e3)) : product) + rest + sliced;
+        return (waits ? std::max(product, memory_us(q, operand_bytes(q), q.cpu.amd ? 12e3 : 8e3)) : product) + rest + sliced;
     }
     const bool apart = g.kernel == g.stride; // patches that share no element
     const auto& shares = q.channels_last ? core(q).channels_last : core(q).channels_first;

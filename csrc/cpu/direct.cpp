@@ -8,8 +8,9 @@
 namespace localsgd {
 namespace {
 
-constexpr int64_t kChunk = 512; // columns of X in the cache at once
-constexpr int64_t kBlock = 8;   // rows of D that are finished together
+constexpr int64_t kChunk = 512;  // columns of X in the cache at once
+constexpr int64_t kBlock = 8;    // rows of D that are finished together
+constexpr int64_t kShort = 2048; // positions, for which several sums of each element of D would cost more than they share out
 
 template <typename Acc>
 struct Part {
@@ -56,17 +57,18 @@ LOCALSGD_INLINE void add_part(const Part<Acc>& p) {
 LOCALSGD_BOTH_WIDTHS(add_part, Part<float>, float)
 LOCALSGD_BOTH_WIDTHS(add_part, Part<double>, double)
 
-void add_part_tiles(const Part<float>& p) {
+void add_part_tiles(const Part<float>& p, Unit by) {
     static_assert(kMostPanel<float> == kTileColumns);
     const PatchSource& of_z = p.args.z;
     ChannelsLast inputs(p.args.x);
     const int64_t rows = of_z.geometry.in_per_group();
     const Tiles z(rows), x(std::min(kChunk, p.column_end - p.column_begin));
-    const TileUnit unit;
+    const TileUnit unit(by);
+    const Form packed = packed_form(of_z), left = unit.reads_left(packed) ? packed : Form::kColumns;
     for (int64_t first = p.first; first < p.end; first += kTilePositions) {
         const int64_t count = std::min(kTilePositions, p.end - first);
         pack_tiles(of_z, z, 0, rows, first, count);
-        if (packed_form(of_z) == Form::kPairs) transpose_tiles(z, z, rows, count);
+        if (left != packed) transpose_tiles(z, z, rows, count);
         const PatchSource of_x = inputs.useful() ? inputs.of(first, count) : p.args.x;
         for (int64_t begin = p.column_begin; begin < p.column_end; begin += kChunk) {
             const int64_t columns = std::min(kChunk, p.column_end - begin);
@@ -74,9 +76,9 @@ void add_part_tiles(const Part<float>& p) {
             if (packed_form(of_x) == Form::kColumns) transpose_tiles(x, x, columns, count);
             for (int64_t column = 0; column < columns; column += kTileColumns)
                 for (int64_t row = 0; row < rows; row += kTileColumns)
-                    multiply_tiles(z.panel(row), {{x.panel(column)}}, count,
-                                   {p.d + place<float>(rows, row, begin + column), kTileColumns,
-                                    std::min(kTileColumns, rows - row), kTileColumns, first > p.first});
+                    unit.multiply(z.panel(row), left, {{x.panel(column)}}, count,
+                                  {p.d + place<float>(rows, row, begin + column), kTileColumns,
+                                   std::min(kTileColumns, rows - row), kTileColumns, first > p.first});
         }
     }
 }
@@ -96,7 +98,8 @@ int64_t direct_elements(const Geometry& g) {
 
 Tasks direct_tasks(const Geometry& g, int64_t threads, Unit unit) {
     const int64_t products = g.positions() * g.out_per_group() * g.patch();
-    if (g.patch() >= kWide) return {1, std::clamp<int64_t>(threads, 1, g.patch() / 64)};
+    if (g.patch() >= kWide || g.positions() < kShort)
+        return {1, std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, g.patch() / 64))};
     const int64_t most = std::clamp<int64_t>(kMostPartElements / direct_elements<float>(g), 1, most_parts(g.positions(), unit));
     return {std::clamp<int64_t>(products / kLeastProducts, 1, most), 1};
 }
@@ -118,7 +121,7 @@ void direct_part(const DirectArgs& a, const Tasks& tasks, int64_t task, Acc* par
     const int64_t rows = g.out_per_group();
     p.d = partials + matrix * padded<Acc>(g);
     if constexpr (sizeof(Acc) == sizeof(float))
-        if (unit == Unit::kTiles && p.first < p.end) return add_part_tiles(p);
+        if (only_bf16(unit) && p.first < p.end) return add_part_tiles(p, unit);
     std::fill(p.d + p.column_begin * rows, p.d + ceil_div(p.column_end, kMostPanel<Acc>) * kMostPanel<Acc> * rows, Acc(0));
     unit == Unit::kWide ? add_part_wide(p) : add_part_narrow(p);
 }

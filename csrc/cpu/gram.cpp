@@ -70,21 +70,21 @@ LOCALSGD_INLINE void add_part(const Part<Acc>& p) {
 LOCALSGD_BOTH_WIDTHS(add_part, Part<float>, float)
 LOCALSGD_BOTH_WIDTHS(add_part, Part<double>, double)
 
-void add_part_tiles(const Part<float>& p) {
-    const Tiles columns(p.row_end), pairs(p.row_end);
-    const bool in_pairs = packed_form(p.x) == Form::kPairs;
-    const Tiles &packed = in_pairs ? pairs : columns, &transposed = in_pairs ? columns : pairs;
+void add_part_tiles(const Part<float>& p, Unit by) {
+    const TileUnit unit(by);
+    const bool in_pairs = packed_form(p.x) == Form::kPairs, once = in_pairs && unit.reads_left(Form::kPairs);
+    const Tiles pairs(p.row_end), columns(once ? 0 : p.row_end);
+    const Tiles &packed = in_pairs ? pairs : columns, &transposed = in_pairs ? columns : pairs, &left = once ? pairs : columns;
     const int64_t channels = p.x.geometry.in_per_group();
-    const TileUnit unit;
     for (int64_t first = p.first; first < p.end; first += kTilePositions) {
         const int64_t count = std::min(kTilePositions, p.end - first);
         pack_tiles(p.x, packed, 0, p.row_end, first, count);
-        transpose_tiles(packed, transposed, p.row_end, count);
+        if (!once) transpose_tiles(packed, transposed, p.row_end, count);
         for (int64_t column = 0; column < p.row_end; column += kTileColumns)
             for (int64_t row = std::max(column, p.row_begin); row < p.row_end; row += kTileColumns)
-                multiply_tiles(columns.panel(row), {{pairs.panel(column)}}, count,
-                               {p.gram + row * channels + column, channels, std::min(kTileColumns, p.row_end - row),
-                                std::min(kTileColumns, p.row_end - column), first > p.first});
+                unit.multiply(left.panel(row), once ? Form::kPairs : Form::kColumns, {{pairs.panel(column)}}, count,
+                              {p.gram + row * channels + column, channels, std::min(kTileColumns, p.row_end - row),
+                               std::min(kTileColumns, p.row_end - column), first > p.first});
         for (int64_t c = p.row_begin; p.sums && c < p.row_end; c += 16)
             sum_tiles(pairs.panel(c), count, p.sums + c, std::min<int64_t>(16, p.row_end - c));
     }
@@ -123,7 +123,7 @@ void gram_part(const PatchSource& x, const Tasks& tasks, int64_t task, Acc* part
         std::fill(p.sums + p.row_begin, p.sums + p.row_end, Acc(0));
     }
     if constexpr (sizeof(Acc) == sizeof(float))
-        if (unit == Unit::kTiles && p.first < p.end) return add_part_tiles(p);
+        if (only_bf16(unit) && p.first < p.end) return add_part_tiles(p, unit);
     std::fill(p.gram + p.row_begin * channels, p.gram + p.row_end * channels, Acc(0));
     unit == Unit::kWide ? add_part_wide(p) : add_part_narrow(p);
 }
@@ -183,7 +183,7 @@ void gram_product(const Geometry& g, const uint16_t* weight, const float* gram, 
     w.geometry.input[2] = w.geometry.output[2] = channels;
     const Tiles packed(rows);
     const std::array<Tiles, 3> thirds{Tiles(columns), Tiles(columns), Tiles(columns)};
-    const TileUnit unit;
+    const TileUnit unit(Unit::kTiles);
     for (int64_t first = 0; first < channels; first += kDepth) {
         const int64_t count = std::min(kDepth, channels - first);
         pack_tiles(w, packed, 0, rows, first, count);
@@ -191,10 +191,10 @@ void gram_product(const Geometry& g, const uint16_t* weight, const float* gram, 
         pack_thirds(gram + (group * channels + first) * channels + left, channels, count, columns, thirds);
         for (int64_t column = 0; column < columns; column += kTileColumns)
             for (int64_t row = 0; row < rows; row += kTileColumns)
-                multiply_tiles(packed.panel(row), {{thirds[0].panel(column), thirds[1].panel(column), thirds[2].panel(column)}},
-                               count,
-                               {d + (group * outputs + first_row + row) * channels + left + column, channels,
-                                std::min(kTileColumns, rows - row), std::min(kTileColumns, columns - column), first > 0});
+                unit.multiply(packed.panel(row), Form::kColumns,
+                              {{thirds[0].panel(column), thirds[1].panel(column), thirds[2].panel(column)}}, count,
+                              {d + (group * outputs + first_row + row) * channels + left + column, channels,
+                               std::min(kTileColumns, rows - row), std::min(kTileColumns, columns - column), first > 0});
     }
 }
 

@@ -23,6 +23,8 @@ Tiles::Tiles(int64_t columns) : memory_(ceil_div(columns, kTileColumns) * 2 * kP
 #ifdef LOCALSGD_HAS_TILES
 
 #define LOCALSGD_TILES __attribute__((target("arch=x86-64-v4,amx-tile,amx-bf16")))
+#define LOCALSGD_DOTS __attribute__((target("arch=x86-64-v4,avx512bf16")))
+#define LOCALSGD_PACKS __attribute__((target("arch=x86-64-v4")))
 
 namespace {
 
@@ -32,12 +34,12 @@ constexpr int64_t kBlock = 512; // elements: 1 KiB
 LOCALSGD_INLINE uint32_t lanes(int64_t at, int64_t count) { return static_cast<uint32_t>(((uint64_t{1} << count) - 1) << at); }
 
 // Two positions' values of `count` neighbouring columns side by side, from lane `lane` of a row of pairs on.
-LOCALSGD_TILES inline void store_pairs(const uint16_t* first, const uint16_t* second, int64_t lane, int64_t count,
+LOCALSGD_PACKS inline void store_pairs(const uint16_t* first, const uint16_t* second, int64_t lane, int64_t count,
                                        uint16_t* row) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
                                            20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const auto mask = static_cast<__mmask16>(lanes(lane, count));
-    const auto load = [&](const uint16_t* from) LOCALSGD_TILES {
+    const auto load = [&](const uint16_t* from) LOCALSGD_PACKS {
         return from ? _mm256_maskz_loadu_epi16(mask, from - lane) : _mm256_setzero_si256();
     };
     const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(load(first)), load(second), 1);
@@ -46,7 +48,7 @@ LOCALSGD_TILES inline void store_pairs(const uint16_t* first, const uint16_t* se
 
 // Columns [column, last) at the positions whose channels lie at `rows`, null for zeros: 32 positions at a time, so that lines
 // of memory of which a panel takes a half are still in the cache for the next one.
-LOCALSGD_TILES inline void pack_channels(const Tiles& to, int64_t column, int64_t last, const uint16_t* const* rows,
+LOCALSGD_PACKS inline void pack_channels(const Tiles& to, int64_t column, int64_t last, const uint16_t* const* rows,
                                          int64_t positions) {
     for (int64_t t = 0; t < positions; t += 32)
         for (int64_t c = column; c < last;) {
@@ -59,7 +61,7 @@ LOCALSGD_TILES inline void pack_channels(const Tiles& to, int64_t column, int64_
 }
 
 // Pairs of positions apart again: [positions, channels].
-LOCALSGD_TILES inline void unpack_pairs(const Tiles& pairs, int64_t positions, int64_t channels, uint16_t* to) {
+LOCALSGD_PACKS inline void unpack_pairs(const Tiles& pairs, int64_t positions, int64_t channels, uint16_t* to) {
     const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24, 22, 20,
                                            18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     for (int64_t t = 0; t < positions; t += 2, to += 2 * channels)
@@ -72,7 +74,7 @@ LOCALSGD_TILES inline void unpack_pairs(const Tiles& pairs, int64_t positions, i
 }
 
 // A column's values at the positions [at, at + run), `step` elements apart from `from` on, or zeros.
-LOCALSGD_TILES inline void pack_positions(uint16_t* row, int64_t at, int64_t run, const uint16_t* from, int64_t step) {
+LOCALSGD_PACKS inline void pack_positions(uint16_t* row, int64_t at, int64_t run, const uint16_t* from, int64_t step) {
     const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22,
                                           20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     while (run > 0) {
@@ -98,7 +100,7 @@ LOCALSGD_TILES inline void pack_positions(uint16_t* row, int64_t at, int64_t run
     }
 }
 
-LOCALSGD_TILES inline void transpose_block(const uint16_t* from, uint16_t* to) {
+LOCALSGD_PACKS inline void transpose_block(const uint16_t* from, uint16_t* to) {
     __m512i r[16], s[16];
     for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + 32 * i);
     for (int i = 0; i < 16; i += 2) {
@@ -170,6 +172,54 @@ LOCALSGD_TILES void multiply_blocks(const uint16_t* a, std::span<const uint16_t*
                        : multiply_block<1, 1>(a, b, steps, p.d, p.pitch, p.add);
 }
 
+constexpr int kDotRows = 8; // whose sums, two vectors each, fill half of the registers
+
+// d [kDotRows, 16 kVectors]: its elements `mask` of the last vector, of the first `rows`.
+template <int kVectors, Form kForm>
+LOCALSGD_DOTS inline void dot_block(const uint16_t* a, std::span<const uint16_t* const> b, int64_t steps, float* d,
+                                    int64_t pitch, int64_t rows, __mmask16 mask, bool add) {
+    constexpr int64_t kOfRow = kForm == Form::kPairs ? 2 : 32, kOfPair = kForm == Form::kPairs ? 32 : 2;
+    __m512 sum[kDotRows][kVectors];
+    for (int i = 0; i < kDotRows; ++i)
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_setzero_ps();
+    for (const uint16_t* panels : b)
+        for (int64_t step = 0; step < steps; ++step)
+            for (int64_t pair = 0; pair < 16; ++pair) {
+                const uint16_t* const left = a + step * kBlock + pair * kOfPair;
+                const uint16_t* const right = panels + step * kBlock + pair * 32;
+                __m512bh columns[kVectors];
+                for (int v = 0; v < kVectors; ++v) columns[v] = (__m512bh)_mm512_loadu_si512(right + v * Tiles::kPanelPitch);
+                for (int i = 0; i < kDotRows; ++i) {
+                    int32_t both;
+                    std::memcpy(&both, left + i * kOfRow, sizeof(both));
+                    const auto row = (__m512bh)_mm512_set1_epi32(both);
+                    for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], row, columns[v]);
+                }
+            }
+    for (int i = 0; i < kDotRows && i < rows; ++i)
+        for (int v = 0; v < kVectors; ++v) {
+            float* const to = d + i * pitch + 16 * v;
+            const __mmask16 stored = v + 1 == kVectors ? mask : 0xffff;
+            if (add) sum[i][v] = _mm512_add_ps(sum[i][v], _mm512_maskz_loadu_ps(stored, to));
+            _mm512_mask_storeu_ps(to, stored, sum[i][v]);
+        }
+}
+
+template <int kVectors, Form kForm>
+void dot_rows(const uint16_t* a, std::span<const uint16_t* const> b, int64_t steps, const TileProduct& p) {
+    const auto mask = static_cast<__mmask16>(lanes(0, p.columns - 16 * (kVectors - 1)));
+    for (int64_t row = 0; row < p.rows; row += kDotRows)
+        dot_block<kVectors, kForm>(a + row / 16 * Tiles::kPanelPitch + row % 16 * (kForm == Form::kPairs ? 2 : 32), b, steps,
+                                   p.d + row * p.pitch, p.pitch, p.rows - row, mask, p.add);
+}
+
+void dot_products(const uint16_t* a, Form form, std::span<const uint16_t* const> b, int64_t steps, const TileProduct& p) {
+    if (form == Form::kPairs)
+        p.columns > 16 ? dot_rows<2, Form::kPairs>(a, b, steps, p) : dot_rows<1, Form::kPairs>(a, b, steps, p);
+    else
+        p.columns > 16 ? dot_rows<2, Form::kColumns>(a, b, steps, p) : dot_rows<1, Form::kColumns>(a, b, steps, p);
+}
+
 LOCALSGD_TILES void set_up() {
     struct alignas(64) Configuration { // as the instruction reads it
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -198,7 +248,12 @@ bool has_tiles() {
     return yes;
 }
 
-LOCALSGD_TILES
+bool has_dots() {
+    static const bool yes = __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
+    return yes;
+}
+
+LOCALSGD_PACKS
 void pack_tiles(const PatchSource& s, const Tiles& to, int64_t begin, int64_t end, int64_t first, int64_t count) {
     const Geometry& g = s.geometry;
     const auto* const data = static_cast<const uint16_t*>(s.data);
@@ -212,18 +267,18 @@ void pack_tiles(const PatchSource& s, const Tiles& to, int64_t begin, int64_t en
         if (in_pairs) {
             std::fill(rows, rows + whole, nullptr);
             for_each_run(
-                g, s.strides, first, count, position, [](int64_t, int64_t) LOCALSGD_TILES {},
-                [&](int64_t at, int64_t run, int64_t element) LOCALSGD_TILES {
+                g, s.strides, first, count, position, [](int64_t, int64_t) LOCALSGD_PACKS {},
+                [&](int64_t at, int64_t run, int64_t element) LOCALSGD_PACKS {
                     const uint16_t* row = data + element + channel;
                     for (int64_t t = 0; t < run; ++t, row += step) rows[at + t] = row;
                 });
             pack_channels(to, column, last, rows, whole);
             continue;
         }
-        const auto zero = [&](int64_t at, int64_t run) LOCALSGD_TILES {
+        const auto zero = [&](int64_t at, int64_t run) LOCALSGD_PACKS {
             for (int64_t c = column; c < last; ++c) pack_positions(to.panel(c) + c % 16 * 32, at, run, nullptr, 1);
         };
-        for_each_run(g, s.strides, first, count, position, zero, [&](int64_t at, int64_t run, int64_t element) LOCALSGD_TILES {
+        for_each_run(g, s.strides, first, count, position, zero, [&](int64_t at, int64_t run, int64_t element) LOCALSGD_PACKS {
             const uint16_t* run_of = data + element + channel * s.strides.channel;
             for (int64_t c = column; c < last; ++c, run_of += s.strides.channel)
                 pack_positions(to.panel(c) + c % 16 * 32, at, run, run_of, step);
@@ -232,7 +287,7 @@ void pack_tiles(const PatchSource& s, const Tiles& to, int64_t begin, int64_t en
     }
 }
 
-LOCALSGD_TILES
+LOCALSGD_PACKS
 void pack_thirds(const float* from, int64_t pitch, int64_t count, int64_t columns, const std::array<Tiles, 3>& to) {
     const __m512i upper = _mm512_set1_epi32(-65536), magnitude = _mm512_set1_epi32(0x7fffffff);
     const __m512i infinity = _mm512_set1_epi32(0x7f800000), quiet = _mm512_set1_epi32(0x00400000);
@@ -259,18 +314,24 @@ void pack_thirds(const float* from, int64_t pitch, int64_t count, int64_t column
     }
 }
 
-LOCALSGD_TILES
+LOCALSGD_PACKS
 void transpose_tiles(const Tiles& from, const Tiles& to, int64_t columns, int64_t count) {
     for (int64_t column = 0; column < columns; column += 16)
         for (int64_t step = 0; step < ceil_div(count, 32); ++step)
             transpose_block(from.panel(column) + step * kBlock, to.panel(column) + step * kBlock);
 }
 
-TileUnit::TileUnit() { set_up(); }
-TileUnit::~TileUnit() { release(); }
+TileUnit::TileUnit(Unit unit) : unit_(unit) {
+    if (unit_ == Unit::kTiles) set_up();
+}
+TileUnit::~TileUnit() {
+    if (unit_ == Unit::kTiles) release();
+}
 
-void multiply_tiles(const uint16_t* a, std::span<const uint16_t* const> b, int64_t count, const TileProduct& p) {
+void TileUnit::multiply(const uint16_t* a, Form form, std::span<const uint16_t* const> b, int64_t count,
+                        const TileProduct& p) const {
     const int64_t steps = ceil_div(count, 32);
+    if (unit_ == Unit::kDots) return dot_products(a, form, b, steps, p);
     if (p.rows % 16 == 0 && p.columns % 16 == 0) return multiply_blocks(a, b, steps, p);
     alignas(64) float all[kTileColumns * kTileColumns];
     multiply_blocks(a, b, steps, {all, kTileColumns, p.rows, p.columns, false});
@@ -291,7 +352,7 @@ ChannelsLast::ChannelsLast(const PatchSource& source) : source_(source), inputs_
     merge_space(g, inputs_.strides);
 }
 
-LOCALSGD_TILES
+LOCALSGD_PACKS
 PatchSource ChannelsLast::of(int64_t first, int64_t count) {
     const Geometry& g = source_.geometry;
     const int64_t width = g.input[2];
@@ -330,7 +391,7 @@ PatchSource ChannelsLast::of(int64_t first, int64_t count) {
     return same;
 }
 
-LOCALSGD_TILES
+LOCALSGD_PACKS
 void sum_tiles(const uint16_t* pairs, int64_t count, float* sums, int64_t columns) {
     __m512 even = _mm512_setzero_ps(), odd = even;
     for (int64_t pair = 0; pair < ceil_div(count, 2); ++pair) {
@@ -346,11 +407,12 @@ void sum_tiles(const uint16_t* pairs, int64_t count, float* sums, int64_t column
 #else
 
 bool has_tiles() { return false; }
+bool has_dots() { return false; }
 void pack_tiles(const PatchSource&, const Tiles&, int64_t, int64_t, int64_t, int64_t) {}
 void transpose_tiles(const Tiles&, const Tiles&, int64_t, int64_t) {}
-TileUnit::TileUnit() = default;
+TileUnit::TileUnit(Unit unit) : unit_(unit) {}
 TileUnit::~TileUnit() = default;
-void multiply_tiles(const uint16_t*, std::span<const uint16_t* const>, int64_t, const TileProduct&) {}
+void TileUnit::multiply(const uint16_t*, Form, std::span<const uint16_t* const>, int64_t, const TileProduct&) const {}
 void pack_thirds(const float*, int64_t, int64_t, int64_t, const std::array<Tiles, 3>&) {}
 ChannelsLast::ChannelsLast(const PatchSource& source) : source_(source), inputs_(source), channels_(0), useful_(false) {}
 PatchSource ChannelsLast::of(int64_t, int64_t) { return source_; }

@@ -1,9 +1,11 @@
-// Products of bf16 matrices on AMX's tiles: exact products, summed in fp32, but for what is subnormal, which they take for 0.
+// Products of bf16 matrices on AMX's tiles, or by AVX-512's dot products of pairs: exact products, summed in fp32, but for what
+// is subnormal, which both take for 0.
 //
 // Columns of the patch matrix are packed, kTilePositions positions at a time, into panels of 16; a panel is a row of blocks of
 // 1 KiB, each 32 positions of those 16 columns, in one of two forms, of which one is the transpose of the other in elements of
 // 32 bits: [16 columns][16 pairs of positions], what a product reads as its left operand, and [16 pairs][16 columns], its
-// right one. Channels that lie side by side come in pairs of positions, positions that do in columns.
+// right one (and dot products as either). Channels that lie side by side come in pairs of positions, positions that do in
+// columns.
 #pragma once
 
 #include <algorithm>
@@ -23,12 +25,17 @@ constexpr int64_t kTileColumns = 32;    // of a product at once, and its rows
 
 // Whether this CPU has AMX with bf16 and the system lets this process use it, which is asked for here.
 bool has_tiles();
+// Whether it has AVX-512's dot products of bf16.
+bool has_dots();
 
-// What multiplies: vectors of 32 or 64 bytes, or tiles, which only bf16 fits.
-enum class Unit { kNarrow, kWide, kTiles };
+// What multiplies: vectors of 32 or 64 bytes, or dot products or tiles, which only bf16 fits.
+enum class Unit { kNarrow, kWide, kDots, kTiles };
 inline Unit unit_for(bool bf16) {
-    return bf16 && has_tiles() ? Unit::kTiles : has_wide_registers() ? Unit::kWide : Unit::kNarrow;
+    if (bf16 && has_tiles()) return Unit::kTiles;
+    if (bf16 && has_dots()) return Unit::kDots;
+    return has_wide_registers() ? Unit::kWide : Unit::kNarrow;
 }
+inline bool only_bf16(Unit unit) { return unit == Unit::kDots || unit == Unit::kTiles; }
 // Tiles take so little time for a product that several sums of each must not be added up for the sake of few positions.
 inline int64_t most_parts(int64_t positions, Unit unit) {
     return unit == Unit::kTiles ? std::clamp<int64_t>(positions / 1024, 1, kMostParts) : kMostParts;
@@ -87,23 +94,31 @@ void transpose_tiles(const Tiles& from, const Tiles& to, int64_t columns, int64_
 // Three matrices whose sum is [count, columns] of fp32, in form kPairs: each has the next 8 bits of every element.
 void pack_thirds(const float* from, int64_t pitch, int64_t count, int64_t columns, const std::array<Tiles, 3>& to);
 
-// While this lives, the calling thread's tiles are set up for products.
-class TileUnit {
-  public:
-    TileUnit();
-    ~TileUnit();
-    TileUnit(const TileUnit&) = delete;
-    TileUnit& operator=(const TileUnit&) = delete;
-};
-
 // d [rows, columns] = A^T B, or what was there and that if `add`, over `count` positions: the columns of `a` from a multiple of
-// 32 on, in form kColumns, and those of `b`, in form kPairs. At most 32 rows and columns.
+// 32 on, and those of `b`, in form kPairs. At most 32 rows and columns.
 struct TileProduct {
     float* d;
     int64_t pitch, rows, columns;
     bool add;
 };
-void multiply_tiles(const uint16_t* a, std::span<const uint16_t* const> b, int64_t count, const TileProduct& product);
+
+// Makes products by kTiles or kDots. While it lives, the calling thread's tiles are set up.
+class TileUnit {
+  public:
+    explicit TileUnit(Unit unit);
+    ~TileUnit();
+    TileUnit(const TileUnit&) = delete;
+    TileUnit& operator=(const TileUnit&) = delete;
+
+    // Whether `a` may be in this form.
+    bool reads_left(Form form) const { return unit_ == Unit::kDots || form == Form::kColumns; }
+
+    void multiply(const uint16_t* a, Form form, std::span<const uint16_t* const> b, int64_t count,
+                  const TileProduct& product) const;
+
+  private:
+    Unit unit_;
+};
 
 // sums[i] += the sum of column i of a panel in form kPairs, for its first `columns` <= 16.
 void sum_tiles(const uint16_t* pairs, int64_t count, float* sums, int64_t columns);

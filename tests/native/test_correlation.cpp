@@ -6,6 +6,7 @@
 #include "cpu/gram.h"
 #include "cpu/winograd.h"
 
+#include <string>
 #include <string_view>
 
 using namespace localsgd;
@@ -40,12 +41,10 @@ constexpr Kind kStored = sizeof(T) == 2   ? Kind::bf16
                          : sizeof(T) == 4 ? Kind::f32
                                           : Kind::f64;
 
-bool on_tiles = false;
+std::vector<Unit> tested;
 
-std::vector<Unit> units() {
-    if (on_tiles) return {Unit::kTiles};
-    return {Unit::kNarrow, Unit::kWide};
-}
+const std::vector<Unit>& units() { return tested; }
+bool bf16_alone() { return only_bf16(tested.front()); }
 
 double x_at(const Problem& p, int64_t n, int64_t c, const Triple& i) {
     const Geometry& g = p.g;
@@ -386,7 +385,7 @@ void gram_matrices() {
     const auto gram = [](int64_t batch, int64_t channels, int64_t groups, Triple input, Triple stride, Triple pad) {
         const Geometry g = test::geometry(batch, channels, groups, groups, input, {1, 1, 1}, stride, {1, 1, 1}, pad);
         check_gram<float, BFloat16>(g, 1e-5);
-        if (on_tiles) return; // only bf16 fits them
+        if (bf16_alone()) return;
         check_gram<float>(g, 1e-5);
         check_gram<double>(g, 1e-13);
     };
@@ -413,7 +412,7 @@ void implicit_gemms() {
                            Triple dilation, Triple pad) {
         const Geometry g = test::geometry(batch, in, out, groups, input, kernel, stride, dilation, pad);
         check_direct<float, BFloat16>(g, 1e-5);
-        if (on_tiles) return;
+        if (bf16_alone()) return;
         check_direct<float>(g, 1e-5);
         check_direct<double>(g, 1e-13);
     };
@@ -459,12 +458,19 @@ void minimal_filtering() {
 } // namespace
 
 int main(int argc, char** argv) {
-    on_tiles = argc > 1 && std::string_view(argv[1]) == "tiles";
-    if (on_tiles) {
-        if (!has_tiles()) return test::skip("correlation on tiles", "no AMX with bf16, or this system does not permit it");
+    const std::string_view by = argc > 1 ? argv[1] : "vectors";
+    const std::string name = "correlation by " + std::string(by);
+    if (by == "tiles") {
+        if (!has_tiles()) return test::skip(name.c_str(), "no AMX with bf16, or this system does not permit it");
+        tested = {Unit::kTiles};
         gram_products();
         long_rows_are_turned_once();
+    } else if (by == "dots") {
+        if (!has_dots()) return test::skip(name.c_str(), "no AVX-512 with bf16");
+        tested = {Unit::kDots};
+        long_rows_are_turned_once();
     } else {
+        tested = {Unit::kNarrow, Unit::kWide};
         ranges();
         merging();
         depthwise_layers();
@@ -472,5 +478,5 @@ int main(int argc, char** argv) {
     }
     gram_matrices();
     implicit_gemms();
-    return test::finish(on_tiles ? "correlation on tiles" : "correlation");
+    return test::finish(name.c_str());
 }

@@ -77,7 +77,7 @@ void what_the_cpu_multiplies_with_decides() {
     CHECK(make_plan(q).pick == Algorithm::kLibrary);
     q.x_kind = q.z_kind = Kind::bf16;
     CHECK(make_plan(q).pick == Algorithm::kDirect);
-    q.cpu.bf16 = Cpu::Bf16::kVectors;
+    q.cpu.bf16 = Cpu::Bf16::kDots;
     CHECK(make_plan(q).pick == Algorithm::kLibrary);
     q.cpu.bf16 = Cpu::Bf16::kTiles; // ours, too
     CHECK(make_plan(q).pick == Algorithm::kDirect);
@@ -96,6 +96,16 @@ void what_the_cpu_multiplies_with_decides() {
     const double one = make_plan(q_threads).candidate(Algorithm::kDirect).estimated_us;
     q_threads.threads = 8;
     CHECK(make_plan(q_threads).candidate(Algorithm::kDirect).estimated_us > one / 7); // all of them turn all of x
+}
+
+void amd_s_blas_keeps_to_avx2() {
+    Query q = query(256, 64, 56, 1);
+    q.channels_last = q.cpu.wide = true;
+    CHECK(make_plan(q).pick == Algorithm::kDirect);
+    q.cpu.amd = true; // and oneDNN does not
+    CHECK(make_plan(q).pick == Algorithm::kLibrary);
+    q.cpu.wide = false;
+    CHECK(make_plan(q).pick == Algorithm::kDirect);
 }
 
 void measurement_decides() {
@@ -129,6 +139,7 @@ int main() {
     rules();
     picks();
     what_the_cpu_multiplies_with_decides();
+    amd_s_blas_keeps_to_avx2();
     measurement_decides();
     keys();
     return test::finish("select");

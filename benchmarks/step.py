@@ -22,7 +22,7 @@ if __name__ == "__main__":  # in the place of this directory, whose modules are 
     sys.path[:1] = [str(Path(__file__).resolve().parents[1] / where) for where in (".", "tests")]
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.records import Records
 from benchmarks.step_tables import report
@@ -32,6 +32,7 @@ from benchmarks.step_variants import (
     SAMPLES,
     SETTINGS,
     VARIANTS,
+    Variant,
     calls,
     example,
     kernel,
@@ -57,7 +58,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--depths", default=",".join(map(str, FRACTIONS)), help="shares of the layers that are in the prefix")
     parser.add_argument("--batch", type=int, help="instead of each network's own")
     parser.add_argument("--image", type=int, metavar="PIXELS", help="instead of each network's own")
-    parser.add_argument("--seconds", type=float, default=30.0, help=f"of timing a row, at least {LEAST_ROUNDS} rounds")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help=f"of timing a row, at least {LEAST_ROUNDS} rounds, and of pairs"
+    )
     parser.add_argument("--threads", type=int, help="instead of as many as PyTorch takes")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--resume", action="store_true", help="go on with --out; what failed is tried again")
@@ -112,6 +115,17 @@ def hook_alone_us() -> dict[str, dict[str, float]]:
     return costs
 
 
+def over_frozen_ms(frozen: Variant, local: Variant, x: Tensor, y: Tensor, seconds: float) -> list[float]:
+    """What the local step takes longer than the frozen one, pair by pair; what comes first takes turns."""
+    differences: list[float] = []
+    begin = time.monotonic()
+    while len(differences) < LEAST_ROUNDS or time.monotonic() - begin < seconds:
+        order = (frozen, local) if len(differences) % 2 else (local, frozen)
+        taken = {variant.name: variant.step(x, y)["step"] for variant in order}
+        differences.append(1e3 * (taken["local"] - taken["frozen"]))
+    return differences
+
+
 def measured_row(args: argparse.Namespace, name: str, layout: str, fraction: float, timer: CpuTimer) -> dict[str, Any]:
     """Parity first; ``ms`` is missing where it failed."""
     setting = SETTINGS[name]
@@ -147,6 +161,8 @@ def measured_row(args: argparse.Namespace, name: str, layout: str, fraction: flo
     row["ms"] = {
         variant: {phase: 1e3 * median(step[phase] for step in steps) for phase in steps[0]} for variant, steps in times.items()
     }
+    by_name = {variant.name: variant for variant in variants}
+    row["over_frozen_ms"] = over_frozen_ms(by_name["frozen"], by_name["local"], x, y, args.seconds)
     local = [call for call in recorded if call.name in prefix]
     row["kernels_ms"] = {}
     for variant, sample in SAMPLES.items():

@@ -39,6 +39,7 @@ def test_a_run_prints_what_its_file_holds_and_goes_on(tmp_path: Path, capsys: py
         assert phases["step"] >= phases["forward"] >= phases["hooks"] >= 0
     assert {name for name, phases in row["ms"].items() if not phases["hooks"]} == {"sgd", *step_variants.BN_STATS}
     assert row["hook_us"] > 0
+    assert len(row["over_frozen_ms"]) >= 1
     assert set(row["kernel_us"]) == set(trace_layers(*_resnet()).layers[: row["boundary"]])
     assert "resnet18 8 px b2 nhwc 10/21" in printed
 
@@ -116,6 +117,32 @@ def test_verdicts() -> None:
     assert step_tables.close_sample(row(125.0, 105.0)) == "local/4"
     assert step_tables.close_sample(row(125.0, 106.0)) == "local/8"
     assert step_tables.over_kernels(row(125.0, 106.0), "local") == (25.0, 20.0)
+    paired = {**row(125.0, 106.0), "over_frozen_ms": [21.0, 90.0, 22.0]}
+    assert step_tables.over_kernels(paired, "local") == (22.0, 20.0)
+
+
+def test_the_interval_of_a_median() -> None:
+    """Of 100 values the 40th to the 61st, of which the true median is between with 95 %; of few, all."""
+    assert step_tables.median_interval([float(i) for i in reversed(range(1, 101))]) == (40.0, 61.0)
+    assert step_tables.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+
+
+def test_pairs_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    took: list[str] = []
+
+    class Fake:
+        def __init__(self, name: str, seconds: float) -> None:
+            self.name, self.seconds = name, seconds
+
+        def step(self, _x: torch.Tensor, _y: torch.Tensor) -> dict[str, float]:
+            took.append(self.name)
+            return {"step": self.seconds}
+
+    monkeypatch.setattr(step, "LEAST_ROUNDS", 2)
+    frozen: Any = Fake("frozen", 0.5)
+    local: Any = Fake("local", 0.75)
+    assert step.over_frozen_ms(frozen, local, torch.zeros(1), torch.zeros(1), 0) == [250.0, 250.0]
+    assert took == ["local", "frozen", "frozen", "local"]
 
 
 @pytest.mark.parametrize("wrong", [["--networks", "lenet"], ["--layouts", "nchw,nope"], ["--depths", "1.0"], ["--resume"]])

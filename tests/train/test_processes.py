@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,9 +195,16 @@ def test_a_directory_that_is_not_shared_is_refused(tmp_path: Path) -> None:
         trained(elsewhere, world, "sgd", 0, resume=True)
 
 
-def torchrun(out: Path, options: list[str], *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *more]
+def torchrun(
+    out: Path,
+    options: list[str],
+    *more: str,
+    first: Sequence[str] = ("--standalone", "--nproc-per-node", "2"),
+    changes: Mapping[str, str] | None = None,
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", *first, *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
+    environment |= changes or {}
     return subprocess.Popen(
         [*command, "-m", "localsgd_ext", "train", *options, "--out", str(out)],
         env=environment,
@@ -248,6 +256,42 @@ def test_one_process_killed_and_all_started_again(victim: int, tmp_path: Path, t
     assert metrics[-1]["boundary"] > 0
     assert [m["batch_size"] for m in metrics] == ([16] * 6 if victim == 0 else [16, 16, 32, 32, 32, 32])
     assert read_json(tmp_path / "disturbed" / "summary.json")["epochs"] == 6
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_process_of_the_second_node_killed(tmp_path: Path, tiny_flags: list[str]) -> None:
+    """Two torchruns that meet as on two machines, by the README's command: each restarts its own process and counts that by itself."""
+    options = [*tiny_flags, "--train-size", "960", "--epochs", "6", "--local-lr", "0.001", "--method", "local"]
+    meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-id", "job", "--rdzv-backend", "c10d"]
+    meeting += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    nodes = [
+        torchrun(tmp_path / "run", options, *meeting, "--rdzv-conf", f"is_host={host}", first=[], changes=own_store)
+        for host in ("1", "0")  # which cannot be told by the address here
+    ]
+    try:
+        deadline = time.monotonic() + 240
+        while not checkpoint.path_of(tmp_path / "run", 3).exists():
+            assert [node.poll() for node in nodes] == [None, None], [node.communicate() for node in nodes]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        (worker,) = psutil.Process(nodes[1].pid).children()
+        worker.send_signal(signal.SIGKILL)
+        outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.terminate()
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    assert sum(output.count("resuming after epoch") for output in outputs) == 1
+    whole = torchrun(tmp_path / "whole", options)
+    output, _ = whole.communicate(timeout=240)
+    assert whole.returncode == 0, output
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_another_torchrun_s_run_is_not_taken_for_this_one_s(tmp_path: Path, tiny_flags: list[str]) -> None:

@@ -94,7 +94,7 @@ bool reads_in_place(const Query& q) {
 // Our kernels on AMX's tiles, by the same CPU, and by AVX-512's dot products on AMD's: what a product of whole tiles takes,
 // what packing an element of an operand does in either layout, and what an element of D does from panels into its place.
 constexpr double kTileFlopsPerUs = 1.35e6, kPreciseTileFlopsPerUs = 0.65e6,
-                 kDotFlopsPerUs = 0.2e6; // precise: of W G, in three parts
+                 kDotFlopsPerUs = 0.175e6; // precise: of W G, in three parts
 constexpr double kTilePackUs[] = {0.22e-3, 0.3e-3}, kTileTapUs = 0.08e-3, kTileReorderUs = 0.6e-3;
 constexpr double kTileFinishUs[] = {0.9e-3, 1.5e-3};
 
@@ -195,10 +195,12 @@ double depthwise_us(const Query& q) {
     // Strips hold 3x3 taps; other kernels are swept row by row.
     const bool strips =
         g.kernel[1] == 3 && g.kernel[2] == 3 && g.stride[1] == g.stride[2] && g.stride[2] <= 2 && g.dilation[1] == 1;
-    if (strips && q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16) convert = 0; // in registers
+    const bool in_registers = strips && q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16;
+    if (in_registers) convert = 0;
+    const double slow = !q.cpu.amd ? 1 : in_registers ? 2.6 : 1.6;
     const double plane_us = q.cpu.wide && tiny(g) ? 35e-3 : 20e-3;
     const double short_runs = (z_planes * plane_us + rows * (strips ? 1e-3 : 2e-3)) / q.threads;
-    return taps * (strided(g) && !strips ? 1.4 : 1) * (memory_us(q, operand_bytes(q), 25e3) + short_runs) + convert +
+    return slow * taps * (strided(g) && !strips ? 1.4 : 1) * (memory_us(q, operand_bytes(q), 25e3) + short_runs) + convert +
            2 * kCallUs;
 }
 
@@ -234,22 +236,25 @@ double blocked_us(const Query& q) {
 double library_us(const Query& q) {
     const Geometry& g = q.geometry;
     const bool bf16 = q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16;
-    constexpr double kBf16[] = {3, 0.5, 0.22}; // times of a product, by what multiplies it
+    const bool dots = bf16 && q.cpu.bf16 == Cpu::Bf16::kDots;
+    const double kBf16[] = {3, g.pointwise() ? 0.58 : 0.5, 0.22}; // times of a product, by what multiplies it
     const double slow = bf16 ? kBf16[static_cast<int>(q.cpu.bf16)] : 1;
     // A linear layer's is the GEMM of `direct`, but for a conversion of all of x and z at once if any.
     if (g.dims == 0 && slow >= 1 && !few_rows(g)) return direct_us(q);
     const double convert = bf16 ? 0 : 2 * (convert_us(q, x_elements(q), q.x_kind) + convert_us(q, z_elements(q), q.z_kind));
-    const double order = d_bytes(q) / (g.pointwise() ? 4e3 : 1e3);
+    const double order = d_bytes(q) / (g.pointwise() ? 4e3 : dots ? 1.3e3 : 1e3);
     if (g.depthwise()) {
         const double bytes = operand_bytes(q);
         const auto& speeds = fits_a_cache(q) ? core(q).depthwise_cached : core(q).depthwise_bytes_per_us;
-        // Not as fast from memory as from a cache.
-        const double share = !bf16 ? 1 : on_tiles(q, true) && q.channels_last && bytes > 8e6 ? 0.4 : 0.5;
+        double speed = speeds[q.channels_last ? 0 : 1] * (tiny(g) ? core(q).tiny : 1);
+        if (dots && q.channels_last)
+            speed = bytes > 8e6 ? 3e3 : strided(g) ? 16e3 : 11e3;
+        else if (bf16) // not as fast from memory as from a cache
+            speed *= on_tiles(q, true) && q.channels_last && bytes > 8e6 ? 0.4 : 0.5;
         // Other kernels than small, dense ones are not vectorised.
         const bool vectorised = g.taps() <= 9 && product(g.dilation) == 1 && slow <= 1;
-        const double sums = vectorised
-                                ? memory_us(q, bytes, speeds[q.channels_last ? 0 : 1] * share * (tiny(g) ? core(q).tiny : 1))
-                                : wgrad_flops(g) / ((q.channels_last ? 4.5e3 : 1.6e3) * q.threads);
+        const double sums =
+            vectorised ? memory_us(q, bytes, speed) : wgrad_flops(g) / ((q.channels_last ? 4.5e3 : 1.6e3) * q.threads);
         return sums + convert + 10 * kCallUs;
     }
     const double grouped = g.groups > 1 ? 2 : 1;

@@ -183,21 +183,19 @@ double depthwise_us(const Query& q) {
     // The sums of nine taps fit into registers.
     const double taps = g.taps() > 9 ? double(g.taps()) / 6 : 1;
     double convert = convert_us(q, x_elements(q), q.x_kind) + convert_us(q, z_elements(q), q.z_kind);
-    if (q.channels_last && g.out_per_group() == 1)
-        return taps * memory_us(q, operand_bytes(q),
-                                !strided(g)       ? 14e3
-                                : fits_a_cache(q) ? 16e3
-                                                  : 11e3) +
-               convert + 2 * kCallUs;
+    const bool bf16 = q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16; // converted in registers
+    if (q.channels_last && g.out_per_group() == 1) {
+        const double bytes_per_us = bf16 ? (strided(g) ? 10e3 : 7e3) : !strided(g) ? 14e3 : fits_a_cache(q) ? 16e3 : 11e3;
+        return taps * memory_us(q, operand_bytes(q), bytes_per_us) + (bf16 ? 0 : convert) + 2 * kCallUs;
+    }
     const double x_planes = double(g.batch * g.in_channels * g.input[0]),
                  z_planes = double(g.batch * g.out_channels * g.output[0]);
     const double rows = x_planes * g.input[1] + z_planes * g.output[1];
     // Strips hold 3x3 taps; other kernels are swept row by row.
     const bool strips =
         g.kernel[1] == 3 && g.kernel[2] == 3 && g.stride[1] == g.stride[2] && g.stride[2] <= 2 && g.dilation[1] == 1;
-    const bool in_registers = strips && q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16;
-    if (in_registers) convert = 0;
-    const double slow = !q.cpu.amd ? 1 : in_registers ? 2.6 : 1.6;
+    if (strips && bf16) convert = 0;
+    const double slow = !q.cpu.amd ? 1 : strips && bf16 ? 2.6 : 1.6;
     const double plane_us = q.cpu.wide && tiny(g) ? 35e-3 : 20e-3;
     const double short_runs = (z_planes * plane_us + rows * (strips ? 1e-3 : 2e-3)) / q.threads;
     return slow * taps * (strided(g) && !strips ? 1.4 : 1) * (memory_us(q, operand_bytes(q), 25e3) + short_runs) + convert +

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "copy.h"
@@ -14,15 +15,15 @@ constexpr int64_t kConvertedRows = 4;   // the same where x and z are converted 
 
 // A block of channels in some rows of z and of x: element (row, pixel, channel) at row * row_stride + pixel * pixel_stride +
 // channel.
-template <typename Acc>
+template <typename T>
 struct Rows {
-    const Acc* data; // of the first row
+    const T* data; // of the first row
     int64_t row_stride, pixel_stride;
 };
 
-template <typename Acc>
+template <typename T>
 struct Band {
-    Rows<Acc> x, z;
+    Rows<T> x, z;
     int64_t first_input;  // the input row at which x begins
     int64_t first, count; // output rows
     int64_t channels;     // to sum; a vector at the end may begin before the first, where there are others
@@ -31,16 +32,15 @@ struct Band {
 };
 
 // The sums of R x S taps over an output row, for kVectors neighbouring vectors of channels.
-template <typename Acc, int kBytes, int kVectors, int R, int S>
-LOCALSGD_INLINE void row_sums(typename Vector<Acc, kBytes>::Type (&sum)[R][S][kVectors], const Geometry& g, const Acc* x,
-                              int64_t tap_row, int64_t x_pixel, const Acc* z, int64_t z_pixel, const Range* columns,
-                              int64_t s0) {
+template <typename Acc, int kBytes, int kVectors, int R, int S, typename T>
+LOCALSGD_INLINE void row_sums(typename Vector<Acc, kBytes>::Type (&sum)[R][S][kVectors], const Geometry& g, const T* x,
+                              int64_t tap_row, int64_t x_pixel, const T* z, int64_t z_pixel, const Range* columns, int64_t s0) {
     using V = typename Vector<Acc, kBytes>::Type;
     constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
     const int64_t step = g.stride[2], dilation = g.dilation[2], shift = s0 * dilation - g.pad[2];
     const Range &left = columns[0], &right = columns[S - 1];
     const int64_t begin = std::min(left.begin, g.output[2]), end = std::max(begin, std::min(left.end, right.end));
-    const auto load = [](const Acc* p) { return *reinterpret_cast<const V*>(p); };
+    const auto load = [](const T* p) __attribute__((always_inline)) { return read_vector<Acc, kBytes>(p); };
     const auto edge = [&](int64_t q) __attribute__((always_inline)) {
         for (int s = 0; s < S; ++s) {
             const int64_t column = q * step + shift + s * dilation;
@@ -51,7 +51,7 @@ LOCALSGD_INLINE void row_sums(typename Vector<Acc, kBytes>::Type (&sum)[R][S][kV
         }
     };
     for (int64_t q = 0; q < begin; ++q) edge(q);
-    const Acc* corner = x + (begin * step + shift) * x_pixel;
+    const T* corner = x + (begin * step + shift) * x_pixel;
     for (int64_t q = begin; q < end; ++q, corner += step * x_pixel)
         for (int v = 0; v < kVectors; ++v) {
             const V zv = load(z + q * z_pixel + v * kLanes);
@@ -63,8 +63,8 @@ LOCALSGD_INLINE void row_sums(typename Vector<Acc, kBytes>::Type (&sum)[R][S][kV
 }
 
 // `sums` [kernel_h * kernel_w][kBlockChannels] += those taps over an output row, for the channels from `c` to `end`.
-template <typename Acc, int kBytes, int kVectors, int R, int S>
-LOCALSGD_INLINE int64_t add_vectors(const Geometry& g, const Band<Acc>& b, const Acc* x, const Acc* z, int64_t r0, int64_t s0,
+template <typename Acc, int kBytes, int kVectors, int R, int S, typename T>
+LOCALSGD_INLINE int64_t add_vectors(const Geometry& g, const Band<T>& b, const T* x, const T* z, int64_t r0, int64_t s0,
                                     Acc* sums, int64_t c, int64_t end) {
     using V = typename Vector<Acc, kBytes>::Type;
     constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
@@ -81,9 +81,8 @@ LOCALSGD_INLINE int64_t add_vectors(const Geometry& g, const Band<Acc>& b, const
     return c;
 }
 
-template <typename Acc, int kBytes, int kVectors, int R, int S>
-LOCALSGD_INLINE void add_taps(const Geometry& g, const Band<Acc>& b, const Acc* x, const Acc* z, int64_t r0, int64_t s0,
-                              Acc* sums) {
+template <typename Acc, int kBytes, int kVectors, int R, int S, typename T>
+LOCALSGD_INLINE void add_taps(const Geometry& g, const Band<T>& b, const T* x, const T* z, int64_t r0, int64_t s0, Acc* sums) {
     using V = typename Vector<Acc, kBytes>::Type;
     constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
     const int64_t whole = b.padded ? ceil_div(b.channels, kLanes) * kLanes : b.channels;
@@ -103,10 +102,10 @@ LOCALSGD_INLINE void add_taps(const Geometry& g, const Band<Acc>& b, const Acc* 
 
 // The cache lines of a row's block of channels, in the order of their addresses, to be fetched while another row is summed:
 // sums walk through several rows and pixels at once, which hides from the hardware what they read next.
-template <typename Acc>
+template <typename T>
 struct Lines {
-    static constexpr int64_t kElements = 64 / sizeof(Acc);
-    const Acc* pixel;
+    static constexpr int64_t kElements = 64 / sizeof(T);
+    const T* pixel;
     int64_t pixel_stride, channels, channel = 0;
 
     LOCALSGD_INLINE void fetch_one() {
@@ -120,12 +119,12 @@ struct Lines {
 
 // `sums` [R * 3][kBlockChannels] += R x 3 taps at Q neighbouring pixels of z, each element of x and z loaded once. `inside`:
 // the columns of x, from the first tap's on, that exist.
-template <typename Acc, int kBytes, int R, int Q, bool kEdge>
-LOCALSGD_INLINE void add_pixels(const Acc* x, int64_t x_row, int64_t x_pixel, const Range& inside, const Acc* z,
-                                int64_t z_pixel, int64_t channels, Lines<Acc>& x_ahead, Lines<Acc>& z_ahead, Acc* sums) {
+template <typename Acc, int kBytes, int R, int Q, bool kEdge, typename T>
+LOCALSGD_INLINE void add_pixels(const T* x, int64_t x_row, int64_t x_pixel, const Range& inside, const T* z, int64_t z_pixel,
+                                int64_t channels, Lines<T>& x_ahead, Lines<T>& z_ahead, Acc* sums) {
     using V = typename Vector<Acc, kBytes>::Type;
     constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
-    const auto load = [](const Acc* p) __attribute__((always_inline)) { return *reinterpret_cast<const V*>(p); };
+    const auto load = [](const auto* p) __attribute__((always_inline)) { return read_vector<Acc, kBytes>(p); };
     const auto add = [&](int64_t c) __attribute__((always_inline)) {
         V sum[R][3], zv[Q];
 #pragma GCC unroll 16
@@ -147,7 +146,7 @@ LOCALSGD_INLINE void add_pixels(const Acc* x, int64_t x_row, int64_t x_pixel, co
     };
     int64_t c = 0;
     for (; c + kLanes <= channels; c += kLanes) {
-        if (c % Lines<Acc>::kElements == 0)
+        if (c % Lines<T>::kElements == 0)
             for (int q = 0; q < Q; ++q) x_ahead.fetch_one(), z_ahead.fetch_one();
         add(c);
     }
@@ -161,17 +160,17 @@ LOCALSGD_INLINE void add_pixels(const Acc* x, int64_t x_row, int64_t x_pixel, co
 }
 
 // The same for an output row, with steps of one pixel.
-template <typename Acc, int kBytes, int R>
-LOCALSGD_INLINE void add_row(const Geometry& g, const Band<Acc>& b, const Acc* x, const Acc* z, Acc* sums) {
+template <typename Acc, int kBytes, int R, typename T>
+LOCALSGD_INLINE void add_row(const Geometry& g, const Band<T>& b, const T* x, const T* z, Acc* sums) {
     constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes, kPixels = 4;
     const int64_t channels = b.padded ? ceil_div(b.channels, kLanes) * kLanes : b.channels, width = g.output[2];
     const int64_t x_row = g.dilation[1] * b.x.row_stride, x_pixel = b.x.pixel_stride, z_pixel = b.z.pixel_stride;
-    Lines<Acc> x_ahead{x + (R - 1) * x_row + g.stride[1] * b.x.row_stride, x_pixel, channels};
-    Lines<Acc> z_ahead{z + b.z.row_stride, z_pixel, channels};
+    Lines<T> x_ahead{x + (R - 1) * x_row + g.stride[1] * b.x.row_stride, x_pixel, channels};
+    Lines<T> z_ahead{z + b.z.row_stride, z_pixel, channels};
     for (int64_t q = 0; q < width;) {
         const int64_t column = q - g.pad[2];
         const Range inside{-column, g.input[2] - column};
-        const Acc *const corner = x + column * x_pixel, *const pixel = z + q * z_pixel;
+        const T *const corner = x + column * x_pixel, *const pixel = z + q * z_pixel;
         const bool edge = inside.begin > 0 || inside.end < kPixels + 2;
         if (q + kPixels > width)
             add_pixels<Acc, kBytes, R, 1, true>(corner, x_row, x_pixel, inside, pixel, z_pixel, channels, x_ahead, z_ahead,
@@ -186,16 +185,16 @@ LOCALSGD_INLINE void add_row(const Geometry& g, const Band<Acc>& b, const Acc* x
     }
 }
 
-template <typename Acc, int kBytes>
-LOCALSGD_INLINE void band_sums(const Geometry& g, const Band<Acc>& b, Acc* sums) {
+template <typename Acc, int kBytes, typename T>
+LOCALSGD_INLINE void band_sums(const Geometry& g, const Band<T>& b, Acc* sums) {
     const bool small = g.kernel[1] <= 3 && g.kernel[2] == 3 && g.dilation[2] == 1 && g.stride[2] == 1;
     for (int64_t row = 0; row < b.count; ++row) {
-        const Acc* z = b.z.data + row * b.z.row_stride;
+        const T* z = b.z.data + row * b.z.row_stride;
         const int64_t top = (b.first + row) * g.stride[1] - g.pad[1];
         const auto x_row = [&](int64_t r) { return b.x.data + (top + r * g.dilation[1] - b.first_input) * b.x.row_stride; };
         if (small) {
             const Range rows = valid_outputs(g.kernel[1], g.input[1], g.dilation[1], top);
-            const Acc* const x = x_row(rows.begin);
+            const T* const x = x_row(rows.begin);
             Acc* const to = sums + rows.begin * 3 * kBlockChannels;
             const int64_t count = rows.end - rows.begin;
             if (count == 3) add_row<Acc, kBytes, 3>(g, b, x, z, to);
@@ -219,18 +218,26 @@ LOCALSGD_WIDE
 void sweep_wide(const Geometry& g, const Band<float>& b, float* sums) { band_sums<float, kWideBytes>(g, b, sums); }
 LOCALSGD_WIDE
 void sweep_wide(const Geometry& g, const Band<double>& b, double* sums) { band_sums<double, kWideBytes>(g, b, sums); }
+LOCALSGD_WIDE
+void sweep_wide(const Geometry& g, const Band<BFloat16>& b, float* sums) { band_sums<float, kWideBytes>(g, b, sums); }
+LOCALSGD_NARROW
+void sweep_narrow(const Geometry& g, const Band<BFloat16>& b, float* sums) { band_sums<float, kNarrowBytes>(g, b, sums); }
 LOCALSGD_NARROW
 void sweep_narrow(const Geometry& g, const Band<float>& b, float* sums) { band_sums<float, kNarrowBytes>(g, b, sums); }
 LOCALSGD_NARROW
 void sweep_narrow(const Geometry& g, const Band<double>& b, double* sums) { band_sums<double, kNarrowBytes>(g, b, sums); }
 
-// Rows [first, first + count) of one plane, a block of channels: where they lie, or converted into `buffer`
-// [count][width][pitch], whose pitch are the channels, filled up to whole vectors.
+// Rows [first, first + count) of one plane, a block of channels, where they lie.
+template <typename T>
+Rows<T> rows_in_place(const void* data, const Strides& strides, int64_t plane, int64_t first, int64_t channel) {
+    return {static_cast<const T*>(data) + plane + first * strides.space[1] + channel, strides.space[1], strides.space[2]};
+}
+
+// The same converted into `buffer` [count][width][pitch], whose pitch are the channels, filled up to whole vectors.
 template <typename Acc>
-Rows<Acc> rows_of(const void* data, Kind kind, const Strides& strides, int64_t plane, int64_t first, int64_t count,
-                  int64_t width, int64_t channel, int64_t channels, bool convert, std::vector<Acc>& buffer) {
+Rows<Acc> converted_rows(const void* data, Kind kind, const Strides& strides, int64_t plane, int64_t first, int64_t count,
+                         int64_t width, int64_t channel, int64_t channels, std::vector<Acc>& buffer) {
     const int64_t start = plane + first * strides.space[1] + channel;
-    if (!convert) return {static_cast<const Acc*>(data) + start, strides.space[1], strides.space[2]};
     const int64_t pitch = ceil_div(channels, kMostLanes<Acc>) * kMostLanes<Acc>;
     const bool dense = channels == pitch && strides.space[2] == pitch; // pixels that lie side by side: a row is one run
     buffer.resize(std::max(buffer.size(), static_cast<size_t>(count * width * pitch)));
@@ -259,8 +266,11 @@ bool pixels_eligible(const DepthwiseArgs& a) {
     return a.geometry.out_per_group() == 1 && a.x_strides.channel == 1 && a.z_strides.channel == 1;
 }
 
-template <typename Acc>
-void depthwise_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
+namespace {
+
+// x and z of type T, or of any if that is Acc.
+template <typename Acc, typename T>
+void sum_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
     const Geometry& g = a.geometry;
     const PixelTasks tasks = pixel_tasks(g);
     const int64_t part = task / tasks.blocks, c0 = task % tasks.blocks * tasks.block_channels;
@@ -269,7 +279,8 @@ void depthwise_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
     const int64_t begin = rows * part / tasks.parts, end = rows * (part + 1) / tasks.parts;
     const int64_t plane_taps = g.kernel[1] * g.kernel[2];
     // A tensor of fewer channels than a vector has lanes cannot be read where it lies.
-    const bool convert = a.x_kind != kKindOf<Acc> || a.z_kind != kKindOf<Acc> || g.in_channels < kMostLanes<Acc>;
+    const bool convert =
+        std::is_same_v<T, Acc> && (a.x_kind != kKindOf<Acc> || a.z_kind != kKindOf<Acc> || g.in_channels < kMostLanes<Acc>);
     std::vector<Acc> x_buffer, z_buffer, memory(kMostLanes<Acc> + plane_taps * kBlockChannels);
     Acc* const sums = memory.data() + kMostLanes<Acc>; // a vector at the end of a narrow block begins before it
     std::vector<Range> columns;
@@ -285,15 +296,20 @@ void depthwise_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
         const int64_t top = std::clamp<int64_t>(p1 * g.stride[1] - g.pad[1], 0, g.input[1]);
         const int64_t bottom = std::clamp<int64_t>(
             (p1 + count - 1) * g.stride[1] - g.pad[1] + (g.kernel[1] - 1) * g.dilation[1] + 1, top, g.input[1]);
-        const Rows<Acc> z = rows_of<Acc>(a.z, a.z_kind, a.z_strides, n * a.z_strides.batch + p0 * a.z_strides.space[0], p1,
-                                         count, g.output[2], c0, channels, convert, z_buffer);
+        const auto rows_of = [&](const void* data, Kind kind, const Strides& strides, int64_t depth, int64_t row, int64_t height,
+                                 int64_t width, std::vector<Acc>& buffer) -> Rows<T> {
+            const int64_t plane = n * strides.batch + depth * strides.space[0];
+            if constexpr (std::is_same_v<T, Acc>)
+                if (convert) return converted_rows(data, kind, strides, plane, row, height, width, c0, channels, buffer);
+            return rows_in_place<T>(data, strides, plane, row, c0);
+        };
+        const Rows<T> z = rows_of(a.z, a.z_kind, a.z_strides, p0, p1, count, g.output[2], z_buffer);
         for (int64_t r = 0; r < g.kernel[0]; ++r) {
             const int64_t depth = p0 * g.stride[0] + r * g.dilation[0] - g.pad[0];
             if (depth < 0 || depth >= g.input[0] || bottom == top) continue;
-            const Rows<Acc> x = rows_of<Acc>(a.x, a.x_kind, a.x_strides, n * a.x_strides.batch + depth * a.x_strides.space[0],
-                                             top, bottom - top, g.input[2], c0, channels, convert, x_buffer);
+            const Rows<T> x = rows_of(a.x, a.x_kind, a.x_strides, depth, top, bottom - top, g.input[2], x_buffer);
             std::fill(memory.begin(), memory.end(), Acc(0));
-            const Band<Acc> band{x, z, top, p1, count, channels, convert, columns.data()};
+            const Band<T> band{x, z, top, p1, count, channels, convert, columns.data()};
             has_wide_registers() ? sweep_wide(g, band, sums) : sweep_narrow(g, band, sums);
             for (int64_t tap = 0; tap < plane_taps; ++tap)
                 for (int64_t c = 0; c < channels; ++c)
@@ -301,6 +317,17 @@ void depthwise_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
         }
         first += count;
     }
+}
+
+} // namespace
+
+template <typename Acc>
+void depthwise_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
+    if constexpr (std::is_same_v<Acc, float>) {
+        const bool bf16 = a.x_kind == Kind::bf16 && a.z_kind == Kind::bf16;
+        if (bf16 && a.geometry.in_channels >= kMostLanes<float>) return sum_pixels<float, BFloat16>(a, task, partials);
+    }
+    sum_pixels<Acc, Acc>(a, task, partials);
 }
 
 template <typename Acc>

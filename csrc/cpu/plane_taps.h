@@ -52,20 +52,6 @@ struct Sweep {
     int64_t shift(int64_t s) const { return s * g.dilation[2] - g.pad[2]; }
 };
 
-// As many elements of bf16 as a vector of kBytes has floats, and twice as many. GCC takes no size that depends on a template's.
-template <int kBytes>
-struct Bf16;
-template <>
-struct Bf16<kWideBytes> {
-    typedef uint16_t Bits __attribute__((vector_size(kWideBytes / 2), aligned(2), may_alias));
-    typedef uint32_t Wide __attribute__((vector_size(kWideBytes), aligned(2), may_alias));
-};
-template <>
-struct Bf16<kNarrowBytes> {
-    typedef uint16_t Bits __attribute__((vector_size(kNarrowBytes / 2), aligned(2), may_alias));
-    typedef uint32_t Wide __attribute__((vector_size(kNarrowBytes), aligned(2), may_alias));
-};
-
 // Vectors of the columns of a plane of T, which is Acc or bf16.
 template <typename T, typename Acc, int kBytes, int kStride>
 struct Lanes {
@@ -74,12 +60,9 @@ struct Lanes {
     static constexpr int64_t kCount = Vector<Acc, kBytes>::kLanes;
     static constexpr bool kConverts = !std::is_same_v<T, Acc>;
 
-    static LOCALSGD_INLINE V read(const Acc* p) { return *reinterpret_cast<const V*>(p); }
+    static LOCALSGD_INLINE V read(const Acc* p) { return read_vector<Acc, kBytes>(p); }
     static LOCALSGD_INLINE Mask read(const MaskElement<Acc>* p) { return *reinterpret_cast<const Mask*>(p); }
-    static LOCALSGD_INLINE V read(const BFloat16* p) {
-        const auto bits = *reinterpret_cast<const typename Bf16<kBytes>::Bits*>(p);
-        return (V)(__builtin_convertvector(bits, typename Bf16<kBytes>::Wide) << 16);
-    }
+    static LOCALSGD_INLINE V read(const BFloat16* p) { return read_vector<Acc, kBytes>(p); }
     static LOCALSGD_INLINE V read_every_other(const BFloat16* p) {
         return (V)(*reinterpret_cast<const typename Bf16<kBytes>::Wide*>(p) << 16);
     }

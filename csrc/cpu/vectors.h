@@ -33,6 +33,30 @@ constexpr int kWideBytes = 64, kNarrowBytes = 32;
 template <typename Acc>
 constexpr int64_t kMostLanes = Vector<Acc, kWideBytes>::kLanes;
 
+// As many elements of bf16 as a vector of kBytes has floats, and twice as many. GCC takes no size that depends on a template's.
+template <int kBytes>
+struct Bf16;
+template <>
+struct Bf16<kWideBytes> {
+    typedef uint16_t Bits __attribute__((vector_size(kWideBytes / 2), aligned(2), may_alias));
+    typedef uint32_t Wide __attribute__((vector_size(kWideBytes), aligned(2), may_alias));
+};
+template <>
+struct Bf16<kNarrowBytes> {
+    typedef uint16_t Bits __attribute__((vector_size(kNarrowBytes / 2), aligned(2), may_alias));
+    typedef uint32_t Wide __attribute__((vector_size(kNarrowBytes), aligned(2), may_alias));
+};
+
+template <typename Acc, int kBytes>
+LOCALSGD_INLINE typename Vector<Acc, kBytes>::Type read_vector(const Acc* p) {
+    return *reinterpret_cast<const typename Vector<Acc, kBytes>::Type*>(p);
+}
+template <typename Acc, int kBytes>
+LOCALSGD_INLINE typename Vector<Acc, kBytes>::Type read_vector(const BFloat16* p) {
+    const auto bits = *reinterpret_cast<const typename Bf16<kBytes>::Bits*>(p);
+    return (typename Vector<Acc, kBytes>::Type)(__builtin_convertvector(bits, typename Bf16<kBytes>::Wide) << 16);
+}
+
 #ifdef LOCALSGD_HAS_TARGETS
 #define LOCALSGD_WIDE __attribute__((target("arch=x86-64-v4")))
 #define LOCALSGD_NARROW __attribute__((target_clones("arch=x86-64-v3", "default")))

@@ -117,7 +117,7 @@ double gram_on_tiles_us(const Query& q) {
     const bool first = !q.channels_last && g.dims > 0;
     const double product = double(g.out_channels) * c;
     const double weighted = has_tiles(q) && q.z_kind == Kind::bf16 ? 6 * product * all / (kPreciseTileFlopsPerUs * q.threads)
-                                                                   : panels_us(q, 2 * product * c);
+                                                                   : panels_us(q, 2 * product * c / 0.8);
     return tiles_us(q, flops) + weighted + elements * kTilePackUs[first] * (first && strided(g) ? 2 : 1) / q.threads +
            memory_us(q, elements * kind_size(q.x_kind), kReadBytesPerUs) + double(g.groups) * c * c * 1e-3 / q.threads +
            4 * kCallUs;
@@ -213,7 +213,9 @@ double winograd_us(const Query& q) {
     const double sums = double(kFrequencies * g.out_channels) * columns;
     const double blocks = double((plan.apart ? q.threads : 1) * plan.blocks * kTilesAtOnce * kFrequencies) * channels;
     const double passes = plan.apart ? 1 : std::ceil(double(plan.tiles) / double(plan.blocks * kTilesAtOnce));
-    return panels_us(q, 2 * tiles * rows * columns / 0.92) +
+    // bf16 is converted on the way, which takes more of an AMD CPU.
+    const double share = q.cpu.amd && q.x_kind == Kind::bf16 ? 0.75 : 0.92;
+    return panels_us(q, 2 * tiles * rows * columns / share) +
            (tiles * channels * kTransformUs[q.channels_last ? 0 : 1] + sums * kBackUs) / q.threads +
            memory_us(q, (double(plan.parts) * sums + blocks) * element_bytes(q), 5e3) + convert_us(q, x_elements(q), q.x_kind) +
            convert_us(q, z_elements(q), q.z_kind) + (passes + 1) * kCallUs;
@@ -257,8 +259,10 @@ double library_us(const Query& q) {
     }
     const double grouped = g.groups > 1 ? 2 : 1;
     const bool on_units = on_tiles(q, true); // so fast that little hides behind products
-    const double flops =
-        wgrad_flops(g) * slow * grouped * narrow(double(g.out_per_group())) * (on_units ? g.in_per_group() < 8 ? 2.6 : 1.3 : 1);
+    const double flops = wgrad_flops(g) * slow * grouped * narrow(double(g.out_per_group())) *
+                         (on_units                         ? g.in_per_group() < 8 ? 2.6 : 1.3
+                          : dots && g.in_per_group() >= 16 ? narrow(double(g.in_per_group()))
+                                                           : 1);
     const double rest = memory_us(q, operand_bytes(q), on_units ? (q.channels_last ? 10e3 : 5e3) : kStreamBytesPerUs) +
                         convert + order + 10 * kCallUs;
     if (g.pointwise()) {

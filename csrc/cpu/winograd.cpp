@@ -1,7 +1,6 @@
 #include "winograd.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "panels.h"
 

@@ -1,8 +1,8 @@
 // The correlation of a 2-d layer with 3x3 taps, stride 1, by Winograd's minimal filtering (Lavin and Gray, arXiv 1509.09308,
 // for the weight gradient): outputs are taken in tiles of 2 x 2, both operands transformed, multiplied in 16 frequencies, each
 // a product of matrices over the tiles, and the sums over all tiles transformed back: 16 multiplications a tile and pair of
-// channels in the place of 36. Tiles of 4 x 2, which take 24 in the place of 72, were 10 to 25 % faster, but rounded up to 3
-// times as much as PyTorch does where few positions are summed up.
+// channels in the place of 36. Tiles of 4 x 2, which take 24 in the place of 72, were faster, but rounded more than twice as
+// much as PyTorch does where few positions are summed up.
 #pragma once
 
 #include <algorithm>

@@ -296,8 +296,8 @@ void sum_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
         const int64_t top = std::clamp<int64_t>(p1 * g.stride[1] - g.pad[1], 0, g.input[1]);
         const int64_t bottom = std::clamp<int64_t>(
             (p1 + count - 1) * g.stride[1] - g.pad[1] + (g.kernel[1] - 1) * g.dilation[1] + 1, top, g.input[1]);
-        const auto rows_of = [&](const void* data, Kind kind, const Strides& strides, int64_t depth, int64_t row, int64_t height,
-                                 int64_t width, std::vector<Acc>& buffer) -> Rows<T> {
+        const auto rows_of = [&](const void* data, Kind kind, const Strides& strides, int64_t depth, int64_t row,
+                                 int64_t height, int64_t width, std::vector<Acc>& buffer) -> Rows<T> {
             const int64_t plane = n * strides.batch + depth * strides.space[0];
             if constexpr (std::is_same_v<T, Acc>)
                 if (convert) return converted_rows(data, kind, strides, plane, row, height, width, c0, channels, buffer);

@@ -59,7 +59,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="instead of each network's own")
     parser.add_argument("--image", type=int, metavar="PIXELS", help="instead of each network's own")
     parser.add_argument(
-        "--seconds", type=float, default=30.0, help=f"of timing a row, at least {LEAST_ROUNDS} rounds, and of pairs"
+        "--seconds", type=float, default=30.0, help=f"of rounds of a row, {LEAST_ROUNDS} at least, and again of pairs"
     )
     parser.add_argument("--threads", type=int, help="instead of as many as PyTorch takes")
     parser.add_argument("--out", type=Path, metavar="FILE.json")

@@ -79,7 +79,7 @@ def over_kernels(row: Row, variant: str) -> tuple[float, float]:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Of about 95 % confidence, by order statistics: it supposes no distribution."""
+    """Of about 95 % confidence, by order statistics, which suppose no distribution; of fewer than 6 values all, which is less."""
     ordered = sorted(values)
     reach = 0.98 * math.sqrt(len(ordered))  # 1.96 standard deviations of the binomial distribution
     middle = (len(ordered) - 1) / 2

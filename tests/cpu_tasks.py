@@ -17,14 +17,12 @@ def columns(case: Case, algorithm: str) -> int:
 def parts(case: Case, algorithm: str, positions: int) -> int:
     """Ranges of positions whose sums are added up at the end: at most 8, each of 2^22 products or more, and not so many for ``direct``
     that their sums have more than 2^20 elements. From 256 columns on one, and for ``gram`` one for each 2^15 positions, again if
-    their sums are no more elements; one for ``direct`` of fewer than 2048 positions, too."""
+    their sums are no more elements. For ``direct`` of 512 positions or more."""
     wide = columns(case, algorithm)
-    if algorithm == "direct" and positions < 2048:
-        return 1
     if wide >= 256:
         return max(1, min(8, (1 << 20) // (case.groups * wide**2), positions >> 15)) if algorithm == "gram" else 1
     products = positions * (wide * wide // 2 if algorithm == "gram" else wide * case.weight[0] // case.groups)
-    most = 8 if algorithm == "gram" else min(8, (1 << 20) // panels(case))
+    most = 8 if algorithm == "gram" else min(8, (1 << 20) // panels(case), positions // 512)
     return max(1, min(most, products >> 22))
 
 
@@ -33,10 +31,11 @@ def panels(case: Case) -> int:
     return case.weight[0] * -(-columns(case, "direct") // 32) * 32
 
 
-def strips(case: Case, algorithm: str, threads: int) -> int:
-    """Of the columns, from 256 on: one for a thread, but 64 columns or more each."""
+def strips(case: Case, algorithm: str, positions: int, threads: int) -> int:
+    """Of the columns, from 256 on, and always for ``direct`` of fewer than 1024 positions: one for a thread, of 64 columns or more."""
     wide = columns(case, algorithm)
-    return max(1, min(threads, wide // 64)) if wide >= 256 else 1
+    cut = wide >= 256 or (algorithm == "direct" and positions < 1024)
+    return max(1, min(threads, wide // 64)) if cut else 1
 
 
 def winograd_plan(case: Case, positions: int, threads: int) -> dict[str, int]:
@@ -69,7 +68,7 @@ def several(case: Case, algorithm: str, positions: int, threads: int) -> Iterato
     both = min(wide, case.weight[0] // case.groups) if algorithm == "direct" else wide
     counts = {
         "parts": parts(case, algorithm, positions),
-        "strips": strips(case, algorithm, threads),
+        "strips": strips(case, algorithm, positions, threads),
         "tiles": -(-positions // 128),
         "panels": -(-both // 32),
         "chunks": -(-wide // 512) if algorithm == "direct" else 1,

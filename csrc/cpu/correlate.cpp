@@ -31,22 +31,22 @@ PatchSource source_of(const at::Tensor& tensor, const Geometry& geometry) {
 at::TensorOptions accumulator(const Layer& layer) { return at::TensorOptions().dtype(layer.accumulate); }
 
 // D = Z^T X by BLAS, over spans of positions that both operands show as matrices. Long chains of additions cost precision: many
-// positions have sums in parts.
+// positions have sums in parts, as far as these are small.
 at::Tensor product_of_views(const Layer& layer, const Views& x, const Views& z, int64_t span) {
-    constexpr int64_t kLeastOfPart = 8192;
+    constexpr int64_t kLeastOfPart = 8192, kMostAtOnce = 1 << 16;
     const Geometry& g = layer.geometry;
     const int64_t positions = g.positions(), most = kMostPartElements / (g.out_channels * g.in_per_group());
     const int64_t parts = std::clamp<int64_t>(std::min(positions / kLeastOfPart, most), 1, kMostParts);
-    const int64_t longest = ceil_div(positions, parts);
+    const int64_t each = ceil_div(positions, parts), at_once = std::min(each, kMostAtOnce);
     const at::Tensor sums = at::empty({parts, g.groups, g.out_per_group(), g.in_per_group()}, accumulator(layer));
     int64_t used = 0; // of the parts
     for (int64_t begin = 0; begin < positions; begin += span)
-        for (int64_t first = begin, end = std::min(begin + span, positions); first < end; first += longest) {
-            const int64_t count = std::min(longest, end - first);
+        for (int64_t first = begin, end = std::min(begin + span, positions); first < end; first += at_once) {
+            const int64_t count = std::min(at_once, end - first);
             const at::Tensor a = z.at(first, count).transpose(1, 2), b = x.at(first, count);
-            at::Tensor d = sums.select(0, first / longest);
-            const bool add = first / longest < used;
-            used = first / longest + 1;
+            at::Tensor d = sums.select(0, first / each);
+            const bool add = first / each < used;
+            used = first / each + 1;
             if (g.groups > 1) {
                 add ? d.baddbmm_(a, b) : at::bmm_out(d, a, b);
             } else {
@@ -200,8 +200,8 @@ struct Grams {
     at::Tensor sums;     // [groups, 1, C/groups] of X's columns, where there is a bias
 };
 
-// W G as a correlation whose positions are the rows of G and of W^T: unlike BLAS, the same bits with any number of threads. A
-// few rows of D at a time, as they are made apart from it.
+// W G as a correlation whose positions are the rows of G and of W^T: unlike BLAS, the same bits with any number of threads. 256
+// rows at a time bound the panels in which D is summed before it is written.
 template <typename Acc>
 void product_into(const at::Tensor& w, const at::Tensor& gram, const at::Tensor& d) { // [K, C], [C, C], [K, C]
     constexpr int64_t kRows = 256;

@@ -24,7 +24,8 @@ struct Core {
 constexpr Core kAvx2{88e3, 40e3, 85e3, {0.65, 0.65}, {0.85, 0.85}, 1, {11.5e3, 11.5e3}, {6e3, 6e3}, 16e6, 1};
 constexpr Core kAvx512{190e3, 40e3, 178e3, {0.97, 0.7}, {0.9, 0.72}, 0.84, {13.5e3, 5e3}, {8e3, 3e3}, 40e6, 1.3};
 constexpr Core kZen4{92e3, 13e3, 101e3, {0.97, 0.7}, {1.0, 0.85}, 0.84, {9e3, 5e3}, {9e3, 3e3}, 40e6, 0.9};
-const Core& core(const Query& q) { return !q.cpu.wide ? kAvx2 : q.cpu.amd ? kZen4 : kAvx512; }
+bool zen4(const Query& q) { return q.cpu.wide && q.cpu.amd; }
+const Core& core(const Query& q) { return !q.cpu.wide ? kAvx2 : zen4(q) ? kZen4 : kAvx512; }
 
 constexpr double kStreamBytesPerUs = 40e3; // operands of oneDNN, mostly hidden behind its products
 constexpr double kReadBytesPerUs = 20e3;   // operands of a kernel that waits for them
@@ -93,8 +94,8 @@ bool reads_in_place(const Query& q) {
 
 // Our kernels on AMX's tiles, by the same CPU, and by AVX-512's dot products on AMD's: what a product of whole tiles takes,
 // what packing an element of an operand does in either layout, and what an element of D does from panels into its place.
-constexpr double kTileFlopsPerUs = 1.35e6, kPreciseTileFlopsPerUs = 0.65e6,
-                 kDotFlopsPerUs = 0.175e6; // precise: of W G, in three parts
+constexpr double kTileFlopsPerUs = 1.35e6, kDotFlopsPerUs = 0.175e6;
+constexpr double kPreciseTileFlopsPerUs = 0.65e6; // of W G on tiles, in three parts
 constexpr double kTilePackUs[] = {0.22e-3, 0.3e-3}, kTileTapUs = 0.08e-3, kTileReorderUs = 0.6e-3;
 constexpr double kTileFinishUs[] = {0.9e-3, 1.5e-3};
 
@@ -108,6 +109,14 @@ double tiles_us(const Query& q, double flops) {
     return flops / ((has_tiles(q) ? kTileFlopsPerUs : kDotFlopsPerUs) * q.threads);
 }
 
+// W G by our own kernel, 256 rows at a time, which threads share out by its columns.
+double weighted_us(const Query& q) {
+    const Geometry& g = q.geometry;
+    const double c = double(g.in_per_group()), strips = std::clamp(std::floor(c / 64), 1.0, double(q.threads));
+    return panels_us(q, 2.0 * double(g.out_channels) * c * c) * q.threads / strips +
+           kCallUs * double(g.groups * ceil_div(g.out_per_group(), 256));
+}
+
 double tiles(double size) { return std::ceil(size / 32) * 32; }
 
 double gram_on_tiles_us(const Query& q) {
@@ -116,8 +125,9 @@ double gram_on_tiles_us(const Query& q) {
     const double flops = double(g.positions() * g.groups) * all * (all + 32);
     const bool first = !q.channels_last && g.dims > 0;
     const double product = double(g.out_channels) * c;
-    const double weighted = has_tiles(q) && q.z_kind == Kind::bf16 ? 6 * product * all / (kPreciseTileFlopsPerUs * q.threads)
-                                                                   : panels_us(q, 2 * product * c / 0.8);
+    const bool in_thirds = has_tiles(q) && q.z_kind == Kind::bf16;
+    const double weighted =
+        in_thirds ? 6 * product * all / (kPreciseTileFlopsPerUs * q.threads) : weighted_us(q) / (has_tiles(q) ? 1 : 0.8);
     return tiles_us(q, flops) + weighted + elements * kTilePackUs[first] * (first && strided(g) ? 2 : 1) / q.threads +
            memory_us(q, elements * kind_size(q.x_kind), kReadBytesPerUs) + double(g.groups) * c * c * 1e-3 / q.threads +
            4 * kCallUs;
@@ -145,8 +155,8 @@ double gram_us(const Query& q) {
     const double c = double(g.in_per_group()), elements = double(g.positions() * g.in_channels);
     const double transpose = q.channels_last || g.dims == 0 ? 0 : elements * (strided(g) ? 0.3e-3 : 0.15e-3) / q.threads;
     return panels_us(q, elements * (c + 16)) + // panels of 16 on the diagonal
-           panels_us(q, 2.0 * g.out_channels * c * c) + memory_us(q, elements * kind_size(q.x_kind), kReadBytesPerUs) +
-           convert_us(q, elements, q.x_kind) + transpose + 2 * kCallUs;
+           weighted_us(q) + memory_us(q, elements * kind_size(q.x_kind), kReadBytesPerUs) + convert_us(q, elements, q.x_kind) +
+           transpose + 2 * kCallUs;
 }
 
 // W += c Z^T X as one product, and the norm from matrices [rows, rows] in double.
@@ -195,10 +205,10 @@ double depthwise_us(const Query& q) {
     const bool strips =
         g.kernel[1] == 3 && g.kernel[2] == 3 && g.stride[1] == g.stride[2] && g.stride[2] <= 2 && g.dilation[1] == 1;
     if (strips && bf16) convert = 0;
-    const double slow = !q.cpu.amd ? 1 : strips && bf16 ? 2.6 : 1.6;
+    const double longer = !zen4(q) ? 1 : strips && bf16 ? 2.6 : 1.6; // as measured
     const double plane_us = q.cpu.wide && tiny(g) ? 35e-3 : 20e-3;
     const double short_runs = (z_planes * plane_us + rows * (strips ? 1e-3 : 2e-3)) / q.threads;
-    return slow * taps * (strided(g) && !strips ? 1.4 : 1) * (memory_us(q, operand_bytes(q), 25e3) + short_runs) + convert +
+    return longer * taps * (strided(g) && !strips ? 1.4 : 1) * (memory_us(q, operand_bytes(q), 25e3) + short_runs) + convert +
            2 * kCallUs;
 }
 
@@ -213,8 +223,7 @@ double winograd_us(const Query& q) {
     const double sums = double(kFrequencies * g.out_channels) * columns;
     const double blocks = double((plan.apart ? q.threads : 1) * plan.blocks * kTilesAtOnce * kFrequencies) * channels;
     const double passes = plan.apart ? 1 : std::ceil(double(plan.tiles) / double(plan.blocks * kTilesAtOnce));
-    // bf16 is converted on the way, which takes more of an AMD CPU.
-    const double share = q.cpu.amd && q.x_kind == Kind::bf16 ? 0.75 : 0.92;
+    const double share = zen4(q) && q.x_kind == Kind::bf16 ? 0.75 : 0.92; // less where bf16 is converted on the way
     return panels_us(q, 2 * tiles * rows * columns / share) +
            (tiles * channels * kTransformUs[q.channels_last ? 0 : 1] + sums * kBackUs) / q.threads +
            memory_us(q, (double(plan.parts) * sums + blocks) * element_bytes(q), 5e3) + convert_us(q, x_elements(q), q.x_kind) +
@@ -237,8 +246,8 @@ double library_us(const Query& q) {
     const Geometry& g = q.geometry;
     const bool bf16 = q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16;
     const bool dots = bf16 && q.cpu.bf16 == Cpu::Bf16::kDots;
-    const double kBf16[] = {3, g.pointwise() ? 0.58 : 0.5, 0.22}; // times of a product, by what multiplies it
-    const double slow = bf16 ? kBf16[static_cast<int>(q.cpu.bf16)] : 1;
+    const double times[] = {3, g.pointwise() ? 0.58 : 0.5, 0.22}; // of a product's, by what multiplies bf16
+    const double slow = bf16 ? times[static_cast<int>(q.cpu.bf16)] : 1;
     // A linear layer's is the GEMM of `direct`, but for a conversion of all of x and z at once if any.
     if (g.dims == 0 && slow >= 1 && !few_rows(g)) return direct_us(q);
     const double convert = bf16 ? 0 : 2 * (convert_us(q, x_elements(q), q.x_kind) + convert_us(q, z_elements(q), q.z_kind));
@@ -247,7 +256,7 @@ double library_us(const Query& q) {
         const double bytes = operand_bytes(q);
         const auto& speeds = fits_a_cache(q) ? core(q).depthwise_cached : core(q).depthwise_bytes_per_us;
         double speed = speeds[q.channels_last ? 0 : 1] * (tiny(g) ? core(q).tiny : 1);
-        if (dots && q.channels_last)
+        if (dots && zen4(q) && q.channels_last)
             speed = bytes > 8e6 ? 3e3 : strided(g) ? 16e3 : 11e3;
         else if (bf16) // not as fast from memory as from a cache
             speed *= on_tiles(q, true) && q.channels_last && bytes > 8e6 ? 0.4 : 0.5;
@@ -273,7 +282,7 @@ double library_us(const Query& q) {
         const double product = gemm_us(q, g.in_channels < 64 ? flops : flops * narrow(double(g.patch())) / 0.97);
         // Few channels on either side: it waits for memory.
         const bool waits = q.cpu.wide && !bf16 && std::min(g.in_channels, g.out_channels) < 64;
-        return (waits ? std::max(product, memory_us(q, operand_bytes(q), q.cpu.amd ? 12e3 : 8e3)) : product) + rest + sliced;
+        return (waits ? std::max(product, memory_us(q, operand_bytes(q), zen4(q) ? 12e3 : 8e3)) : product) + rest + sliced;
     }
     const bool apart = g.kernel == g.stride; // patches that share no element
     const auto& shares = q.channels_last ? core(q).channels_last : core(q).channels_first;

@@ -8,9 +8,9 @@
 namespace localsgd {
 namespace {
 
-constexpr int64_t kChunk = 512;  // columns of X in the cache at once
-constexpr int64_t kBlock = 8;    // rows of D that are finished together
-constexpr int64_t kShort = 2048; // positions, for which several sums of each element of D would cost more than they share out
+constexpr int64_t kChunk = 512;          // columns of X in the cache at once
+constexpr int64_t kBlock = 8;            // rows of D that are finished together
+constexpr int64_t kLeastPositions = 512; // of a part: with fewer, more sums of each element of D cost more than they share out
 
 template <typename Acc>
 struct Part {
@@ -64,7 +64,7 @@ void add_part_tiles(const Part<float>& p, Unit by) {
     const int64_t rows = of_z.geometry.in_per_group();
     const Tiles z(rows), x(std::min(kChunk, p.column_end - p.column_begin));
     const TileUnit unit(by);
-    const Form packed = packed_form(of_z), left = unit.reads_left(packed) ? packed : Form::kColumns;
+    const Form packed = packed_form(of_z), left = unit.may_be_left(packed) ? packed : Form::kColumns;
     for (int64_t first = p.first; first < p.end; first += kTilePositions) {
         const int64_t count = std::min(kTilePositions, p.end - first);
         pack_tiles(of_z, z, 0, rows, first, count);
@@ -98,9 +98,11 @@ int64_t direct_elements(const Geometry& g) {
 
 Tasks direct_tasks(const Geometry& g, int64_t threads, Unit unit) {
     const int64_t products = g.positions() * g.out_per_group() * g.patch();
-    if (g.patch() >= kWide || g.positions() < kShort)
+    const int64_t long_enough = g.positions() / kLeastPositions;
+    if (g.patch() >= kWide || long_enough < 2)
         return {1, std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, g.patch() / 64))};
-    const int64_t most = std::clamp<int64_t>(kMostPartElements / direct_elements<float>(g), 1, most_parts(g.positions(), unit));
+    const int64_t most = std::clamp<int64_t>(std::min(kMostPartElements / direct_elements<float>(g), long_enough), 1,
+                                             most_parts(g.positions(), unit));
     return {std::clamp<int64_t>(products / kLeastProducts, 1, most), 1};
 }
 

@@ -72,7 +72,7 @@ LOCALSGD_BOTH_WIDTHS(add_part, Part<double>, double)
 
 void add_part_tiles(const Part<float>& p, Unit by) {
     const TileUnit unit(by);
-    const bool in_pairs = packed_form(p.x) == Form::kPairs, once = in_pairs && unit.reads_left(Form::kPairs);
+    const bool in_pairs = packed_form(p.x) == Form::kPairs, once = in_pairs && unit.may_be_left(Form::kPairs);
     const Tiles pairs(p.row_end), columns(once ? 0 : p.row_end);
     const Tiles &packed = in_pairs ? pairs : columns, &transposed = in_pairs ? columns : pairs, &left = once ? pairs : columns;
     const int64_t channels = p.x.geometry.in_per_group();

@@ -95,14 +95,15 @@ void transpose_tiles(const Tiles& from, const Tiles& to, int64_t columns, int64_
 void pack_thirds(const float* from, int64_t pitch, int64_t count, int64_t columns, const std::array<Tiles, 3>& to);
 
 // d [rows, columns] = A^T B, or what was there and that if `add`, over `count` positions: the columns of `a` from a multiple of
-// 32 on, and those of `b`, in form kPairs. At most 32 rows and columns.
+// 32 on, in the form that is given, and those of each of `b`, in form kPairs, whose products add up. At most 32 rows and
+// columns.
 struct TileProduct {
     float* d;
     int64_t pitch, rows, columns;
     bool add;
 };
 
-// Makes products by kTiles or kDots. While it lives, the calling thread's tiles are set up.
+// Makes products by kTiles, for which the calling thread's tiles are set up while it lives, or kDots.
 class TileUnit {
   public:
     explicit TileUnit(Unit unit);
@@ -111,7 +112,7 @@ class TileUnit {
     TileUnit& operator=(const TileUnit&) = delete;
 
     // Whether `a` may be in this form.
-    bool reads_left(Form form) const { return unit_ == Unit::kDots || form == Form::kColumns; }
+    bool may_be_left(Form form) const { return unit_ == Unit::kDots || form == Form::kColumns; }
 
     void multiply(const uint16_t* a, Form form, std::span<const uint16_t* const> b, int64_t count,
                   const TileProduct& product) const;

@@ -27,7 +27,7 @@ from localsgd_ext.train import cli, rundir  # noqa: F401
 
 METHODS = (
     "--method local --local-lr 0.001 --refresh 3 --sample 0.5",
-    "--method prunetrain --lasso-ratio 0.9 --train-size 640 --lr 0.01",
+    "--method prunetrain --lasso-ratio 0.9 --train-size 1120 --lr 0.01",
     "--method stochastic-depth",
     "--method freeze --memory-budget 3.8MB --lr-scaling linear --nan-policy skip",
     "--method sgd --lr-schedule step --lr-step 2",

@@ -195,7 +195,7 @@ double depthwise_us(const Query& q) {
     double convert = convert_us(q, x_elements(q), q.x_kind) + convert_us(q, z_elements(q), q.z_kind);
     const bool bf16 = q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16; // converted in registers
     if (q.channels_last && g.out_per_group() == 1) {
-        const double bytes_per_us = bf16 ? (strided(g) ? 10e3 : 7e3) : !strided(g) ? 14e3 : fits_a_cache(q) ? 16e3 : 11e3;
+        const double bytes_per_us = bf16 ? (strided(g) ? 14e3 : 9.5e3) : 17e3;
         return taps * memory_us(q, operand_bytes(q), bytes_per_us) + (bf16 ? 0 : convert) + 2 * kCallUs;
     }
     const double x_planes = double(g.batch * g.in_channels * g.input[0]),

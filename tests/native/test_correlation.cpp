@@ -379,6 +379,12 @@ void depthwise_layers() {
     depthwise(1, 2113, 1, {1, 3, 5}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1}); // a last block narrower than a vector
     depthwise(2, 17, 1, {1, 9, 11}, {1, 2, 3}, {1, 2, 1}, {1, 3, 1}, {0, 3, 0});
     depthwise(2, 3, 1, {1, 200, 300}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1}); // several bands
+    depthwise(3, 401, 1, {1, 7, 7}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1}); // a row at once, planes that share their sums
+    for (const int64_t width : {13, 14, 21, 27})                                 // of seven, four and single pixels
+        for (const int64_t pad : {0, 1, 2})
+            for (const int64_t step : {1, 2})
+                depthwise(1, 33, 1, {1, 5, width}, {1, 3, 3}, {1, 3 - step, step}, {1, 1, 1}, {0, 1, pad});
+    depthwise(2, 24, 1, {3, 8, 15}, {2, 3, 3}, {1, 2, 2}, {1, 2, 1}, {1, 1, 1});
 }
 
 void gram_matrices() {

@@ -195,7 +195,7 @@ double depthwise_us(const Query& q) {
     double convert = convert_us(q, x_elements(q), q.x_kind) + convert_us(q, z_elements(q), q.z_kind);
     const bool bf16 = q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16; // converted in registers
     if (q.channels_last && g.out_per_group() == 1) {
-        const double bytes_per_us = bf16 ? (strided(g) ? 14e3 : 9.5e3) : 17e3;
+        const double bytes_per_us = bf16 ? (strided(g) ? 12.5e3 : 9.5e3) : 17e3;
         return taps * memory_us(q, operand_bytes(q), bytes_per_us) + (bf16 ? 0 : convert) + 2 * kCallUs;
     }
     const double x_planes = double(g.batch * g.in_channels * g.input[0]),
@@ -286,7 +286,7 @@ double library_us(const Query& q) {
     }
     const bool apart = g.kernel == g.stride; // patches that share no element
     const auto& shares = q.channels_last ? core(q).channels_last : core(q).channels_first;
-    const double apart_share = (q.channels_last ? 0.9 : 1) * (slow < 1 ? slow : 1); // not by bf16 instructions
+    const double apart_share = (q.channels_last && !zen4(q) ? 0.9 : 1) * (slow < 1 ? slow : 1); // not by bf16 instructions
     const double share = apart ? apart_share : shares[strided(g) ? 1 : 0];
     return gemm_us(q, flops / share) + rest + (q.channels_last ? 0 : blocked_us(q));
 }

@@ -53,7 +53,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on with --out; what failed is tried again")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no further layer after that")
     parser.add_argument(
-        "--seconds", type=float, default=0.5, help="of a layer; at least 5 rounds, 15 of what is nearly the fastest"
+        "--seconds", type=float, default=0.5, help="of a layer; at least 5 rounds, on a CPU 10 of what is not slow"
     )
     parser.add_argument("--threads", type=int, help="of a CPU, instead of as many as PyTorch takes")
     parser.add_argument(
@@ -128,7 +128,7 @@ def measured_row(case: Case, dtype: str, layout: str, timer: Timer, args: argpar
         timings = timer.measure(functions(full, compiled=not args.no_compile, unfold=args.device == "cpu"), args.seconds)
     row["us"] = {name: timing.us for name, timing in timings.items()}
     row["timer"] = {name: timing.how for name, timing in timings.items()}
-    row["runs"] = next(iter(timings.values())).runs
+    row["runs"] = {name: timing.runs for name, timing in timings.items()}
     bounds = rooflines(case, dtype, layout, timer.device)
     row["roofline_us"] = {algorithm: bounds[algorithm] for algorithm in algorithms(case, args.device)}
     return {**row, "status": "ok"}

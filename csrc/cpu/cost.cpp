@@ -195,7 +195,8 @@ double depthwise_us(const Query& q) {
     double convert = convert_us(q, x_elements(q), q.x_kind) + convert_us(q, z_elements(q), q.z_kind);
     const bool bf16 = q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16; // converted in registers
     if (q.channels_last && g.out_per_group() == 1) {
-        const double bytes_per_us = bf16 ? (strided(g) ? 12.5e3 : 9.5e3) : 17e3;
+        const bool once = g.kernel[1] <= 3 && g.kernel[2] == 3 && g.dilation[2] == 1 && g.stride[2] <= 2; // read once per row
+        const double bytes_per_us = bf16 ? (strided(g) ? 12.5e3 : 9.5e3) : once ? 17e3 : fits_a_cache(q) ? 16e3 : 11e3;
         return taps * memory_us(q, operand_bytes(q), bytes_per_us) + (bf16 ? 0 : convert) + 2 * kCallUs;
     }
     const double x_planes = double(g.batch * g.in_channels * g.input[0]),

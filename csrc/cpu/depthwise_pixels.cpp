@@ -10,7 +10,7 @@
 namespace localsgd {
 namespace {
 
-constexpr int64_t kBandRows = 16;     // output rows summed in the accumulation type, before they join a sum in double
+constexpr int64_t kBandRows = 16;     // output rows of a band; when as many are summed, they join a sum in double
 constexpr int64_t kConvertedRows = 4; // the same where x and z are converted first, into buffers that stay in the cache
 
 LOCALSGD_WIDE

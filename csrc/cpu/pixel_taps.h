@@ -9,7 +9,7 @@
 
 namespace localsgd {
 
-constexpr int64_t kBlockChannels = 384; // some cache lines of a pixel, and sums that stay in the first-level cache
+constexpr int64_t kBlockChannels = 384; // some cache lines of a pixel; sums of 3x3 taps stay in the first-level cache
 
 // A block of channels in some rows of z and of x: element (row, pixel, channel) at row * row_stride + pixel * pixel_stride +
 // channel.
@@ -198,7 +198,7 @@ LOCALSGD_INLINE void add_pixels(const T* x, int64_t x_row, int64_t x_pixel, cons
     for (int i = 0; i < R * 3; ++i) std::copy_n(summed[i], c - at, sums + i * kBlockChannels + at);
 }
 
-// The same for an output row: several pixels at once, as many as leave few over and as there are registers for.
+// The same for an output row: four pixels at once or, where there are registers for them, seven.
 template <typename Acc, int kBytes, int R, int kStep, typename T>
 LOCALSGD_INLINE void add_row(const Geometry& g, const Band<T>& b, const T* x, const T* z, Acc* sums) {
     constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
@@ -233,7 +233,7 @@ LOCALSGD_INLINE void add_row(const Geometry& g, const Band<T>& b, const T* x, co
     };
     while (q < width) {
         const int64_t rest = width - q;
-        if (kMany > 4 && rest >= kMany && rest % 4 != 0)
+        if (kMany > 4 && rest % 4 != 0 && rest >= kMany * (4 - rest % 4)) // so that no single pixels are left
             add_several(std::integral_constant<int, kMany>());
         else if (rest >= 4)
             add_several(std::integral_constant<int, 4>());

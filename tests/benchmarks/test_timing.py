@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -126,10 +126,16 @@ def test_the_slow_do_not_take_the_rounds_of_the_others() -> None:
     assert timings["a"].runs == timings["b"].runs > 20
 
 
-def test_those_whose_order_is_in_question_have_more_rounds() -> None:
-    functions = {"a": lambda: time.sleep(0.01), "b": lambda: time.sleep(0.01), "slower": lambda: time.sleep(0.04)}
-    timings = CpuTimer().measure(functions, 0.0)
-    assert {name: timing.runs for name, timing in timings.items()} == {"a": 15, "b": 15, "slower": 5}
+def test_what_is_not_slow_has_more_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer, now = CpuTimer(), [0.0]
+
+    def takes(seconds: float) -> Callable[[], None]:
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    monkeypatch.setattr(timer, "_clock", lambda: now[0])
+    timings = timer.measure({"a": takes(0.01), "b": takes(0.04), "slow": takes(0.06)}, 0.0)
+    assert {name: timing.runs for name, timing in timings.items()} == {"a": 10, "b": 10, "slow": 5}
+    assert timings["b"].us == pytest.approx(40_000)
 
 
 def test_processor_time_does_not_count_what_others_take() -> None:

@@ -375,8 +375,8 @@ void depthwise_layers() {
     depthwise(1, 17, 1, {5, 6, 7}, {3, 3, 3}, {1, 1, 1}, {1, 2, 1}, {1, 2, 1});
     depthwise(1, 2, 1, {1, 4, 4}, {1, 1, 1}, {1, 3, 3}, {1, 1, 1}, {0, 2, 2});
     depthwise(2, 20, 1, {1, 1, 9}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1});   // a row, pixels left over
-    depthwise(1, 203, 1, {1, 2, 3}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 2, 2});  // taps beyond both edges, blocks of channels
-    depthwise(1, 2113, 1, {1, 3, 5}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1}); // a last block narrower than a vector
+    depthwise(1, 403, 1, {1, 2, 3}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 2, 2});  // taps beyond both edges, blocks of channels
+    depthwise(1, 8833, 1, {1, 3, 5}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1}); // a last block narrower than a vector
     depthwise(2, 17, 1, {1, 9, 11}, {1, 2, 3}, {1, 2, 1}, {1, 3, 1}, {0, 3, 0});
     depthwise(2, 3, 1, {1, 200, 300}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1}); // several bands
     depthwise(3, 401, 1, {1, 7, 7}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1}); // a row at once, planes that share their sums

@@ -121,7 +121,8 @@ def correlation(
             may choose ``"gram"``, which does not read it.
         algorithm: ``"gram"``: ``W·G + bias ⊗ Σx`` with ``G = XXᵀ``; kernels of size 1 and linear layers only.
             ``"depthwise"``: ``groups == C`` only. ``"winograd"``: minimal filtering (Lavin and Gray, arXiv 1509.09308), 2.25
-            times fewer multiplications; on a CPU, and 2-d kernels of 3x3 with a stride, dilation and ``groups`` of 1 only.
+            to 4 times fewer multiplications, the more output positions the more; on a CPU, and 2-d kernels of 3x3 with a
+            stride, dilation and ``groups`` of 1 only.
             ``"direct"``: implicit GEMM in bounded workspace.
             ``"library"``: PyTorch's own weight gradient, which is rounded to bfloat16 where both operands are bfloat16. All
             others give the same bits on every run with the same number of threads, also without

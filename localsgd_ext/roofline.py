@@ -25,6 +25,7 @@ import torch
 
 __all__ = ["DEVICES", "Cost", "Device", "Geometry", "Product", "cost", "device", "estimate"]
 
+WINOGRAD_TILES = ((2, 2, 0), (2, 4, 512), (4, 4, 4096))  # outputs down and across, from so many positions on (winograd.h)
 COSTED = ("gram", "direct", "depthwise", "winograd", "library", "apply")
 UNITS = ("fp32", "tf32", "bf16", "fp16")
 LAYOUTS = ("channels_last", "contiguous")
@@ -211,9 +212,18 @@ class Geometry:
 
     @property
     def winograd_flops(self) -> int:
-        """Of the products over tiles of 2 x 2 outputs in 16 frequencies; that the stride is 1 is not seen here."""
-        tiles = math.prod(self.z[:-3]) * math.prod(-(-n // 2) for n in self.z[-2:])
-        return 2 * 16 * tiles * self.weight[0] * self.weight[1]
+        """Of the products over tiles of outputs, in as many frequencies as a tile reads elements; that the stride is 1 is not seen
+        here."""
+        return (
+            2
+            * self.weight[0]
+            * self.weight[1]
+            * min(
+                (rows + 2) * (columns + 2) * math.prod(self.z[:-3]) * -(-self.z[-2] // rows) * -(-self.z[-1] // columns)
+                for rows, columns, least_positions in WINOGRAD_TILES
+                if self.positions >= least_positions
+            )
+        )
 
     @property
     def wgrad_flops(self) -> int:
@@ -290,7 +300,7 @@ def cost(
 
     ``"gram"``: ``x`` once; the lower triangle of ``XXᵀ``; ``W·G`` in fp32 precision, as a :class:`Product`.
     ``"direct"``: ``x`` and ``z`` once, ``2·M·N·K`` flops. ``"depthwise"``: the same on fused multiply-adds, whatever the dtypes.
-    ``"winograd"``: likewise, of the products in tiles of 2 x 2 outputs. All of these read and write ``W``.
+    ``"winograd"``: likewise, of the products in tiles of outputs, of whatever size the layer has. All of these read and write ``W``.
     ``"library"``: the weight gradient alone, as direct, but it writes ``D`` and no ``W``; it
     is the library's own, in its operands' dtype (this package asks for one in fp32 where they are fp16 or differ: the copies that
     takes are not counted). ``"apply"``: the normalised write alone: ``D`` twice, ``W`` in and out.

@@ -39,22 +39,37 @@ def strips(case: Case, algorithm: str, positions: int, threads: int) -> int:
 
 
 def winograd_plan(case: Case, positions: int, threads: int) -> dict[str, int]:
-    """``parts`` of the tiles of 2 x 2 outputs that are summed apart: at most 8, of 4 blocks or more each, and not so many that their
-    ``sums`` in 16 frequencies, ``C`` up to a multiple of 32, are more than 2^20 elements; ``blocks`` of 64 tiles that are in memory at
-    once: a thread's own where the threads can share out the parts evenly, or all threads'. ``block``: elements of one, ``x`` and
-    ``z``, channels up to multiples of 32 and a line of 32 elements behind each frequency. ``all``: blocks of the layer."""
+    """``parts`` of the tiles that are summed apart: at most 8, of 4 blocks or more each, and not so many that their ``sums`` in as
+    many ``frequencies`` as a tile reads elements, ``C`` up to a multiple of 32, are more than 2^20 elements; ``blocks`` of 64 tiles
+    that are in memory at once, of 2^18 elements together if one is not more: a thread's own where the threads can share out the
+    parts evenly, or all threads'. ``block``: elements of one, ``x`` and ``z``, channels up to multiples of 32 and a line of 32
+    elements behind each frequency. ``all``: blocks of the layer. Tiles are those of the fewest multiplications: of 2 x 2 outputs,
+    from 512 positions on 2 x 4, from 4096 on 4 x 4."""
     out, columns = case.weight[0], [-(-n // 32) * 32 for n in case.weight[:2]]
     images = case.x[0] if case.batched else 1
     above = {"same": 1, "valid": 0}[case.padding] if isinstance(case.padding, str) else case.arguments["padding"]
     height = case.x[-2] - 2 + 2 * (above if isinstance(above, int) else above[0])
     width = positions // images // height
-    blocks = -(-images * -(-height // 2) * -(-width // 2) // 64)
-    sums = 16 * out * columns[1]
+    of_tiles = {(2, 2): 0, (2, 4): 512, (4, 4): 4096}
+    tiles = {
+        tile: images * -(-height // tile[0]) * -(-width // tile[1]) for tile, least in of_tiles.items() if positions >= least
+    }
+    tile = min(tiles, key=lambda tile: (tile[0] + 2) * (tile[1] + 2) * tiles[tile])
+    frequencies = (tile[0] + 2) * (tile[1] + 2)
+    blocks = -(-tiles[tile] // 64)
+    sums = frequencies * out * columns[1]
     parts = max(1, min(8, blocks // 4, (1 << 20) // sums))
     apart = parts % threads == 0
-    at_once = max(1, min((1 if apart else threads) * 256 // sum(columns), -(-blocks // parts)))
-    block = 16 * (64 * sum(columns) + 2 * 32)
-    return {"parts": parts, "sums": sums, "blocks": at_once * (threads if apart else 1), "block": block, "all": blocks}
+    at_once = max(1, min((1 if apart else threads) * (1 << 18) // (frequencies * 64 * sum(columns)), -(-blocks // parts)))
+    block = frequencies * (64 * sum(columns) + 2 * 32)
+    return {
+        "frequencies": frequencies,
+        "parts": parts,
+        "sums": sums,
+        "blocks": at_once * (threads if apart else 1),
+        "block": block,
+        "all": blocks,
+    }
 
 
 def several(case: Case, algorithm: str, positions: int, threads: int) -> Iterator[str]:

@@ -140,7 +140,7 @@ def test_depthwise_bits_do_not_depend_on_the_number_of_threads(case: Case, layou
 
 
 SHARED = (  # by threads, in several parts of the positions or several strips of D
-    Case("dense-parts", (3, 20, 40, 40), (48, 20, 3, 3), padding=1),  # winograd: 4 parts, or all threads share each block
+    Case("dense-parts", (4, 20, 48, 44), (48, 20, 3, 3), padding=1),  # winograd: 2 parts, or all threads share each block
     Case("dense-strips", (3, 64, 19, 18), (40, 64, 3, 3), padding=1),
     Case("grouped-parts", (2, 40, 40, 40), (96, 20, 3, 3), padding=1, groups=2),
     Case("grouped-strips", (2, 64, 11, 10), (40, 32, 3, 3), padding=1, groups=2),
@@ -185,7 +185,11 @@ def test_long_sums_do_not_cost_precision() -> None:
 @pytest.mark.parametrize("case", [
     Case("4x4", (32, 512, 4, 4), (512, 512, 3, 3), padding=1),
     Case("4x2", (64, 256, 4, 2), (256, 256, 3, 3), padding=1),
+    Case("4x6", (4, 256, 4, 6), (256, 256, 3, 3), padding=1),
     Case("7x7", (32, 128, 7, 7), (128, 128, 3, 3), padding=1),
+    Case("8x8", (8, 128, 8, 8), (128, 128, 3, 3), padding=1),  # the fewest positions that are taken in tiles of 2 x 4
+    Case("16x16", (16, 128, 16, 16), (128, 128, 3, 3), padding=1),  # 4 x 4
+    Case("14x14", (32, 128, 14, 14), (128, 128, 3, 3), padding=1),
 ], ids=str)  # fmt: skip
 def test_minimal_filtering_of_few_positions_is_as_exact(case: Case) -> None:
     """Short sums have small errors in PyTorch. Where z has nothing to do with x, sums are small, too."""

@@ -68,9 +68,9 @@ def layers(draw: st.DrawFn, kind: str) -> Case:
         padding, stride = "same", (1,) * dims
     groups = draw(st.integers(2, 40)) if kind == "depthwise" else draw(st.integers(2, 4)) if kind == "grouped" else 1
     if large:
-        most = {"pointwise": 280, "winograd": 100, "dense": 100, "grouped": 66}[kind]
+        most = {"pointwise": 280, "winograd": 66, "dense": 100, "grouped": 66}[kind]
         per_group, outputs = draw(st.integers(33, most)), groups * draw(st.integers(33, 70))
-        extra = (30, 50) if kind == "winograd" else {1: (200, 700), 2: (12, 26), 3: (3, 8)}[dims]
+        extra = (40, 62) if kind == "winograd" else {1: (200, 700), 2: (12, 26), 3: (3, 8)}[dims]
     else:
         per_group = 1 if kind == "depthwise" else draw(st.integers(1, 20))
         outputs = groups * draw(st.integers(1, 3 if kind == "depthwise" else 12))
@@ -171,6 +171,9 @@ def count(case: Case, x: Tensor, z: Tensor, threads: int, strides: dict[str, str
         packed = algorithm in ("gram", "winograd") or (algorithm == "direct" and not by_blas(case, x, z, algorithm))
         for what in cpu_tasks.several(case, algorithm, z.numel() // case.weight[0], threads) if packed else ():
             coverage[f"{algorithm}|several|{what}"] += 1
+        if algorithm == "winograd":
+            frequencies = cpu_tasks.winograd_plan(case, z.numel() // case.weight[0], threads)["frequencies"]
+            coverage[f"winograd|frequencies|{frequencies}"] += 1
 
 
 def by_blas(case: Case, x: Tensor, z: Tensor, algorithm: str) -> bool:
@@ -275,6 +278,8 @@ def test_the_random_layers_covered_what_there_is() -> None:
         wanted += [f"dtypes|{x}-{z}" for x in DTYPES for z in DTYPES] + [f"special|{special}" for special in specials]
         for what in wanted:
             assert coverage[f"{algorithm}|{what}"] >= 5, f"{algorithm} {what}"
+    for frequencies in (16, 24, 36):
+        assert coverage[f"winograd|frequencies|{frequencies}"] >= 20, frequencies
     cut = {"gram": ("parts", "strips", "tiles", "panels"), "winograd": ("parts", "blocks", "panels")}
     for algorithm, whats in {**cut, "direct": (*cut["gram"], "chunks")}.items():
         for what in whats:

@@ -115,7 +115,7 @@ def test_peak_memory(case: Case, layout: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_peak_memory_of_winograd_with_several_parts(threads: int) -> None:
-    case = Case("", (3, 40, 40, 40), (70, 40, 3, 3), padding=1)
+    case = Case("", (6, 40, 40, 40), (70, 40, 3, 3), padding=1)
     torch.set_num_threads(threads)
     for dtype in (torch.float32, torch.bfloat16):
         x, z, weight, _ = operands(case, "contiguous", dtype)

@@ -186,6 +186,10 @@ def test_clocks_of_known_devices_estimate_their_data_sheet() -> None:
 
 def test_winograd_multiplies_in_tiles() -> None:
     assert cost("winograd", DENSE).flops * 9 / 4 == cost("direct", DENSE).flops  # 2 x 2, without a rest
+    long = Geometry(x=(32, 3, 16, 16), z=(32, 5, 16, 16), weight=(5, 3, 3, 3))
+    assert cost("winograd", long).flops * 4 == cost("direct", long).flops  # 4 x 4
+    short = Geometry(x=(2, 3, 16, 18), z=(2, 5, 16, 18), weight=(5, 3, 3, 3))
+    assert cost("winograd", short).flops == 2 * 24 * 2 * 8 * 5 * 15  # 2 x 4
     assert cost("winograd", DENSE, x=BF16).bytes == cost("direct", DENSE, x=BF16).bytes
     assert cost("winograd", DENSE, x=BF16).unit == "fp32"
     odd = Geometry(x=(1, 3, 5, 3), z=(1, 5, 5, 3), weight=(5, 3, 3, 3))

@@ -100,9 +100,9 @@ void winograd_into(const WinogradArgs& args, const at::Tensor& d) {
     const Geometry& g = args.x.geometry;
     const int64_t threads = at::get_num_threads();
     const WinogradPlan plan = winograd_plan(g, threads);
-    const int64_t each = winograd_block_elements<Acc>(g), transforms = winograd_transforms(g);
+    const int64_t each = winograd_block_elements<Acc>(g, plan), transforms = winograd_transforms(g);
     const at::Tensor blocks = at::empty({plan.apart ? threads : 1, plan.blocks * each}, d.options());
-    const at::Tensor sums = at::empty({plan.parts, winograd_sum_elements<Acc>(g)}, d.options());
+    const at::Tensor sums = at::empty({plan.parts, winograd_sum_elements<Acc>(g, plan)}, d.options());
     Acc* const frequencies = sums.mutable_data_ptr<Acc>();
     const auto run = [&](int64_t part, Acc* transformed) { // nested loops run on one thread where parts are shared out
         Acc* const of_part = frequencies + part * sums.size(1);
@@ -114,7 +114,7 @@ void winograd_into(const WinogradArgs& args, const at::Tensor& d) {
                     winograd_transform(args, plan, task % transforms, begin + block * kTilesAtOnce, transformed + block * each);
                 }
             });
-            at::parallel_for(0, winograd_products<Acc>(g), 1, [&](int64_t task, int64_t last) {
+            at::parallel_for(0, winograd_products<Acc>(g, plan), 1, [&](int64_t task, int64_t last) {
                 for (; task < last; ++task) winograd_multiply(args, plan, task, count, transformed, begin > first, of_part);
             });
             begin += count;

@@ -218,13 +218,14 @@ double depthwise_us(const Query& q) {
 double winograd_us(const Query& q) {
     const Geometry& g = q.geometry;
     const WinogradPlan plan = winograd_plan(g, q.threads);
-    const double tiles = double(plan.tiles * kFrequencies);
+    const double tiles = double(plan.tiles * plan.tile.frequencies());
     const double rows = double(ceil_div(g.out_channels, 8) * 8), columns = double(ceil_div(g.in_channels, 32) * 32);
     const double channels = columns + double(ceil_div(g.out_channels, 32) * 32);
-    const double sums = double(kFrequencies * g.out_channels) * columns;
-    const double blocks = double((plan.apart ? q.threads : 1) * plan.blocks * kTilesAtOnce * kFrequencies) * channels;
+    const double sums = double(plan.tile.frequencies() * g.out_channels) * columns;
+    const double blocks =
+        double((plan.apart ? q.threads : 1) * plan.blocks * kTilesAtOnce * plan.tile.frequencies()) * channels;
     const double passes = plan.apart ? 1 : std::ceil(double(plan.tiles) / double(plan.blocks * kTilesAtOnce));
-    const double share = zen4(q) && q.x_kind == Kind::bf16 ? 0.75 : 0.92; // less where bf16 is converted on the way
+    const double share = zen4(q) && q.x_kind == Kind::bf16 ? 0.83 : 0.92; // less where bf16 is converted on the way
     return panels_us(q, 2 * tiles * rows * columns / share) +
            (tiles * channels * kTransformUs[q.channels_last ? 0 : 1] + sums * kBackUs) / q.threads +
            memory_us(q, (double(plan.parts) * sums + blocks) * element_bytes(q), 5e3) + convert_us(q, x_elements(q), q.x_kind) +

@@ -129,20 +129,35 @@ int64_t scratch_size(int64_t channels) {
     return std::max(kTile * kMostLanes<Acc>, channels);
 }
 
-// d [rows, columns] += A^T B over `count` positions: kRows columns of a panel from `a` on, kVectors vectors from `b` on.
-template <typename Acc, int kBytes, int kRows, int kVectors>
+// d [rows, columns] += A^T B over `count` positions: kRows columns of a panel from `a` on, kVectors vectors from `b` on. kChain
+// positions at a time have a sum of their own.
+template <typename Acc, int kBytes, int kRows, int kVectors, int64_t kChain = kTile>
 LOCALSGD_INLINE void multiply(const Acc* a, const Acc* b, int64_t count, Acc* d, int64_t pitch, int64_t rows, int64_t columns) {
     using V = typename Vector<Acc, kBytes>::Type;
     constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes, kPanel = Shape<Acc, kBytes>::kPanel;
-    V sum[kRows][kVectors] = {};
-    for (int64_t t = 0; t < count; ++t) {
-        V bv[kVectors];
-        for (int v = 0; v < kVectors; ++v) bv[v] = *reinterpret_cast<const V*>(b + t * kPanel + v * kLanes);
-        for (int i = 0; i < kRows; ++i) {
-            const V av = a[t * kPanel + i] - V{}; // in all lanes
-            for (int v = 0; v < kVectors; ++v) sum[i][v] += av * bv[v];
+    const auto add_products = [&](V(&sum)[kRows][kVectors], int64_t first, int64_t end) __attribute__((always_inline)) {
+        for (int64_t t = first; t < end; ++t) {
+            V bv[kVectors];
+            for (int v = 0; v < kVectors; ++v) bv[v] = *reinterpret_cast<const V*>(b + t * kPanel + v * kLanes);
+            for (int i = 0; i < kRows; ++i) {
+                const V av = a[t * kPanel + i] - V{}; // in all lanes
+                for (int v = 0; v < kVectors; ++v) sum[i][v] += av * bv[v];
+            }
         }
-    }
+    };
+    V sum[kRows][kVectors] = {};
+    if constexpr (kChain != kTile)
+        for (int i = 0; i < std::min<int64_t>(kRows, rows); ++i)
+            for (int v = 0; v < kVectors; ++v) __builtin_prefetch(d + i * pitch + v * kLanes, 1, 3);
+    if constexpr (kChain == kTile)
+        add_products(sum, 0, count);
+    else
+        for (int64_t first = 0; first < count; first += kChain) {
+            V part[kRows][kVectors] = {};
+            add_products(part, first, std::min(first + kChain, count));
+            for (int i = 0; i < kRows; ++i)
+                for (int v = 0; v < kVectors; ++v) sum[i][v] += part[i][v];
+        }
     if (rows >= kRows && columns >= kVectors * kLanes) {
         for (int i = 0; i < kRows; ++i)
             for (int v = 0; v < kVectors; ++v) *reinterpret_cast<V*>(d + i * pitch + v * kLanes) += sum[i][v];
@@ -153,15 +168,16 @@ LOCALSGD_INLINE void multiply(const Acc* a, const Acc* b, int64_t count, Acc* d,
 }
 
 // The same for the columns [kFirst, kPanel) of the panel `a`, of which `rows` are used.
-template <typename Acc, int kBytes, int64_t kFirst = 0>
+template <typename Acc, int kBytes, int64_t kFirst = 0, int64_t kChain = kTile>
 LOCALSGD_INLINE void multiply_panel(const Acc* a, const Acc* b, int64_t count, Acc* d, int64_t pitch, int64_t rows,
                                     int64_t columns) {
     using Shape = Shape<Acc, kBytes>;
     constexpr int64_t kRest = (Shape::kPanel - kFirst) % Shape::kRows, kEnd = Shape::kPanel - kRest;
     for (int64_t row = kFirst; row < std::min(kEnd, rows); row += Shape::kRows)
-        multiply<Acc, kBytes, Shape::kRows, 2>(a + row, b, count, d + row * pitch, pitch, rows - row, columns);
+        multiply<Acc, kBytes, Shape::kRows, 2, kChain>(a + row, b, count, d + row * pitch, pitch, rows - row, columns);
     if constexpr (kRest > 0)
-        if (kEnd < rows) multiply<Acc, kBytes, kRest, 2>(a + kEnd, b, count, d + kEnd * pitch, pitch, rows - kEnd, columns);
+        if (kEnd < rows)
+            multiply<Acc, kBytes, kRest, 2, kChain>(a + kEnd, b, count, d + kEnd * pitch, pitch, rows - kEnd, columns);
 }
 
 // name_wide and name_narrow, of `name<Acc, kBytes>`, each compiled for every instruction set: a template cannot be.

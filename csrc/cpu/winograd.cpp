@@ -1,49 +1,22 @@
 #include "winograd.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "panels.h"
+#include "winograd_rules.h"
 
 namespace localsgd {
 namespace {
 
-// The points are 0, 1, -1 and infinity. Where the way back takes halves the transforms do not: fewer roundings.
-template <typename Acc, int kBytes>
-struct Rules {
-    using V = typename Vector<Acc, kBytes>::Type;
-
-    struct OfX { // whose tiles overlap by two rows and columns
-        static constexpr int kIn = 4;
-        static LOCALSGD_INLINE void apply(const V (&x)[4], V (&out)[4]) {
-            out[0] = x[0] - x[2];
-            out[1] = x[1] + x[2];
-            out[2] = x[2] - x[1];
-            out[3] = x[3] - x[1];
-        }
-    };
-    struct OfZ {
-        static constexpr int kIn = 2;
-        static LOCALSGD_INLINE void apply(const V (&z)[2], V (&out)[4]) {
-            out[0] = z[0];
-            out[1] = z[0] + z[1];
-            out[2] = z[0] - z[1];
-            out[3] = z[1];
-        }
-    };
-    static LOCALSGD_INLINE void back(const V (&sum)[4], V (&taps)[3]) {
-        const V even = (sum[1] + sum[2]) * Acc(0.5);
-        taps[0] = sum[0] + even;
-        taps[1] = (sum[1] - sum[2]) * Acc(0.5);
-        taps[2] = even + sum[3];
-    }
-};
-
-constexpr int64_t kCachedChannels = 256; // whose transforms of a block, 1 MB, a second-level cache holds
-constexpr int64_t kChannels = 64;        // of a task's transforms
-constexpr int64_t kLeastBlocks = 4;      // of a part
-constexpr int64_t kFinished = 16;        // rows of D that are finished together
-constexpr int64_t kPiece = 16;           // tiles side by side that are transformed together
-constexpr int64_t kMostColumns = 2 * kPiece + 2;
+constexpr int64_t kCachedElements = 1 << 18; // 1 MB of transforms, which a second-level cache holds
+constexpr int64_t kChain = 16;
+constexpr int64_t kLeastForTilesOf4 = 2048; // positions
+constexpr int64_t kChannels = 64;           // of a task's transforms
+constexpr int64_t kLeastBlocks = 4;         // of a part
+constexpr int64_t kFinished = 16;           // rows of D that are finished together
+constexpr int64_t kPiece = 32;              // outputs side by side that are transformed together
+constexpr int64_t kMostColumns = kPiece + 2;
 
 template <typename Acc>
 int64_t columns_in_panels(int64_t channels) {
@@ -64,7 +37,7 @@ struct Rows {
     int64_t step[kIn];
 };
 
-// Columns [0, columns) of the rows, of which only [begin, end) are not 0, to mid [4][kMostColumns][kLanes].
+// Columns [0, columns) of the rows, of which only [begin, end) are not 0, to mid [kOut][kMostColumns][kLanes].
 template <typename Acc, int kBytes, typename Rule>
 LOCALSGD_INLINE void transform_columns(const Rows<Acc, Rule::kIn>& rows, int64_t columns, int64_t begin, int64_t end,
                                        Acc* mid) {
@@ -74,28 +47,29 @@ LOCALSGD_INLINE void transform_columns(const Rows<Acc, Rule::kIn>& rows, int64_t
         return *reinterpret_cast<V*>(mid + (i * kMostColumns + column) * kLanes);
     };
     for (int64_t column = 0; column < columns; ++column) {
-        V in[Rule::kIn], out[4];
+        V in[Rule::kIn], out[Rule::kOut];
         if (column < begin || column >= end) {
-            for (int i = 0; i < 4; ++i) to(i, column) = V{};
+            for (int i = 0; i < Rule::kOut; ++i) to(i, column) = V{};
             continue;
         }
         for (int i = 0; i < Rule::kIn; ++i) in[i] = *reinterpret_cast<const V*>(rows.data[i] + column * rows.step[i]);
         Rule::apply(in, out);
-        for (int i = 0; i < 4; ++i) to(i, column) = out[i];
+        for (int i = 0; i < Rule::kOut; ++i) to(i, column) = out[i];
     }
 }
 
-// The rows of `mid`, two columns a tile, to to[frequency][tile]: `frequency` elements apart, and `pitch` from tile to tile.
+// `rows` rows of `mid`, kTile columns a tile, to to[frequency][tile]: `frequency` elements apart, and `pitch` from tile to
+// tile.
 template <typename Acc, int kBytes, typename Rule>
-LOCALSGD_INLINE void transform_tiles(const Acc* mid, int64_t tiles, Acc* to, int64_t frequency, int64_t pitch) {
+LOCALSGD_INLINE void transform_tiles(const Acc* mid, int64_t rows, int64_t tiles, Acc* to, int64_t frequency, int64_t pitch) {
     using V = typename Vector<Acc, kBytes>::Type;
     constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
-    for (int64_t i = 0; i < 4; ++i, mid += kMostColumns * kLanes, to += 4 * frequency)
+    for (int64_t i = 0; i < rows; ++i, mid += kMostColumns * kLanes, to += Rule::kOut * frequency)
         for (int64_t t = 0; t < tiles; ++t) {
-            V in[Rule::kIn], out[4];
-            for (int j = 0; j < Rule::kIn; ++j) in[j] = *reinterpret_cast<const V*>(mid + (2 * t + j) * kLanes);
+            V in[Rule::kIn], out[Rule::kOut];
+            for (int j = 0; j < Rule::kIn; ++j) in[j] = *reinterpret_cast<const V*>(mid + (Rule::kTile * t + j) * kLanes);
             Rule::apply(in, out);
-            for (int j = 0; j < 4; ++j) *reinterpret_cast<V*>(to + j * frequency + t * pitch) = out[j];
+            for (int j = 0; j < Rule::kOut; ++j) *reinterpret_cast<V*>(to + j * frequency + t * pitch) = out[j];
         }
 }
 
@@ -131,32 +105,36 @@ template <typename Acc>
 struct Transform {
     PatchSource source;
     Triple output, pad; // the layer's
-    int64_t channel_begin, channel_end, first, count;
-    Acc* to; // [frequencies][panels][kTilesAtOnce][kPanel]
+    WinogradTile tile;
+    int64_t first, count; // tiles
+    int64_t channel_begin = 0, channel_end = 0;
+    int64_t frequency = 0; // elements from one to the next
+    Acc* to = nullptr;     // [frequencies][panels][kTilesAtOnce][kPanel]
 };
 
-template <typename Acc, int kBytes, typename Rule>
+template <typename Acc, int kBytes, typename Down, typename Across>
 LOCALSGD_INLINE void transform_operand(const Transform<Acc>& p) {
     constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes, kPanel = Shape<Acc, kBytes>::kPanel;
-    constexpr bool kOverlaps = Rule::kIn > 2;
-    alignas(64) Acc mid[4 * kMostColumns * kLanes], staged[Rule::kIn * kMostColumns * kLanes], scratch[kMostColumns * kLanes];
+    constexpr bool kOverlaps = Down::kIn > Down::kTile;
+    alignas(64) Acc mid[Down::kOut * kMostColumns * kLanes], staged[Down::kIn * kMostColumns * kLanes],
+        scratch[kMostColumns * kLanes];
     alignas(64) static constexpr Acc kZeros[kLanes] = {};
     const PatchSource& s = p.source;
     const Geometry& g = s.geometry;
-    const int64_t columns = ceil_div(p.output[2], 2), rows = ceil_div(p.output[1], 2);
-    const int64_t frequency = frequency_elements<Acc>(g.in_channels);
+    const int64_t columns = ceil_div(p.output[2], Across::kTile), rows = ceil_div(p.output[1], Down::kTile);
     const bool in_place = s.kind == kKindOf<Acc> && s.strides.channel == 1;
     for (int64_t done = 0; done < p.count;) {
         const int64_t tile = p.first + done, column = tile % columns, row = tile / columns % rows,
                       image = tile / columns / rows;
-        const int64_t tiles = std::min({kPiece, columns - column, p.count - done});
-        const int64_t top = row * 2 - (kOverlaps ? p.pad[1] : 0), left = column * 2 - (kOverlaps ? p.pad[2] : 0);
-        const int64_t width = 2 * tiles + (kOverlaps ? 2 : 0);
+        const int64_t tiles = std::min({kPiece / Across::kTile, columns - column, p.count - done});
+        const int64_t top = row * Down::kTile - (kOverlaps ? p.pad[1] : 0);
+        const int64_t left = column * Across::kTile - (kOverlaps ? p.pad[2] : 0);
+        const int64_t width = Across::kTile * tiles + (kOverlaps ? 2 : 0);
         const int64_t begin = std::clamp<int64_t>(-left, 0, width), end = std::clamp<int64_t>(g.input[2] - left, begin, width);
         for (int64_t c = p.channel_begin; c < p.channel_end; c += kLanes) {
             const int64_t channels = std::clamp<int64_t>(g.in_channels - c, 0, kLanes);
-            Rows<Acc, Rule::kIn> read;
-            for (int64_t i = 0; i < Rule::kIn; ++i) {
+            Rows<Acc, Down::kIn> read;
+            for (int64_t i = 0; i < Down::kIn; ++i) {
                 const int64_t element = image * s.strides.batch + c * s.strides.channel + (top + i) * s.strides.space[1] +
                                         left * s.strides.space[2];
                 if (top + i < 0 || top + i >= g.input[1]) {
@@ -172,21 +150,38 @@ LOCALSGD_INLINE void transform_operand(const Transform<Acc>& p) {
                     read.step[i] = kLanes;
                 }
             }
-            transform_columns<Acc, kBytes, Rule>(read, width, begin, end, mid);
+            transform_columns<Acc, kBytes, Down>(read, width, begin, end, mid);
             Acc* const to = p.to + (c / kPanel * kTilesAtOnce + done) * kPanel + c % kPanel;
-            transform_tiles<Acc, kBytes, Rule>(mid, tiles, to, frequency, kPanel);
+            transform_tiles<Acc, kBytes, Across>(mid, Down::kOut, tiles, to, p.frequency, kPanel);
         }
         done += tiles;
     }
 }
 
+// body(height, width), known to the compiler, of a tile.
+template <typename Body>
+LOCALSGD_INLINE void with_tile(WinogradTile tile, const Body& body) {
+    using Two = std::integral_constant<int, 2>;
+    using Four = std::integral_constant<int, 4>;
+    if (tile.height == 4)
+        body(Four(), Four());
+    else if (tile.width == 4)
+        body(Two(), Four());
+    else
+        body(Two(), Two());
+}
+
 template <typename Acc, int kBytes>
 LOCALSGD_INLINE void transform_x(const Transform<Acc>& p) {
-    transform_operand<Acc, kBytes, typename Rules<Acc, kBytes>::OfX>(p);
+    with_tile(p.tile, [&](auto height, auto width) __attribute__((always_inline)) {
+        transform_operand<Acc, kBytes, typename Rules<Acc, kBytes, height>::OfX, typename Rules<Acc, kBytes, width>::OfX>(p);
+    });
 }
 template <typename Acc, int kBytes>
 LOCALSGD_INLINE void transform_z(const Transform<Acc>& p) {
-    transform_operand<Acc, kBytes, typename Rules<Acc, kBytes>::OfZ>(p);
+    with_tile(p.tile, [&](auto height, auto width) __attribute__((always_inline)) {
+        transform_operand<Acc, kBytes, typename Rules<Acc, kBytes, height>::OfZ, typename Rules<Acc, kBytes, width>::OfZ>(p);
+    });
 }
 
 LOCALSGD_BOTH_WIDTHS(transform_x, Transform<float>, float)
@@ -210,10 +205,10 @@ LOCALSGD_INLINE void multiply_frequency(const Multiply<Acc>& p) {
     for (int64_t block = 0, left = p.count; left > 0; ++block, left -= kTilesAtOnce)
         for (int64_t column = 0; column < kMostPanel<Acc>; column += kPanel)
             for (int64_t row = 0; row < p.rows; row += kPanel)
-                multiply_panel<Acc, kBytes>(p.z + block * p.block + row * kTilesAtOnce,
-                                            p.x + block * p.block + (p.column + column) * kTilesAtOnce,
-                                            std::min(left, kTilesAtOnce), p.sums + row * kMostPanel<Acc> + column,
-                                            kMostPanel<Acc>, p.rows - row, kPanel);
+                multiply_panel<Acc, kBytes, 0, kChain>(p.z + block * p.block + row * kTilesAtOnce,
+                                                       p.x + block * p.block + (p.column + column) * kTilesAtOnce,
+                                                       std::min(left, kTilesAtOnce), p.sums + row * kMostPanel<Acc> + column,
+                                                       kMostPanel<Acc>, p.rows - row, kPanel);
 }
 
 LOCALSGD_BOTH_WIDTHS(multiply_frequency, Multiply<float>, float)
@@ -224,28 +219,30 @@ struct Finish {
     const Acc* sums;                // of the first row: of a frequency and a panel, kMostPanel elements a row
     int64_t part, frequency, panel; // elements from one to the next
     int64_t parts, channels, count; // count: rows of D
+    WinogradTile tile;
     Acc* d;
     bool taps_first;
 };
 
-template <typename Acc, int kBytes>
-LOCALSGD_INLINE void finish(const Finish<Acc>& p) {
+template <typename Acc, int kBytes, int kHeight, int kWidth>
+LOCALSGD_INLINE void finish_tiles(const Finish<Acc>& p) {
     using V = typename Vector<Acc, kBytes>::Type;
+    constexpr int kRows = kHeight + 2, kColumns = kWidth + 2; // of frequencies
     constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes, kPanel = kMostPanel<Acc>, kAhead = 2 * kPanel;
     const auto one = [&](const Acc* from, int64_t c, Acc* d) __attribute__((always_inline)) {
-        V mid[3][4], taps[3][3];
-        for (int j = 0; j < 4; ++j) {
-            V in[4], out[3];
-            for (int i = 0; i < 4; ++i) {
-                const Acc* const sum = from + (i * 4 + j) * p.frequency;
+        V mid[3][kColumns], taps[3][3];
+        for (int j = 0; j < kColumns; ++j) {
+            V in[kRows], out[3];
+            for (int i = 0; i < kRows; ++i) {
+                const Acc* const sum = from + (i * kColumns + j) * p.frequency;
                 in[i] = *reinterpret_cast<const V*>(sum);
                 for (int64_t part = 1; part < p.parts; ++part) in[i] += *reinterpret_cast<const V*>(sum + part * p.part);
                 __builtin_prefetch(sum + kAhead, 0, 3);
             }
-            Rules<Acc, kBytes>::back(in, out);
+            Rules<Acc, kBytes, kHeight>::back(in, out);
             for (int i = 0; i < 3; ++i) mid[i][j] = out[i];
         }
-        for (int i = 0; i < 3; ++i) Rules<Acc, kBytes>::back(mid[i], taps[i]);
+        for (int i = 0; i < 3; ++i) Rules<Acc, kBytes, kWidth>::back(mid[i], taps[i]);
         const int64_t count = std::min(kLanes, p.channels - c);
         if (p.taps_first && count == kLanes) {
             for (int tap = 0; tap < 9; ++tap) *reinterpret_cast<V*>(d + tap * p.channels + c) = taps[tap / 3][tap % 3];
@@ -259,6 +256,12 @@ LOCALSGD_INLINE void finish(const Finish<Acc>& p) {
         for (int64_t row = 0; row < p.count; ++row)
             for (int64_t c = left; c < std::min(left + kPanel, p.channels); c += kLanes)
                 one(p.sums + left / kPanel * p.panel + row * kPanel + c - left, c, p.d + row * p.channels * 9);
+}
+
+template <typename Acc, int kBytes>
+LOCALSGD_INLINE void finish(const Finish<Acc>& p) {
+    with_tile(p.tile,
+              [&](auto height, auto width) __attribute__((always_inline)) { finish_tiles<Acc, kBytes, height, width>(p); });
 }
 
 LOCALSGD_BOTH_WIDTHS(finish, Finish<float>, float)
@@ -276,26 +279,49 @@ bool winograd_fits(const Geometry& g) {
 }
 
 template <typename Acc>
-int64_t winograd_block_elements(const Geometry& g) {
-    return kFrequencies * (frequency_elements<Acc>(g.in_channels) + frequency_elements<Acc>(g.out_channels));
+int64_t winograd_block_elements(const Geometry& g, const WinogradPlan& plan) {
+    return plan.tile.frequencies() * (frequency_elements<Acc>(g.in_channels) + frequency_elements<Acc>(g.out_channels));
 }
 
 template <typename Acc>
-int64_t winograd_sum_elements(const Geometry& g) {
-    return kFrequencies * matrix_elements<Acc>(g);
+int64_t winograd_sum_elements(const Geometry& g, const WinogradPlan& plan) {
+    return plan.tile.frequencies() * matrix_elements<Acc>(g);
 }
 
-WinogradPlan winograd_plan(const Geometry& g, int64_t threads) {
+namespace {
+
+int64_t tiles_of(const Geometry& g, WinogradTile tile) {
+    return g.batch * ceil_div(g.output[1], tile.height) * ceil_div(g.output[2], tile.width);
+}
+
+// The one of the fewest multiplications among those that round no more than twice as much as PyTorch does, whose sums err the
+// more the longer they are.
+WinogradTile tile_for(const Geometry& g) {
+    WinogradTile best = kWinogradTiles[0];
+    for (const WinogradTile& tile : kWinogradTiles) {
+        const bool fewer = tile.frequencies() * tiles_of(g, tile) < best.frequencies() * tiles_of(g, best);
+        if (fewer && g.positions() >= tile.least_positions) best = tile;
+    }
+    return best;
+}
+
+} // namespace
+
+WinogradPlan winograd_plan(const Geometry& g, int64_t threads) { return winograd_plan(g, threads, tile_for(g)); }
+
+WinogradPlan winograd_plan(const Geometry& g, int64_t threads, WinogradTile tile) {
+    const int64_t channels = columns_in_panels<float>(g.in_channels) + columns_in_panels<float>(g.out_channels);
     WinogradPlan plan;
     plan.wide = has_wide_registers();
-    plan.tiles = g.batch * ceil_div(g.output[1], 2) * ceil_div(g.output[2], 2);
-    const int64_t blocks = ceil_div(plan.tiles, kTilesAtOnce), sums = winograd_sum_elements<float>(g);
+    plan.tile = tile;
+    plan.tiles = tiles_of(g, tile);
+    const int64_t blocks = ceil_div(plan.tiles, kTilesAtOnce), sums = winograd_sum_elements<float>(g, plan);
     plan.parts = std::min({kMostParts, blocks / kLeastBlocks, kMostPartElements / std::max<int64_t>(1, sums)});
     plan.parts = std::max<int64_t>(1, plan.parts);
     plan.apart = plan.parts % threads == 0; // what a thread transformed is then in its own cache where it is multiplied
     // Fewer channels are little work between two times that all threads wait for each other.
-    const int64_t channels = columns_in_panels<float>(g.in_channels) + columns_in_panels<float>(g.out_channels);
-    const int64_t cached = (plan.apart ? 1 : threads) * kCachedChannels / std::max<int64_t>(1, channels);
+    const int64_t each = std::max<int64_t>(1, plan.tile.frequencies() * kTilesAtOnce * channels); // elements
+    const int64_t cached = (plan.apart ? 1 : threads) * kCachedElements / each;
     plan.blocks = std::clamp<int64_t>(cached, 1, std::max<int64_t>(1, ceil_div(blocks, plan.parts)));
     return plan;
 }
@@ -309,10 +335,11 @@ void winograd_transform(const WinogradArgs& a, const WinogradPlan& plan, int64_t
     const Geometry& g = a.x.geometry;
     const int64_t of_z = ceil_div(g.out_channels, kChannels);
     const bool is_z = task < of_z;
-    Transform<Acc> p{is_z ? a.z : a.x, g.output, g.pad, 0, 0, first, std::min(kTilesAtOnce, plan.tiles - first), block};
+    Transform<Acc> p{is_z ? a.z : a.x, g.output, g.pad, plan.tile, first, std::min(kTilesAtOnce, plan.tiles - first)};
     p.channel_begin = (is_z ? task : task - of_z) * kChannels;
     p.channel_end = std::min(p.channel_begin + kChannels, columns_in_panels<Acc>(p.source.geometry.in_channels));
-    if (!is_z) p.to += kFrequencies * frequency_elements<Acc>(g.out_channels);
+    p.frequency = frequency_elements<Acc>(p.source.geometry.in_channels);
+    p.to = block + (is_z ? 0 : plan.tile.frequencies() * frequency_elements<Acc>(g.out_channels));
     if (plan.wide)
         is_z ? transform_z_wide(p) : transform_x_wide(p);
     else
@@ -320,8 +347,8 @@ void winograd_transform(const WinogradArgs& a, const WinogradPlan& plan, int64_t
 }
 
 template <typename Acc>
-int64_t winograd_products(const Geometry& g) {
-    return kFrequencies * ceil_div(g.in_channels, kMostPanel<Acc>);
+int64_t winograd_products(const Geometry& g, const WinogradPlan& plan) {
+    return plan.tile.frequencies() * ceil_div(g.in_channels, kMostPanel<Acc>);
 }
 
 template <typename Acc>
@@ -331,8 +358,8 @@ void winograd_multiply(const WinogradArgs& a, const WinogradPlan& plan, int64_t 
     const int64_t panels = ceil_div(g.in_channels, kMostPanel<Acc>), frequency = task / panels, panel = task % panels;
     const int64_t of_z = frequency_elements<Acc>(g.out_channels), of_x = frequency_elements<Acc>(g.in_channels);
     const Multiply<Acc> p{blocks + frequency * of_z,
-                          blocks + kFrequencies * of_z + frequency * of_x,
-                          winograd_block_elements<Acc>(g),
+                          blocks + plan.tile.frequencies() * of_z + frequency * of_x,
+                          winograd_block_elements<Acc>(g, plan),
                           count,
                           g.out_channels,
                           panel * kMostPanel<Acc>,
@@ -347,22 +374,23 @@ template <typename Acc>
 void winograd_finish(const Geometry& g, const WinogradPlan& plan, int64_t task, const Acc* sums, Acc* d, bool taps_first) {
     const int64_t row = task * kFinished;
     const Finish<Acc> p{sums + row * kMostPanel<Acc>,
-                        winograd_sum_elements<Acc>(g),
+                        winograd_sum_elements<Acc>(g, plan),
                         matrix_elements<Acc>(g),
                         g.out_channels * kMostPanel<Acc>,
                         plan.parts,
                         g.in_channels,
                         std::min(kFinished, g.out_channels - row),
+                        plan.tile,
                         d + row * g.in_channels * 9,
                         taps_first};
     plan.wide ? finish_wide(p) : finish_narrow(p);
 }
 
 #define LOCALSGD_WINOGRAD(Acc)                                                                                                \
-    template int64_t winograd_block_elements<Acc>(const Geometry&);                                                           \
-    template int64_t winograd_sum_elements<Acc>(const Geometry&);                                                             \
+    template int64_t winograd_block_elements<Acc>(const Geometry&, const WinogradPlan&);                                      \
+    template int64_t winograd_sum_elements<Acc>(const Geometry&, const WinogradPlan&);                                        \
     template void winograd_transform<Acc>(const WinogradArgs&, const WinogradPlan&, int64_t, int64_t, Acc*);                  \
-    template int64_t winograd_products<Acc>(const Geometry&);                                                                 \
+    template int64_t winograd_products<Acc>(const Geometry&, const WinogradPlan&);                                            \
     template void winograd_multiply<Acc>(const WinogradArgs&, const WinogradPlan&, int64_t, int64_t, const Acc*, bool, Acc*); \
     template void winograd_finish<Acc>(const Geometry&, const WinogradPlan&, int64_t, const Acc*, Acc*, bool);
 LOCALSGD_WINOGRAD(float)

@@ -255,7 +255,7 @@ void check_direct(const Geometry& g, double tolerance) {
 template <typename Acc>
 std::vector<Acc> winograd_of(const WinogradArgs& args, const WinogradPlan& plan, bool taps_first) {
     const Geometry& g = args.x.geometry;
-    const int64_t each = winograd_block_elements<Acc>(g), of_part = winograd_sum_elements<Acc>(g);
+    const int64_t each = winograd_block_elements<Acc>(g, plan), of_part = winograd_sum_elements<Acc>(g, plan);
     std::vector<Acc> transformed(plan.blocks * each), sums(plan.parts * of_part, Acc(NAN));
     std::vector<Acc> d(g.out_channels * g.patch(), Acc(NAN));
     for (int64_t part = plan.parts - 1; part >= 0; --part)
@@ -265,7 +265,7 @@ std::vector<Acc> winograd_of(const WinogradArgs& args, const WinogradPlan& plan,
             for (int64_t block = ceil_div(count, kTilesAtOnce) - 1; block >= 0; --block)
                 for (int64_t task = winograd_transforms(g) - 1; task >= 0; --task)
                     winograd_transform(args, plan, task, begin + block * kTilesAtOnce, transformed.data() + block * each);
-            for (int64_t task = winograd_products<Acc>(g) - 1; task >= 0; --task)
+            for (int64_t task = winograd_products<Acc>(g, plan) - 1; task >= 0; --task)
                 winograd_multiply(args, plan, task, count, transformed.data(), begin > plan.begin(part),
                                   sums.data() + part * of_part);
         }
@@ -288,16 +288,18 @@ void check_winograd(const Geometry& g, double tolerance) {
             const WinogradArgs args{{x.data(), kStored<T>, g, strides(x_last)(g.in_channels, g.input)},
                                     {z.data(), kStored<T>, output_geometry(g), strides(z_last)(g.out_channels, g.output)}};
             const bool taps_first = x_last && z_last;
-            for (const bool wide : {false, true}) {
-                std::vector<Acc> first;
-                for (const int64_t blocks : {1, 2, 5}) {
-                    WinogradPlan plan = winograd_plan(g, 1);
-                    plan.wide = wide;
-                    plan.blocks = blocks;
-                    const std::vector<Acc> d = winograd_of<Acc>(args, plan, taps_first);
-                    check_close(g, d, expected, taps_first, tolerance);
-                    if (first.empty()) first = d;
-                    CHECK(first == d);
+            for (const WinogradTile& tile : kWinogradTiles) {
+                for (const bool wide : {false, true}) {
+                    std::vector<Acc> first;
+                    for (const int64_t blocks : {1, 2, 5}) {
+                        WinogradPlan plan = winograd_plan(g, 1, tile);
+                        plan.wide = wide;
+                        plan.blocks = blocks;
+                        const std::vector<Acc> d = winograd_of<Acc>(args, plan, taps_first);
+                        check_close(g, d, expected, taps_first, tolerance);
+                        if (first.empty()) first = d;
+                        CHECK(first == d);
+                    }
                 }
             }
         }

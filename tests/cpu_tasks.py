@@ -39,7 +39,7 @@ def strips(case: Case, algorithm: str, positions: int, threads: int) -> int:
 
 
 def winograd_plan(case: Case, positions: int, threads: int) -> dict[str, int]:
-    """``parts`` of the tiles that are summed apart: at most 8, of 4 blocks or more each, and not so many that their ``sums`` in as
+    """``parts`` of the tiles that are summed apart: a power of two, at most 8, of 4 blocks or more each, and not so many that their ``sums`` in as
     many ``frequencies`` as a tile reads elements, ``C`` up to a multiple of 32, are more than 2^20 elements; ``blocks`` of 64 tiles
     that are in memory at once, of 2^18 elements together if one is not more: a thread's own where the threads can share out the
     parts evenly, or all threads'. ``block``: elements of one, ``x`` and ``z``, channels up to multiples of 32 and a line of 32
@@ -58,7 +58,7 @@ def winograd_plan(case: Case, positions: int, threads: int) -> dict[str, int]:
     frequencies = (tile[0] + 2) * (tile[1] + 2)
     blocks = -(-tiles[tile] // 64)
     sums = frequencies * out * columns[1]
-    parts = max(1, min(8, blocks // 4, (1 << 20) // sums))
+    parts = 1 << max(1, min(8, blocks // 4, (1 << 20) // sums)).bit_length() - 1
     apart = parts % threads == 0
     at_once = max(1, min((1 if apart else threads) * (1 << 18) // (frequencies * 64 * sum(columns)), -(-blocks // parts)))
     block = frequencies * (64 * sum(columns) + 2 * 32)

@@ -1,6 +1,7 @@
 #include "winograd.h"
 
 #include <algorithm>
+#include <bit>
 #include <type_traits>
 
 #include "panels.h"
@@ -316,8 +317,8 @@ WinogradPlan winograd_plan(const Geometry& g, int64_t threads, WinogradTile tile
     plan.tile = tile;
     plan.tiles = tiles_of(g, tile);
     const int64_t blocks = ceil_div(plan.tiles, kTilesAtOnce), sums = winograd_sum_elements<float>(g, plan);
-    plan.parts = std::min({kMostParts, blocks / kLeastBlocks, kMostPartElements / std::max<int64_t>(1, sums)});
-    plan.parts = std::max<int64_t>(1, plan.parts);
+    const int64_t most = std::min({kMostParts, blocks / kLeastBlocks, kMostPartElements / std::max<int64_t>(1, sums)});
+    plan.parts = int64_t(std::bit_floor(uint64_t(std::max<int64_t>(1, most)))); // two or four threads share them out evenly
     plan.apart = plan.parts % threads == 0; // what a thread transformed is then in its own cache where it is multiplied
     // Fewer channels are little work between two times that all threads wait for each other.
     const int64_t each = std::max<int64_t>(1, plan.tile.frequencies() * kTilesAtOnce * channels); // elements

@@ -1,5 +1,5 @@
-"""How csrc/cpu cuts a correlation among threads, worked out here a second time: ``gram_tasks``, ``direct_tasks`` and
-``winograd_plan`` there."""
+"""How csrc/cpu cuts a correlation among threads, worked out here a second time: ``gram_tasks``, ``direct_tasks``,
+``few_channels_parts`` and ``winograd_plan`` there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 
 from cases import Case
+from torch import Tensor
 
 
 def columns(case: Case, algorithm: str) -> int:
@@ -38,13 +39,25 @@ def strips(case: Case, algorithm: str, positions: int, threads: int) -> int:
     return max(1, min(threads, wide // 64)) if cut else 1
 
 
+def has_few_channels(case: Case, z: Tensor) -> bool:
+    """Whether ``direct`` sums over ``z``'s columns: at most 4 channels, 2^14 elements of ``D``, neighbours in rows of 16 or more."""
+    small = case.weight[1] <= 4 and math.prod(case.weight) <= 1 << 14
+    return case.dims == 2 and case.groups == 1 and not case.pointwise and small and z.shape[-1] >= 16 and z.stride(-1) == 1
+
+
+def few_channels_parts(case: Case, z: Tensor) -> int:
+    """Of 2^22 products or more, at most 64, cut between 8 rows of an image."""
+    rows = -(-z.shape[-2] // 8) * (z.shape[0] if case.batched else 1)
+    return max(1, min(64, rows, math.prod(case.weight[1:]) * z.numel() >> 22))
+
+
 def winograd_plan(case: Case, positions: int, threads: int) -> dict[str, int]:
-    """``parts`` of the tiles that are summed apart: a power of two, at most 8, of 4 blocks or more each, and not so many that their ``sums`` in as
-    many ``frequencies`` as a tile reads elements, ``C`` up to a multiple of 32, are more than 2^20 elements; ``blocks`` of 64 tiles
-    that are in memory at once, of 2^18 elements together if one is not more: a thread's own where the threads can share out the
-    parts evenly, or all threads'. ``block``: elements of one, ``x`` and ``z``, channels up to multiples of 32 and a line of 32
-    elements behind each frequency. ``all``: blocks of the layer. Tiles are those of the fewest multiplications: of 2 x 2 outputs,
-    from 512 positions on 2 x 4, from 4096 on 4 x 4."""
+    """``parts`` of the tiles that are summed apart: a power of two, at most 8, of 4 blocks or more each, and not so many that their
+    ``sums`` in as many ``frequencies`` as a tile reads elements, ``C`` up to a multiple of 32, are more than 2^20 elements;
+    ``blocks`` of 64 tiles that are in memory at once, of 2^18 elements together if one is not more: a thread's own where the
+    threads can share out the parts evenly, or all threads'. ``block``: elements of one, ``x`` and ``z``, channels up to multiples
+    of 32 and a line of 32 elements behind each frequency. ``all``: blocks of the layer. Tiles are those of
+    the fewest multiplications: of 2 x 2 outputs, from 512 positions on 2 x 4, from 4096 on 4 x 4."""
     out, columns = case.weight[0], [-(-n // 32) * 32 for n in case.weight[:2]]
     images = case.x[0] if case.batched else 1
     above = {"same": 1, "valid": 0}[case.padding] if isinstance(case.padding, str) else case.arguments["padding"]

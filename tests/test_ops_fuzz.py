@@ -30,13 +30,13 @@ pytestmark = [
 # Relative to what D's sums are made of, for some thousand products; `library` rounds to the operands' dtype.
 TOLERANCE = {FP64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 DTYPES = {"f64": FP64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-KINDS = ("linear", "pointwise", "grouped", "depthwise", "winograd", "dense")
+KINDS = ("linear", "pointwise", "grouped", "depthwise", "first", "winograd", "dense")
 ALGORITHMS = ("auto", "gram", "depthwise", "winograd", "direct", "library")
 REPEATED = ("expanded", "stretched")
 STRIDES = ("contiguous", "channels_last", "sliced", "transposed", "window", *REPEATED)
 SCALED = ("tiny", "huge", "zero")  # all elements of an operand
 BAD = ("inf", "nan")  # one of them
-EXAMPLES = {kind: 216 if kind in ("depthwise", "winograd") else 72 for kind in KINDS}  # of each stride pattern: 5040 in all
+EXAMPLES = {kind: 216 if kind in ("depthwise", "winograd") else 72 for kind in KINDS}  # of each stride pattern: 5544 in all
 
 coverage: Counter[str] = Counter()
 finished = 0
@@ -50,14 +50,14 @@ def _coverage() -> Iterator[None]:
 
 @st.composite
 def layers(draw: st.DrawFn, kind: str) -> Case:
-    """One in four is so large that its sums are cut into several panels, tiles, parts or strips; depthwise layers have none."""
-    large = draw(st.sampled_from([False] * 3 + [True])) and kind != "depthwise"
+    """One in four is so large that its sums are cut into several panels, tiles, parts or strips; depthwise and first layers have none."""
+    large = draw(st.sampled_from([False] * 3 + [True])) and kind not in ("depthwise", "first")
     if kind == "linear":
         leading = [draw(st.integers(500, 3000))] if large else draw(st.lists(st.integers(1, 9), max_size=3))
         inputs, outputs = draw(st.integers(50 if large else 1, 280)), draw(st.integers(1, 100 if large else 280))
         return Case("random", (*leading, inputs), (outputs, inputs), bias=draw(st.booleans()))
-    dims = 2 if kind == "winograd" else draw(st.integers(1, 3))
-    largest = 1 if kind == "pointwise" else {1: 7, 2: 5, 3: 3}[dims]
+    dims = 2 if kind in ("winograd", "first") else draw(st.integers(1, 3))
+    largest = 1 if kind == "pointwise" else 8 if kind == "first" else {1: 7, 2: 5, 3: 3}[dims]
     kernel = draw(st.tuples(*[st.integers(1, largest)] * dims))
     stride = draw(st.tuples(*[st.integers(1, 2 if large else 4)] * dims))
     dilation = draw(st.tuples(*[st.integers(1, 3)] * dims))
@@ -72,9 +72,9 @@ def layers(draw: st.DrawFn, kind: str) -> Case:
         per_group, outputs = draw(st.integers(33, most)), groups * draw(st.integers(33, 70))
         extra = (40, 62) if kind == "winograd" else {1: (200, 700), 2: (12, 26), 3: (3, 8)}[dims]
     else:
-        per_group = 1 if kind == "depthwise" else draw(st.integers(1, 20))
+        per_group = 1 if kind == "depthwise" else draw(st.integers(1, 4 if kind == "first" else 20))
         outputs = groups * draw(st.integers(1, 3 if kind == "depthwise" else 12))
-        extra = (0, (18 if dims == 3 else 36) // dims)
+        extra = (0, 70) if kind == "first" else (0, (18 if dims == 3 else 36) // dims)
     pads = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)] if isinstance(padding, str) else padding
     least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, pads, strict=True)]
     space = [draw(st.integers(n + extra[0], n + extra[1])) for n in least]
@@ -171,6 +171,8 @@ def count(case: Case, x: Tensor, z: Tensor, threads: int, strides: dict[str, str
         packed = algorithm in ("gram", "winograd") or (algorithm == "direct" and not by_blas(case, x, z, algorithm))
         for what in cpu_tasks.several(case, algorithm, z.numel() // case.weight[0], threads) if packed else ():
             coverage[f"{algorithm}|several|{what}"] += 1
+        if algorithm == "direct" and z.dtype in (x.dtype, FP64) and cpu_tasks.has_few_channels(case, z):
+            coverage["direct|columns|of few channels"] += 1
         if algorithm == "winograd":
             frequencies = cpu_tasks.winograd_plan(case, z.numel() // case.weight[0], threads)["frequencies"]
             coverage[f"winograd|frequencies|{frequencies}"] += 1
@@ -278,6 +280,7 @@ def test_the_random_layers_covered_what_there_is() -> None:
         wanted += [f"dtypes|{x}-{z}" for x in DTYPES for z in DTYPES] + [f"special|{special}" for special in specials]
         for what in wanted:
             assert coverage[f"{algorithm}|{what}"] >= 5, f"{algorithm} {what}"
+    assert coverage["direct|columns|of few channels"] >= 20
     for frequencies in (16, 24, 36):
         assert coverage[f"winograd|frequencies|{frequencies}"] >= 20, frequencies
     cut = {"gram": ("parts", "strips", "tiles", "panels"), "winograd": ("parts", "blocks", "panels")}

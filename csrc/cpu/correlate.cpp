@@ -16,6 +16,7 @@
 #include "../library.h"
 #include "depthwise.h"
 #include "direct.h"
+#include "few_channels.h"
 #include "gram.h"
 #include "views.h"
 #include "winograd.h"
@@ -73,6 +74,20 @@ void direct_into(const DirectArgs& args, const at::Tensor& d) {
     });
 }
 
+template <typename Acc>
+void few_channels_into(const DirectArgs& args, const at::Tensor& d) {
+    const Geometry& g = args.x.geometry;
+    const int64_t parts = few_channels_parts(g);
+    const at::Tensor sums = at::empty({parts, g.out_channels * g.patch()}, d.options().dtype(at::kDouble));
+    double* const partials = sums.mutable_data_ptr<double>();
+    const bool wide = has_wide_registers();
+    at::parallel_for(0, parts, 1, [&](int64_t part, int64_t end) {
+        for (; part < end; ++part) few_channels_part<Acc>(args, parts, part, wide, partials);
+    });
+    for (int64_t k = 0; k < g.out_channels; ++k)
+        finish_few_channels(g, parts, k, partials, d.mutable_data_ptr<Acc>(), !d.is_contiguous());
+}
+
 // Of D: contiguous, or as the weight lies.
 at::Tensor result(const Layer& layer, bool as_weight) {
     const bool channels_last = layer.weight.is_contiguous(at::MemoryFormat::ChannelsLast) ||
@@ -91,7 +106,11 @@ at::Tensor direct(const Layer& layer, bool as_weight) {
         return product_of_views(layer, x, z, span);
     const DirectArgs args{source_of(layer.x, g), source_of(*layer.z, output_geometry(g))};
     const at::Tensor d = result(layer, as_weight);
-    layer.accumulate == at::kDouble ? direct_into<double>(args, d) : direct_into<float>(args, d);
+    const bool bf16 = args.x.kind == Kind::bf16 && args.z.kind == Kind::bf16;
+    if (few_channels_fit(args) && !only_bf16(unit_for(bf16)))
+        layer.accumulate == at::kDouble ? few_channels_into<double>(args, d) : few_channels_into<float>(args, d);
+    else
+        layer.accumulate == at::kDouble ? direct_into<double>(args, d) : direct_into<float>(args, d);
     return d;
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "few_channels.h"
 #include "patches.h"
 #include "winograd.h"
 
@@ -167,10 +168,19 @@ double few_rows_us(const Query& q) {
            panels_us(q, 2 * rows * rows * (in + out)) + 5 * kCallUs;
 }
 
+// Sums over the columns of z, which is read from memory once, and of copied rows of x.
+double few_channels_us(const Query& q) {
+    const Geometry& g = q.geometry;
+    const double share = g.kernel[2] >= 7 ? 1.1 : 0.75; // of the speed of panels
+    return panels_us(q, wgrad_flops(g) / share) + memory_us(q, z_elements(q) * kind_size(q.z_kind), 8e3) +
+           convert_us(q, z_elements(q), q.z_kind) + 2 * kCallUs;
+}
+
 double direct_us(const Query& q) {
     const Geometry& g = q.geometry;
     if (few_rows(g) && !is_wide(q)) return few_rows_us(q);
     if (in_bf16(q, true)) return direct_on_tiles_us(q);
+    if (!q.channels_last && few_channels(g)) return few_channels_us(q);
     const double rows = double(g.out_per_group()), patch = double(g.patch()), image = double(g.image_positions());
     const bool one_run = q.channels_last || g.dims == 0 || g.batch == 1, in_place = reads_in_place(q);
     const bool views = in_place && kind_size(q.x_kind) == element_bytes(q) && kind_size(q.z_kind) == element_bytes(q);
@@ -237,8 +247,10 @@ double winograd_us(const Query& q) {
 double blocked_us(const Query& q) {
     constexpr double kAllocated = double{32 << 20};
     if (q.geometry.image_positions() < 400) return 0;
+    const bool bf16 = q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16 && q.cpu.bf16 != Cpu::Bf16::kEmulated;
+    const double each = bf16 ? 2 : element_bytes(q);
     double us = 0;
-    for (const double bytes : {x_elements(q) * element_bytes(q), z_elements(q) * element_bytes(q)})
+    for (const double bytes : {x_elements(q) * each, z_elements(q) * each})
         us += memory_us(q, bytes, bytes > kAllocated ? 1.7e3 : 12e3);
     return us;
 }

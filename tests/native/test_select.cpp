@@ -63,6 +63,8 @@ void picks() {
     CHECK(make_plan(query(512, 512, 7, 3, 1, 2)).pick == Algorithm::kDirect);
     CHECK(make_plan(query(16, 16, 14, 3)).pick ==
           Algorithm::kLibrary); // transforms of so few channels are more than the products
+    CHECK(make_plan(stem).pick == Algorithm::kDirect);
+    stem.channels_last = true;
     CHECK(make_plan(stem).pick == Algorithm::kLibrary);
     Query without = query(96, 64, 14, 1); // contracting, but any other algorithm would have to compute z first
     without.z_present = false;

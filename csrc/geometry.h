@@ -54,6 +54,7 @@ struct Range {
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); } // of a < 0, too
 
 inline Range valid_outputs(int64_t output, int64_t input, int64_t stride, int64_t offset) {
     const int64_t begin = offset >= 0 ? 0 : ceil_div(-offset, stride);

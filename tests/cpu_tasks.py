@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
+import torch
 from cases import Case
 from torch import Tensor
 
@@ -39,10 +41,24 @@ def strips(case: Case, algorithm: str, positions: int, threads: int) -> int:
     return max(1, min(threads, wide // 64)) if cut else 1
 
 
-def has_few_channels(case: Case, z: Tensor) -> bool:
-    """Whether ``direct`` sums over ``z``'s columns: at most 4 channels, 2^14 elements of ``D``, neighbours in rows of 16 or more."""
+def multiplies_bf16() -> bool:
+    """Whether instructions of this CPU do that our kernels use: AVX-512's or AMX's."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return "avx512_bf16" in flags or {"amx_tile", "amx_bf16"} <= flags
+
+
+def has_few_channels(case: Case, x: Tensor, z: Tensor) -> bool:
+    """Whether ``direct`` sums over ``z``'s columns: at most 4 channels, 2^14 elements of ``D``, neighbours in rows of 16 or more that
+    are read where they lie."""
     small = case.weight[1] <= 4 and math.prod(case.weight) <= 1 << 14
-    return case.dims == 2 and case.groups == 1 and not case.pointwise and small and z.shape[-1] >= 16 and z.stride(-1) == 1
+    if torch.float64 in (x.dtype, z.dtype):
+        read = z.dtype == torch.float64
+    else:
+        both = x.dtype == z.dtype == torch.bfloat16
+        read = z.dtype in (torch.float32, torch.bfloat16) and not (both and multiplies_bf16())
+    layer = case.dims == 2 and case.groups == 1 and not case.pointwise
+    return layer and small and read and z.shape[-1] >= 16 and z.stride(-1) == 1
 
 
 def few_channels_parts(case: Case, z: Tensor) -> int:

@@ -170,6 +170,34 @@ def test_bits_do_not_depend_on_the_number_of_threads(case: Case, layout: str, dt
         assert all(torch.equal(results[0], d) for d in results[1:]), algorithm
 
 
+FIRST = Case("first", (3, 3, 70, 61), (12, 3, 7, 7), stride=2, padding=3)
+
+
+@pytest.mark.skipif(not ops.is_compiled() or ops._C.gpu == "cpu", reason="the CPU kernels are what is tested here")
+def test_bits_of_first_layers_do_not_depend_on_the_number_of_threads() -> None:
+    x, z, weight, _ = operands(FIRST, torch.float32, torch.float32, "contiguous")
+    x, z = x.repeat(8, 1, 1, 1), z.repeat(8, 1, 1, 1)
+    assert cpu_tasks.has_few_channels(FIRST, x, z)
+    assert cpu_tasks.few_channels_parts(FIRST, z) > 4
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(ops.correlation(x, z, weight, algorithm="direct", **FIRST.arguments))
+    assert all(torch.equal(results[0], d) for d in results[1:])
+
+
+@pytest.mark.parametrize("dtypes", [("f32", "f32"), ("f32", "bf16"), ("bf16", "f32"), ("f64", "f32"), ("f32", "f64")], ids=str)
+@pytest.mark.parametrize("case", [FIRST, *(c for c in CASES if c.dims == 2 and c.groups == 1)], ids=str)
+def test_weights_of_f64_are_updated_in_f64(case: Case, dtypes: tuple[str, str]) -> None:
+    kinds = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": FP64}
+    x, z, weight, bias = operands(case, kinds[dtypes[0]], kinds[dtypes[1]], "contiguous")
+    expected = exact(case, x, z, weight, bias)
+    for algorithm in set(eligible(case)) - {"gram"}:  # which computes z anew
+        d = ops.correlation(x, z, weight.to(FP64), bias=bias, algorithm=algorithm, **case.arguments)
+        assert d.dtype == FP64
+        assert relative_error(d, expected) <= (2e-2 if algorithm == "library" else 1e-12), algorithm
+
+
 @pytest.mark.skipif(not ops.is_compiled() or ops._C.gpu == "cpu", reason="the CPU kernels are what is tested here")
 def test_long_sums_do_not_cost_precision() -> None:
     """Of 100,000 positions, as the early layers of a network for ImageNet have them; in NCHW PyTorch adds image by image."""

@@ -168,11 +168,12 @@ def count(case: Case, x: Tensor, z: Tensor, threads: int, strides: dict[str, str
             coverage[f"{algorithm}|{operand}|{pattern}"] += 1
         coverage[f"{algorithm}|dtypes|{kinds[x.dtype]}-{kinds[z.dtype]}"] += 1
         coverage[f"{algorithm}|special|{special}"] += 1
+        if algorithm == "direct" and cpu_tasks.has_few_channels(case, x, z):
+            coverage["direct|columns|of few channels"] += 1
+            continue
         packed = algorithm in ("gram", "winograd") or (algorithm == "direct" and not by_blas(case, x, z, algorithm))
         for what in cpu_tasks.several(case, algorithm, z.numel() // case.weight[0], threads) if packed else ():
             coverage[f"{algorithm}|several|{what}"] += 1
-        if algorithm == "direct" and z.dtype in (x.dtype, FP64) and cpu_tasks.has_few_channels(case, z):
-            coverage["direct|columns|of few channels"] += 1
         if algorithm == "winograd":
             frequencies = cpu_tasks.winograd_plan(case, z.numel() // case.weight[0], threads)["frequencies"]
             coverage[f"winograd|frequencies|{frequencies}"] += 1

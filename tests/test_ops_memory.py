@@ -76,7 +76,7 @@ def allowed(case: Case, algorithm: str, x: Tensor, z: Tensor, weight: Tensor) ->
         if matrices and not (images_apart and positions // case.x[0] < 256):
             parts = max(1, min(8, positions // 8192, (1 << 20) // d))
             elements = d + (parts * d if parts > 1 else 0)
-        elif cpu_tasks.has_few_channels(case, z):
+        elif cpu_tasks.has_few_channels(case, x, z):
             elements = d + 2 * d * cpu_tasks.few_channels_parts(case, z)
         else:
             elements = d + cpu_tasks.parts(case, algorithm, positions) * cpu_tasks.panels(case)

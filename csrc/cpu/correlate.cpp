@@ -84,8 +84,9 @@ void few_channels_into(const DirectArgs& args, const at::Tensor& d) {
     at::parallel_for(0, parts, 1, [&](int64_t part, int64_t end) {
         for (; part < end; ++part) few_channels_part<Acc>(args, parts, part, wide, partials);
     });
-    for (int64_t k = 0; k < g.out_channels; ++k)
-        finish_few_channels(g, parts, k, partials, d.mutable_data_ptr<Acc>(), !d.is_contiguous());
+    at::parallel_for(0, g.out_channels, std::max<int64_t>(1, (1 << 15) / (parts * g.patch())), [&](int64_t k, int64_t end) {
+        for (; k < end; ++k) finish_few_channels(g, parts, k, partials, d.mutable_data_ptr<Acc>(), !d.is_contiguous());
+    });
 }
 
 // Of D: contiguous, or as the weight lies.
@@ -107,10 +108,10 @@ at::Tensor direct(const Layer& layer, bool as_weight) {
     const DirectArgs args{source_of(layer.x, g), source_of(*layer.z, output_geometry(g))};
     const at::Tensor d = result(layer, as_weight);
     const bool bf16 = args.x.kind == Kind::bf16 && args.z.kind == Kind::bf16;
-    if (few_channels_fit(args) && !only_bf16(unit_for(bf16)))
-        layer.accumulate == at::kDouble ? few_channels_into<double>(args, d) : few_channels_into<float>(args, d);
-    else
-        layer.accumulate == at::kDouble ? direct_into<double>(args, d) : direct_into<float>(args, d);
+    const auto into = [&]<typename Acc>() {
+        few_channels_fit<Acc>(args) && !only_bf16(unit_for(bf16)) ? few_channels_into<Acc>(args, d) : direct_into<Acc>(args, d);
+    };
+    layer.accumulate == at::kDouble ? into.template operator()<double>() : into.template operator()<float>();
     return d;
 }
 

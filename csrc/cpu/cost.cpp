@@ -180,7 +180,7 @@ double direct_us(const Query& q) {
     const Geometry& g = q.geometry;
     if (few_rows(g) && !is_wide(q)) return few_rows_us(q);
     if (in_bf16(q, true)) return direct_on_tiles_us(q);
-    if (!q.channels_last && few_channels(g)) return few_channels_us(q);
+    if (!q.channels_last && g.in_channels > 1 && has_few_channels(g, q.z_kind, is_wide(q))) return few_channels_us(q);
     const double rows = double(g.out_per_group()), patch = double(g.patch()), image = double(g.image_positions());
     const bool one_run = q.channels_last || g.dims == 0 || g.batch == 1, in_place = reads_in_place(q);
     const bool views = in_place && kind_size(q.x_kind) == element_bytes(q) && kind_size(q.z_kind) == element_bytes(q);

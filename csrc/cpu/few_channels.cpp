@@ -13,37 +13,37 @@ namespace {
 constexpr int64_t kMostChannels = 4;  // of x: with more, patches are worth their while
 constexpr int64_t kLeastColumns = 16; // of z: in shorter rows too many lanes are empty
 constexpr int64_t kBandRows = 8;      // of z; what they read stays in the second-level cache
-constexpr int64_t kPositions = 4096;  // summed in lanes, before those are added up in double
+constexpr int64_t kPositions = 4096;  // from so many on sums in lanes are added up in double
 constexpr int64_t kMostRowParts = 64;
 constexpr int64_t kMostElements = 1 << 14; // of D: their lanes, 1 MB, stay in the second-level cache
 
-int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
-
 int64_t bands_of_an_image(const Geometry& g) { return ceil_div(g.output[1], kBandRows); }
 
-// Where the taps of a row of the kernel read: in x's columns of the same remainder by the stride, which are copied to lie side
-// by side, a column's shift to the right of the output's.
+// Where the taps of a row of the kernel read: in x's columns of one remainder by the stride, which are copied to lie side by
+// side, a column's shift to the right of the output's.
 struct Columns {
-    int64_t stride, first_shift, pitch; // elements of the columns of one remainder
-    std::vector<int64_t> starts;        // [S], in a copied row
+    int64_t stride, first_shift, pitch;      // elements of the columns of one remainder
+    std::vector<int64_t> remainders, starts; // that are read; [S], in a copied row
 
     explicit Columns(const Geometry& g) : stride(g.stride[2]) {
-        const auto shift = [&](int64_t s) { return floor_div(s * g.dilation[2] - g.pad[2], stride); };
-        first_shift = shift(0);
-        pitch = g.output[2] + shift(g.kernel[2] - 1) - first_shift;
+        const auto offset = [&](int64_t s) { return s * g.dilation[2] - g.pad[2]; };
+        first_shift = floor_div(offset(0), stride);
+        pitch = g.output[2] + floor_div(offset(g.kernel[2] - 1), stride) - first_shift;
         for (int64_t s = 0; s < g.kernel[2]; ++s) {
-            const int64_t offset = s * g.dilation[2] - g.pad[2];
-            starts.push_back((offset - shift(s) * stride) * pitch + shift(s) - first_shift);
+            const int64_t shift = floor_div(offset(s), stride), remainder = offset(s) - shift * stride;
+            const auto known = std::find(remainders.begin(), remainders.end(), remainder);
+            starts.push_back((known - remainders.begin()) * pitch + shift - first_shift);
+            if (known == remainders.end()) remainders.push_back(remainder);
         }
     }
-    int64_t row() const { return stride * pitch; }
+    int64_t row() const { return int64_t(remainders.size()) * pitch; }
 };
 
-// A row of x into `to` [stride][pitch]; what is not in x is 0.
+// A row of x into `to` [remainders][pitch]; what is not in x is 0.
 template <typename Acc>
 void copy_row(const PatchSource& s, const Columns& c, int64_t element, Acc* to) {
     const int64_t width = s.geometry.input[2], step = s.strides.space[2];
-    for (int64_t remainder = 0; remainder < c.stride; ++remainder, to += c.pitch) {
+    for (const int64_t remainder : c.remainders) {
         const int64_t first = c.first_shift * c.stride + remainder; // column of x
         const int64_t begin = std::clamp<int64_t>(ceil_div(-first, c.stride), 0, c.pitch);
         const int64_t end = std::clamp<int64_t>(ceil_div(width - first, c.stride), begin, c.pitch);
@@ -52,7 +52,19 @@ void copy_row(const PatchSource& s, const Columns& c, int64_t element, Acc* to) 
             copy_run(to + begin, offset(s.data, s.kind, element + (first + begin * c.stride) * step), s.kind, end - begin,
                      c.stride * step);
         std::fill(to + end, to + c.pitch, Acc(0));
+        to += c.pitch;
     }
+}
+
+// The rows of x that a band of z reads, in order, each once.
+std::vector<int64_t> rows_of_band(const Geometry& g, int64_t p0, int64_t count) {
+    std::vector<int64_t> rows;
+    for (int64_t p = p0; p < p0 + count; ++p)
+        for (int64_t r = 0; r < g.kernel[1]; ++r)
+            if (const int64_t h = p * g.stride[1] + r * g.dilation[1] - g.pad[1]; h >= 0 && h < g.input[1]) rows.push_back(h);
+    std::sort(rows.begin(), rows.end());
+    rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
+    return rows;
 }
 
 // Some rows of all planes of z, and those of x that they read.
@@ -61,7 +73,7 @@ struct Band {
     const T* z;
     int64_t planes, z_plane, z_row, rows, width;
     int64_t rows_of_taps; // C * R
-    const Acc* const* x;  // [C * R][kBandRows], each [stride][pitch]; null where all of a row is padding
+    const Acc* const* x;  // [C * R][kBandRows], each [remainders][pitch]; null where all of a row is padding
     int64_t kernel_w;
     const int64_t* starts; // [kernel_w]
     Acc* sums;             // [K, C, R, S, lanes]
@@ -95,7 +107,8 @@ LOCALSGD_INLINE void add_taps(const Band<T, Acc>& b, int64_t k, int64_t row, int
             V xv[S];
             for (int s = 0; s < S; ++s) {
                 xv[s] = read_vector<Acc, kBytes>(x[s] + q);
-                if constexpr (kBytes == kWideBytes) asm("" : "+v"(xv[s])); // read once, not for each plane
+                if (masked) xv[s] = (V)((Mask)xv[s] & last); // 0 times infinity is not 0
+                keep<kBytes>(xv[s]);
             }
             for (int i = 0; i < kPlanes; ++i) {
                 V zv = read_vector<Acc, kBytes>(z + i * b.z_plane + q);
@@ -172,25 +185,25 @@ void sum_bands(const DirectArgs& a, int64_t begin, int64_t end, bool wide, doubl
     const int64_t lanes = (wide ? kWideBytes : kNarrowBytes) / sizeof(Acc), bands = bands_of_an_image(g);
     const int64_t channels = g.in_channels, kernel_h = g.kernel[1], elements = g.out_channels * g.patch();
     const Columns columns(g);
-    const int64_t most_rows = (kBandRows - 1) * g.stride[1] + (kernel_h - 1) * g.dilation[1] + 1;
+    const int64_t most_rows = std::min(kBandRows * kernel_h, g.input[1]);
     std::vector<Acc> rows(channels * most_rows * columns.row()), sums(elements * lanes);
     std::vector<const Acc*> read(channels * kernel_h * kBandRows);
     std::fill_n(total, elements, 0.0);
     int64_t summed = 0;
     for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t n = unit / bands, p0 = unit % bands * kBandRows, count = std::min(kBandRows, g.output[1] - p0);
-        const int64_t top = p0 * g.stride[1] - g.pad[1];
-        const auto inside = [&](int64_t i) { return top + i >= 0 && top + i < g.input[1]; };
+        const std::vector<int64_t> used = rows_of_band(g, p0, count);
         for (int64_t c = 0; c < channels; ++c) {
             Acc* const to = rows.data() + c * most_rows * columns.row();
-            for (int64_t i = 0; i < most_rows; ++i)
-                if (inside(i))
-                    copy_row(a.x, columns, n * a.x.strides.batch + c * a.x.strides.channel + (top + i) * a.x.strides.space[1],
-                             to + i * columns.row());
+            for (size_t i = 0; i < used.size(); ++i)
+                copy_row(a.x, columns, n * a.x.strides.batch + c * a.x.strides.channel + used[i] * a.x.strides.space[1],
+                         to + int64_t(i) * columns.row());
             for (int64_t r = 0; r < kernel_h; ++r)
                 for (int64_t p = 0; p < count; ++p) {
-                    const int64_t i = p * g.stride[1] + r * g.dilation[1];
-                    read[(c * kernel_h + r) * kBandRows + p] = inside(i) ? to + i * columns.row() : nullptr;
+                    const int64_t h = (p0 + p) * g.stride[1] + r * g.dilation[1] - g.pad[1];
+                    const auto at = std::lower_bound(used.begin(), used.end(), h);
+                    const bool inside = at != used.end() && *at == h;
+                    read[(c * kernel_h + r) * kBandRows + p] = inside ? to + (at - used.begin()) * columns.row() : nullptr;
                 }
         }
         const T* const z = static_cast<const T*>(a.z.data) + n * a.z.strides.batch + p0 * a.z.strides.space[1];
@@ -207,20 +220,21 @@ void sum_bands(const DirectArgs& a, int64_t begin, int64_t end, bool wide, doubl
 
 } // namespace
 
-bool few_channels(const Geometry& g) {
+bool has_few_channels(const Geometry& g, Kind z, bool in_double) {
     return g.dims == 2 && g.groups == 1 && g.taps() > 1 && g.in_channels <= kMostChannels &&
-           g.out_channels * g.patch() <= kMostElements && g.output[2] >= kLeastColumns;
+           g.out_channels * g.patch() <= kMostElements && g.output[2] >= kLeastColumns &&
+           (in_double ? z == Kind::f64 : z == Kind::f32 || z == Kind::bf16);
 }
 
+template <typename Acc>
 bool few_channels_fit(const DirectArgs& a) {
-    const bool in_double = a.x.kind == Kind::f64 || a.z.kind == Kind::f64;
-    const bool in_place = in_double ? a.z.kind == Kind::f64 : a.z.kind == Kind::f32 || a.z.kind == Kind::bf16;
-    return few_channels(a.x.geometry) && in_place && a.z.strides.space[2] == 1;
+    return has_few_channels(a.x.geometry, a.z.kind, std::is_same_v<Acc, double>) && a.z.strides.space[2] == 1;
 }
 
 int64_t few_channels_parts(const Geometry& g) {
     const int64_t products = g.positions() * g.out_channels * g.patch();
-    return std::clamp<int64_t>(products / kLeastProducts, 1, std::min(kMostRowParts, g.batch * bands_of_an_image(g)));
+    const int64_t most = std::max<int64_t>(1, std::min(kMostRowParts, g.batch * bands_of_an_image(g)));
+    return std::clamp<int64_t>(products / kLeastProducts, 1, most);
 }
 
 template <typename Acc>
@@ -243,6 +257,8 @@ void finish_few_channels(const Geometry& g, int64_t parts, int64_t k, const doub
     }
 }
 
+template bool few_channels_fit<float>(const DirectArgs&);
+template bool few_channels_fit<double>(const DirectArgs&);
 template void few_channels_part<float>(const DirectArgs&, int64_t, int64_t, bool, double*);
 template void few_channels_part<double>(const DirectArgs&, int64_t, int64_t, bool, double*);
 template void finish_few_channels<float>(const Geometry&, int64_t, int64_t, const double*, float*, bool);

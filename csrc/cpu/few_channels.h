@@ -7,8 +7,10 @@
 
 namespace localsgd {
 
-bool few_channels(const Geometry& geometry);
-bool few_channels_fit(const DirectArgs& args); // and the operands lie and are stored as they must
+// By shape, and by what z is stored as; by where the operands lie, too.
+bool has_few_channels(const Geometry& geometry, Kind z, bool in_double);
+template <typename Acc>
+bool few_channels_fit(const DirectArgs& args);
 
 // Parts of the output rows, whose sums are `partials` [parts][K, (C, taps)]. Their number depends on the layer alone. `wide`:
 // whether to use registers of 64 bytes.

@@ -65,6 +65,14 @@ LOCALSGD_INLINE typename Vector<Acc, kBytes>::Type read_vector(const BFloat16* p
 #define LOCALSGD_NARROW
 #endif
 
+// A vector of kWideBytes that is to be in a register from here on, not read again from memory wherever it is used.
+template <int kBytes, typename V>
+LOCALSGD_INLINE void keep([[maybe_unused]] V& v) {
+#ifdef LOCALSGD_HAS_TARGETS
+    if constexpr (kBytes == kWideBytes) asm("" : "+v"(v));
+#endif
+}
+
 inline bool has_wide_registers() {
 #ifdef LOCALSGD_HAS_TARGETS
     static const bool yes = __builtin_cpu_supports("x86-64-v4");

@@ -11,12 +11,11 @@ namespace localsgd {
 namespace {
 
 constexpr int64_t kCachedElements = 1 << 18; // 1 MB of transforms, which a second-level cache holds
-constexpr int64_t kChain = 16;
-constexpr int64_t kLeastForTilesOf4 = 2048; // positions
-constexpr int64_t kChannels = 64;           // of a task's transforms
-constexpr int64_t kLeastBlocks = 4;         // of a part
-constexpr int64_t kFinished = 16;           // rows of D that are finished together
-constexpr int64_t kPiece = 32;              // outputs side by side that are transformed together
+constexpr int64_t kChain = 16;               // tiles that have a sum of their own
+constexpr int64_t kChannels = 64;            // of a task's transforms
+constexpr int64_t kLeastBlocks = 4;          // of a part
+constexpr int64_t kFinished = 16;            // rows of D that are finished together
+constexpr int64_t kPiece = 32;               // outputs side by side that are transformed together
 constexpr int64_t kMostColumns = kPiece + 2;
 
 template <typename Acc>

@@ -262,8 +262,10 @@ void check_few_channels(const Geometry& g, double tolerance) {
         const auto strides = x_last ? test::channels_last : test::channels_first;
         const DirectArgs args{{x.data(), kStored<T>, g, strides(g.in_channels, g.input)},
                               {z.data(), kStored<T>, output_geometry(g), test::channels_first(g.out_channels, g.output)}};
-        CHECK(few_channels_fit(args));
-        for (const bool wide : {false, true})
+        CHECK(few_channels_fit<Acc>(args));
+        using Other = std::conditional_t<sizeof(Acc) == 4, double, float>;
+        CHECK(!few_channels_fit<Other>(args)); // z would be read as another type
+        for (const bool wide : {false, has_wide_registers()})
             for (const int64_t parts : {few_channels_parts(g), int64_t(3)}) {
                 std::vector<double> partials(parts * expected.size(), NAN);
                 std::vector<Acc> d(expected.size(), Acc(NAN));
@@ -472,13 +474,14 @@ void first_layers() {
         check_few_channels<double>(g, 1e-14);
         check_few_channels<float, BFloat16>(g, 2e-6);
     };
-    first(2, 3, 10, {1, 19, 32}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1});   // whole vectors, several bands
-    first(2, 3, 9, {1, 35, 37}, {1, 3, 3}, {1, 2, 2}, {1, 1, 1}, {0, 1, 1});    // and a rest of the columns
-    first(1, 3, 5, {1, 40, 75}, {1, 7, 7}, {1, 2, 2}, {1, 1, 1}, {0, 3, 3});    // ResNet's
-    first(3, 4, 3, {1, 4, 60}, {1, 2, 6}, {1, 1, 3}, {1, 3, 2}, {0, 2, 4});     // taps of five and one, dilated
-    first(1, 1, 17, {1, 100, 90}, {1, 1, 11}, {1, 3, 1}, {1, 1, 1}, {0, 0, 9}); // more positions than are summed in lanes
-    first(1, 2, 2, {1, 1, 20}, {1, 5, 4}, {1, 1, 1}, {1, 1, 1}, {0, 6, 2});     // rows of padding alone
-    first(1, 2, 3, {1, 3, 2}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 20});     // columns of padding alone
+    first(2, 3, 10, {1, 19, 32}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1});       // whole vectors, several bands
+    first(2, 3, 9, {1, 35, 37}, {1, 3, 3}, {1, 2, 2}, {1, 1, 1}, {0, 1, 1});        // and a rest of the columns
+    first(1, 3, 5, {1, 40, 75}, {1, 7, 7}, {1, 2, 2}, {1, 1, 1}, {0, 3, 3});        // ResNet's
+    first(3, 4, 3, {1, 4, 60}, {1, 2, 6}, {1, 1, 3}, {1, 3, 2}, {0, 2, 4});         // taps of five and one, dilated
+    first(1, 1, 17, {1, 100, 90}, {1, 1, 11}, {1, 3, 1}, {1, 1, 1}, {0, 0, 9});     // more positions than are summed in lanes
+    first(1, 2, 2, {1, 1, 20}, {1, 5, 4}, {1, 1, 1}, {1, 1, 1}, {0, 6, 2});         // rows of padding alone
+    first(1, 2, 3, {1, 3, 2}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 20});         // columns of padding alone
+    first(1, 2, 3, {1, 3, 330}, {1, 2, 2}, {1, 1 << 20, 20}, {1, 1, 1}, {0, 0, 0}); // most of x is not read
 }
 
 void minimal_filtering() {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "copy.h"
+#include "lanes.h"
 #include "plane_taps.h"
 
 namespace localsgd {
@@ -30,28 +31,10 @@ LOCALSGD_INLINE void sweep_any(const Sweep<Acc>& w, const Pairs<T, Acc>& pairs) 
     if constexpr (std::is_same_v<T, Acc>) sweep_pairs<T, Acc, kBytes, 0>(w, pairs);
 }
 
-// sums[i] += in_lanes[i][0] + ... in double, always in the same order; then in_lanes is zero.
-template <typename Acc, int kBytes>
-LOCALSGD_INLINE void add_lanes(Acc* in_lanes, int64_t count, double* sums) {
-    constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
-    for (int64_t i = 0; i < count; ++i) {
-        double lanes[kLanes];
-        for (int64_t l = 0; l < kLanes; ++l) lanes[l] = static_cast<double>(in_lanes[i * kLanes + l]);
-        for (int64_t half = kLanes / 2; half > 0; half /= 2)
-            for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-        sums[i] += lanes[0];
-    }
-    std::fill_n(in_lanes, count * kLanes, Acc(0));
-}
-
 // What is compiled for each width of vectors.
 template <typename T, typename Acc>
 LOCALSGD_WIDE void sweep_wide(const Sweep<Acc>& w, const Pairs<T, Acc>& pairs) {
     sweep_any<T, Acc, kWideBytes>(w, pairs);
-}
-template <typename Acc>
-LOCALSGD_WIDE void add_lanes_wide(Acc* in_lanes, int64_t count, double* sums) {
-    add_lanes<Acc, kWideBytes>(in_lanes, count, sums);
 }
 LOCALSGD_NARROW
 void sweep_narrow(const Sweep<float>& w, const Pairs<float, float>& pairs) { sweep_any<float, float, kNarrowBytes>(w, pairs); }
@@ -63,10 +46,6 @@ LOCALSGD_NARROW
 void sweep_narrow(const Sweep<double>& w, const Pairs<double, double>& pairs) {
     sweep_any<double, double, kNarrowBytes>(w, pairs);
 }
-LOCALSGD_NARROW
-void add_lanes_narrow(float* in_lanes, int64_t count, double* sums) { add_lanes<float, kNarrowBytes>(in_lanes, count, sums); }
-LOCALSGD_NARROW
-void add_lanes_narrow(double* in_lanes, int64_t count, double* sums) { add_lanes<double, kNarrowBytes>(in_lanes, count, sums); }
 
 // The planes of x or z: where they lie, or copied into one of several slots.
 template <typename Acc>
@@ -196,7 +175,7 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
             }
             sweep();
             if ((n + 1) % together && n + 1 < g.batch) continue;
-            wide ? add_lanes_wide(in_lanes.data(), count, sums.data()) : add_lanes_narrow(in_lanes.data(), count, sums.data());
+            add_lanes(wide, in_lanes.data(), count, sums.data());
         }
         for (int64_t i = 0; i < count; ++i) d[first * in_channel + i] = static_cast<Acc>(sums[i]);
     }

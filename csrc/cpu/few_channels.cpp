@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "copy.h"
+#include "lanes.h"
 
 namespace localsgd {
 namespace {
@@ -157,28 +158,6 @@ void add_band_narrow(const Band<BFloat16, float>& b) { add_band<BFloat16, float,
 LOCALSGD_NARROW
 void add_band_narrow(const Band<double, double>& b) { add_band<double, double, kNarrowBytes>(b); }
 
-// total[i] += in_lanes[i][0] + ... in double; then in_lanes is zero.
-template <typename Acc, int kBytes>
-LOCALSGD_INLINE void join_lanes(Acc* in_lanes, int64_t count, double* total) {
-    constexpr int64_t kLanes = Vector<Acc, kBytes>::kLanes;
-    for (int64_t i = 0; i < count; ++i) {
-        double lanes[kLanes];
-        for (int64_t l = 0; l < kLanes; ++l) lanes[l] = static_cast<double>(in_lanes[i * kLanes + l]);
-        for (int64_t half = kLanes / 2; half > 0; half /= 2)
-            for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-        total[i] += lanes[0];
-    }
-    std::fill_n(in_lanes, count * kLanes, Acc(0));
-}
-template <typename Acc>
-LOCALSGD_WIDE void join_wide(Acc* in_lanes, int64_t count, double* total) {
-    join_lanes<Acc, kWideBytes>(in_lanes, count, total);
-}
-LOCALSGD_NARROW
-void join_narrow(float* in_lanes, int64_t count, double* total) { join_lanes<float, kNarrowBytes>(in_lanes, count, total); }
-LOCALSGD_NARROW
-void join_narrow(double* in_lanes, int64_t count, double* total) { join_lanes<double, kNarrowBytes>(in_lanes, count, total); }
-
 template <typename T, typename Acc>
 void sum_bands(const DirectArgs& a, int64_t begin, int64_t end, bool wide, double* total) {
     const Geometry& g = a.x.geometry;
@@ -213,7 +192,7 @@ void sum_bands(const DirectArgs& a, int64_t begin, int64_t end, bool wide, doubl
         wide ? add_band_wide(band) : add_band_narrow(band);
         summed += count * g.output[2];
         if (summed < kPositions && unit + 1 < end) continue;
-        wide ? join_wide(sums.data(), elements, total) : join_narrow(sums.data(), elements, total);
+        add_lanes(wide, sums.data(), elements, total);
         summed = 0;
     }
 }

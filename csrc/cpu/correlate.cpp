@@ -325,9 +325,10 @@ void depthwise_into(const DepthwiseArgs& args, Acc* d) {
 at::Tensor depthwise(const Layer& layer) {
     const at::Tensor& z = *layer.z;
     const at::Tensor d = at::empty(layer.weight.sizes(), accumulator(layer));
-    const DepthwiseArgs args{layer.geometry,      layer.x.const_data_ptr(), kind_of(layer.x),
-                             strides_of(layer.x), z.const_data_ptr(),       kind_of(z),
-                             strides_of(z)};
+    const DepthwiseArgs args{layer.geometry,     layer.x.const_data_ptr(),
+                             kind_of(layer.x),   strides_of(layer.x),
+                             z.const_data_ptr(), kind_of(z),
+                             strides_of(z),      has_dots()};
     if (layer.accumulate == at::kDouble)
         depthwise_into(args, d.mutable_data_ptr<double>());
     else

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "depthwise_dots.h"
 #include "few_channels.h"
 #include "patches.h"
 #include "winograd.h"
@@ -203,10 +204,16 @@ double depthwise_us(const Query& q) {
     // The sums of nine taps fit into registers.
     const double taps = g.taps() > 9 ? double(g.taps()) / 6 : 1;
     double convert = convert_us(q, x_elements(q), q.x_kind) + convert_us(q, z_elements(q), q.z_kind);
-    const bool bf16 = q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16; // converted in registers
+    const bool bf16 = q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16; // converted in registers, or by dot products
+    const bool dots = bf16 && zen4(q) && q.cpu.bf16 == Cpu::Bf16::kDots;
     if (q.channels_last && g.out_per_group() == 1) {
         const bool once = g.kernel[1] <= 3 && g.kernel[2] == 3 && g.dilation[2] == 1 && g.stride[2] <= 2; // read once per row
-        const double bytes_per_us = bf16 ? (strided(g) ? 12.5e3 : 9.5e3) : once ? 17e3 : fits_a_cache(q) ? 16e3 : 11e3;
+        const bool pairs = dots && dots_fit_pixels(g);
+        const double bytes_per_us = pairs             ? 14e3
+                                    : bf16            ? (strided(g) ? 12.5e3 : 9.5e3)
+                                    : once            ? 17e3
+                                    : fits_a_cache(q) ? 16e3
+                                                      : 11e3;
         return taps * memory_us(q, operand_bytes(q), bytes_per_us) + (bf16 ? 0 : convert) + 2 * kCallUs;
     }
     const double x_planes = double(g.batch * g.in_channels * g.input[0]),
@@ -216,8 +223,9 @@ double depthwise_us(const Query& q) {
     const bool strips =
         g.kernel[1] == 3 && g.kernel[2] == 3 && g.stride[1] == g.stride[2] && g.stride[2] <= 2 && g.dilation[1] == 1;
     if (strips && bf16) convert = 0;
-    const double longer = !zen4(q) ? 1 : strips && bf16 ? 2.6 : 1.6; // as measured
-    const double plane_us = q.cpu.wide && tiny(g) ? 35e-3 : 20e-3;
+    const bool runs = dots && DotRuns::fit(g);
+    const double longer = !zen4(q) ? 1 : runs ? 1.25 : strips && bf16 ? 2.6 : 1.6; // as measured
+    const double plane_us = q.cpu.wide && tiny(g) && !runs ? 35e-3 : 20e-3;
     const double short_runs = (z_planes * plane_us + rows * (strips ? 1e-3 : 2e-3)) / q.threads;
     return longer * taps * (strided(g) && !strips ? 1.4 : 1) * (memory_us(q, operand_bytes(q), 25e3) + short_runs) + convert +
            2 * kCallUs;
@@ -260,7 +268,8 @@ double library_us(const Query& q) {
     const Geometry& g = q.geometry;
     const bool bf16 = q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16;
     const bool dots = bf16 && q.cpu.bf16 == Cpu::Bf16::kDots;
-    const double times[] = {3, g.pointwise() ? 0.58 : 0.5, 0.22}; // of a product's, by what multiplies bf16
+    const bool few = !q.channels_last && !strided(g) && g.image_positions() < 100;
+    const double times[] = {3, g.pointwise() ? 0.58 : few ? 0.38 : 0.5, 0.22}; // of a product's, by what multiplies bf16
     const double slow = bf16 ? times[static_cast<int>(q.cpu.bf16)] : 1;
     // A linear layer's is the GEMM of `direct`, but for a conversion of all of x and z at once if any.
     if (g.dims == 0 && slow >= 1 && !few_rows(g)) return direct_us(q);
@@ -272,6 +281,8 @@ double library_us(const Query& q) {
         double speed = speeds[q.channels_last ? 0 : 1] * (tiny(g) ? core(q).tiny : 1);
         if (dots && zen4(q) && q.channels_last)
             speed = bytes > 8e6 ? 3e3 : strided(g) ? 16e3 : 11e3;
+        else if (dots && zen4(q) && tiny(g) && !strided(g))
+            speed = 4e3;
         else if (bf16) // not as fast from memory as from a cache
             speed *= on_tiles(q, true) && q.channels_last && bytes > 8e6 ? 0.4 : 0.5;
         // Other kernels than small, dense ones are not vectorised.
@@ -292,7 +303,7 @@ double library_us(const Query& q) {
         const double sliced = strided(g) ? pack_us(q, 1, double(g.in_channels), double(g.output[2]), 1, Kind::f32) : 0;
         if (!q.channels_last)
             return gemm_us(q, (g.image_positions() < 100 ? 1 : 1.06) * flops / core(q).pointwise_first) + rest + sliced +
-                   blocked_us(q);
+                   blocked_us(q) + (dots ? memory_us(q, operand_bytes(q), 8e3) : 0);
         const double share = zen4(q) && !bf16 && d_bytes(q) <= 1 << 18 ? 1.12 : 0.97; // D stays in the second-level cache
         const double product = gemm_us(q, g.in_channels < 64 ? flops : flops * narrow(double(g.patch())) / share);
         // Few channels on either side: it waits for memory.

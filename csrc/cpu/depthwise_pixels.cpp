@@ -5,6 +5,7 @@
 
 #include "copy.h"
 #include "depthwise.h"
+#include "depthwise_dots.h"
 #include "pixel_taps.h"
 
 namespace localsgd {
@@ -98,7 +99,8 @@ void sum_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
         std::is_same_v<T, Acc> && (a.x_kind != kKindOf<Acc> || a.z_kind != kKindOf<Acc> || g.in_channels < kMostLanes<Acc>);
     constexpr size_t kAlignment = 64; // sums that straddle cache lines would cost twice as much
     std::vector<Acc> x_buffer, z_buffer,
-        memory(kAlignment / sizeof(Acc) + kMostLanes<Acc> + static_cast<size_t>(plane_taps * kBlockChannels));
+        memory(kAlignment / sizeof(Acc) + kMostLanes<Acc> +
+               static_cast<size_t>(std::max<int64_t>(plane_taps, 9) * kBlockChannels));
     void* aligned = memory.data();
     size_t room = memory.size() * sizeof(Acc);
     std::align(kAlignment, sizeof(Acc), aligned, room);
@@ -109,9 +111,13 @@ void sum_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
     double* const partial = partials + part * g.taps() * g.in_channels + c0;
     for (int64_t tap = 0; tap < g.taps(); ++tap) std::fill_n(partial + tap * g.in_channels, channels, 0.0);
 
+    const bool dots = std::is_same_v<T, BFloat16> && a.dots && dots_fit_pixels(g);
     int64_t summed = 0; // output rows, whose sums are in `memory`
     const auto join_sums = [&](int64_t depth) {
-        join(sums, plane_taps, channels, partial + depth * plane_taps * g.in_channels, g.in_channels);
+        double* const total = partial + depth * plane_taps * g.in_channels;
+        if constexpr (std::is_same_v<T, BFloat16>)
+            if (dots) join_dots(sums, channels, total, g.in_channels);
+        if (!dots) join(sums, plane_taps, channels, total, g.in_channels);
         std::fill(memory.begin(), memory.end(), Acc(0));
         summed = 0;
     };
@@ -135,7 +141,9 @@ void sum_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
             if (depth < 0 || depth >= g.input[0] || bottom == top) continue;
             const Rows<T> x = rows_of(a.x, a.x_kind, a.x_strides, depth, top, bottom - top, g.input[2], x_buffer);
             const Band<T> band{x, z, top, p1, count, channels, convert, columns.data()};
-            has_wide_registers() ? sweep_wide(g, band, sums) : sweep_narrow(g, band, sums);
+            if constexpr (std::is_same_v<T, BFloat16>)
+                if (dots) dot_pixels(g, band, sums);
+            if (!dots) has_wide_registers() ? sweep_wide(g, band, sums) : sweep_narrow(g, band, sums);
             summed += count;
             if (g.kernel[0] > 1 || summed >= kBandRows) join_sums(r); // planes of few rows share their sums
         }

@@ -1,10 +1,12 @@
 #include "depthwise.h"
 
 #include <algorithm>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "copy.h"
+#include "depthwise_dots.h"
 #include "lanes.h"
 #include "plane_taps.h"
 
@@ -138,8 +140,16 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
     Pairs<Acc, Acc> pairs;
     Pairs<BFloat16, Acc> in_bf16;
     const bool bf16 = std::is_same_v<Acc, float> && a.x_kind == Kind::bf16 && a.z_kind == Kind::bf16 && in_strips(g);
+    const auto dense = [&](const Strides& s) { return s.space[2] == 1 && s.space[1] == g.output[2]; };
+    const bool runs = bf16 && a.dots && DotRuns::fit(g) && dense(a.x_strides) && dense(a.z_strides);
+    const std::optional<DotRuns> dots = runs ? std::optional<DotRuns>(g) : std::nullopt;
     int64_t x_slot = 0;
     const auto sweep = [&] {
+        if constexpr (std::is_same_v<Acc, float>)
+            if (dots) {
+                for (const Pair<BFloat16, float>& pair : in_bf16) dots->add(pair.x.data, pair.z.data, pair.sums);
+                in_bf16.clear();
+            }
         wide ? sweep_wide(columns, pairs) : sweep_narrow(columns, pairs);
         pairs.clear();
         if constexpr (std::is_same_v<Acc, float>) wide ? sweep_wide(columns, in_bf16) : sweep_narrow(columns, in_bf16);
@@ -160,7 +170,7 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
                         if (static_cast<int64_t>(pairs.size() + in_bf16.size()) == most_pairs) sweep();
                         const int64_t of_z = z_planes.start_of(n, (first + c) * multiplier + j, p0);
                         Acc* const to = in_lanes.data() + ((c * multiplier + j) * g.kernel[0] + r) * in_plane;
-                        if (bf16 && x_planes.in_place(of_x) && z_planes.in_place(of_z)) {
+                        if (dots || (bf16 && x_planes.in_place(of_x) && z_planes.in_place(of_z))) {
                             in_bf16.push_back(
                                 {x_planes.template there<BFloat16>(of_x), z_planes.template there<BFloat16>(of_z), to});
                             continue;

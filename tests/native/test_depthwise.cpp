@@ -1,5 +1,6 @@
 // Depthwise kernels against loops.
 #include "cpu/depthwise.h"
+#include "cpu/tiles.h"
 #include "problems.h"
 
 using namespace localsgd;
@@ -17,17 +18,31 @@ std::vector<double> depthwise_by_loops(const Problem& p) {
     return d;
 }
 
+bool tested_dots = false;
+
+// Between NaN: what is read of them must not be summed.
+template <typename T>
+struct Guarded {
+    static constexpr int64_t kGuard = 64;
+    std::vector<T> all;
+    explicit Guarded(const std::vector<T>& values) : all(values.size() + 2 * kGuard) {
+        for (T& element : all) store(element, NAN);
+        std::copy(values.begin(), values.end(), all.begin() + kGuard);
+    }
+    const T* data() const { return all.data() + kGuard; }
+};
+
 template <typename Acc, typename T = Acc>
 void check_depthwise(const Geometry& g, double tolerance) {
     const Problem p = problem_of<T>(g);
     const auto expected = depthwise_by_loops(p);
     for (const bool last : {false, true}) {
-        const auto x = arranged<T>(p.x, g.batch, g.in_channels, g.input, last);
-        const auto z = arranged<T>(p.z, g.batch, g.out_channels, g.output, last);
+        const Guarded x(arranged<T>(p.x, g.batch, g.in_channels, g.input, last));
+        const Guarded z(arranged<T>(p.z, g.batch, g.out_channels, g.output, last));
         const Kind kind = kStored<T>;
         const auto strides = last ? test::channels_last : test::channels_first;
         const DepthwiseArgs args{
-            g, x.data(), kind, strides(g.in_channels, g.input), z.data(), kind, strides(g.out_channels, g.output)};
+            g, x.data(), kind, strides(g.in_channels, g.input), z.data(), kind, strides(g.out_channels, g.output), tested_dots};
         const auto close = [&](const std::vector<Acc>& d, const char* which) {
             for (size_t i = 0; i < d.size(); ++i)
                 CHECK_THAT(std::abs(d[i] - expected[i]) <= tolerance * std::sqrt(double(g.positions())),
@@ -56,7 +71,10 @@ void depthwise_layers() {
             test::geometry(batch, channels, channels * multiplier, channels, input, kernel, stride, dilation, pad);
         check_depthwise<float>(g, 1e-5);
         check_depthwise<double>(g, 1e-13);
-        check_depthwise<float, BFloat16>(g, 1e-5);
+        for (const bool dots : {false, true}) {
+            tested_dots = dots && has_dots();
+            check_depthwise<float, BFloat16>(g, 1e-5);
+        }
     };
     depthwise(2, 19, 1, {1, 9, 33}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1});
     depthwise(2, 70, 1, {1, 17, 7}, {1, 3, 3}, {1, 2, 2}, {1, 1, 1}, {0, 1, 1});
@@ -80,12 +98,24 @@ void depthwise_layers() {
         for (const int64_t pad : {0, 1, 2})
             for (const int64_t step : {1, 2})
                 depthwise(1, 33, 1, {1, 5, width}, {1, 3, 3}, {1, 3 - step, step}, {1, 1, 1}, {0, 1, pad});
+    // By dot products: pairs of rows and a single one, one to three pixels left over, a last vector over channels summed
+    // already.
+    for (const int64_t width : {1, 2, 3, 5, 16, 31})
+        for (const int64_t stride : {1, 2})
+            for (const int64_t pad : {0, 1})
+                if (width + 2 * pad >= 3)
+                    depthwise(2, 73, 1, {1, 6, width}, {1, 3, 3}, {1, stride, stride}, {1, 1, 1}, {0, 2, pad});
+    for (const int64_t height : {1, 2, 3, 17})
+        for (const int64_t width : {1, 3, 7, 14, 40})
+            depthwise(2, 32, 2, {1, height, width}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1});
+    depthwise(2, 40, 1, {4, 9, 7}, {3, 3, 3}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1});
     depthwise(2, 24, 1, {3, 8, 15}, {2, 3, 3}, {1, 2, 2}, {1, 2, 1}, {1, 1, 1});
 }
 
 } // namespace
 
 int main() {
+    if (!has_dots()) test::skip("bf16 by dot products", "no AVX-512 with bf16");
     depthwise_layers();
     return test::finish("depthwise");
 }

@@ -136,6 +136,8 @@ LOCALSGD_DOTS void dot_rows(const Geometry& g, const Band<BFloat16>& b, int64_t 
     const BFloat16* const x = b.x.data + (top - b.first_input) * b.x.row_stride;
     Lines<BFloat16> x_ahead(x + rows.end * b.x.row_stride, b.x.pixel_stride, b.channels); // below an image lies the next
     Lines<BFloat16> z_ahead(z + Y * b.z.row_stride, b.z.pixel_stride, b.channels);
+    b.x.touch(x + rows.end * b.x.row_stride, Y * kStep, g.input[2]);
+    b.z.touch(z + Y * b.z.row_stride, Y, width);
     for (int64_t q = 0; q < width;) {
         const int64_t rest = width - q;
         const auto add = [&](auto pixels) LOCALSGD_DOTS {

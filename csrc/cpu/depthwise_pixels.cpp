@@ -29,8 +29,16 @@ void sweep_narrow(const Geometry& g, const Band<double>& b, double* sums) { band
 
 // Rows [first, first + count) of one plane, a block of channels, where they lie.
 template <typename T>
-Rows<T> rows_in_place(const void* data, const Strides& strides, int64_t plane, int64_t first, int64_t channel) {
-    return {static_cast<const T*>(data) + plane + first * strides.space[1] + channel, strides.space[1], strides.space[2]};
+Rows<T> rows_in_place(const void* data, const Strides& strides, int64_t plane, int64_t first, int64_t channel, int64_t extent) {
+    const T* const begin = static_cast<const T*>(data);
+    return {begin + plane + first * strides.space[1] + channel, strides.space[1], strides.space[2], begin + extent};
+}
+
+// Elements from the first to the last one of a tensor [batch, channels, space], and one more.
+int64_t extent(const Strides& strides, int64_t batch, int64_t channels, const Triple& space) {
+    int64_t sum = 1 + (batch - 1) * strides.batch + (channels - 1) * strides.channel;
+    for (int i = 0; i < 3; ++i) sum += (space[i] - 1) * strides.space[i];
+    return sum;
 }
 
 // The same converted into `buffer` [count][width][pitch], whose pitch are the channels, filled up to whole vectors.
@@ -46,7 +54,7 @@ Rows<Acc> converted_rows(const void* data, Kind kind, const Strides& strides, in
             copy_run(buffer.data() + (row * width + pixel) * pitch,
                      offset(data, kind, start + row * strides.space[1] + pixel * strides.space[2]), kind,
                      dense ? width * pitch : channels, 1);
-    return {buffer.data(), width * pitch, pitch};
+    return {buffer.data(), width * pitch, pitch, nullptr};
 }
 
 } // namespace
@@ -112,6 +120,8 @@ void sum_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
     for (int64_t tap = 0; tap < g.taps(); ++tap) std::fill_n(partial + tap * g.in_channels, channels, 0.0);
 
     const bool dots = std::is_same_v<T, BFloat16> && a.dots && dots_fit_pixels(g);
+    const int64_t x_extent = extent(a.x_strides, g.batch, g.in_channels, g.input);
+    const int64_t z_extent = extent(a.z_strides, g.batch, g.out_channels, g.output);
     int64_t summed = 0; // output rows, whose sums are in `memory`
     const auto join_sums = [&](int64_t depth) {
         double* const total = partial + depth * plane_taps * g.in_channels;
@@ -133,7 +143,7 @@ void sum_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
             const int64_t plane = n * strides.batch + depth * strides.space[0];
             if constexpr (std::is_same_v<T, Acc>)
                 if (convert) return converted_rows(data, kind, strides, plane, row, height, width, c0, channels, buffer);
-            return rows_in_place<T>(data, strides, plane, row, c0);
+            return rows_in_place<T>(data, strides, plane, row, c0, data == a.x ? x_extent : z_extent);
         };
         const Rows<T> z = rows_of(a.z, a.z_kind, a.z_strides, p0, p1, count, g.output[2], z_buffer);
         for (int64_t r = 0; r < g.kernel[0]; ++r) {

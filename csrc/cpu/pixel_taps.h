@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "depthwise.h"
+#include "pages.h"
 #include "vectors.h"
 
 namespace localsgd {
@@ -17,6 +18,13 @@ template <typename T>
 struct Rows {
     const T* data; // of the first row
     int64_t row_stride, pixel_stride;
+    const T* end; // of the tensor, or null of a copy
+
+    // `count` rows from `row` on, `width` pixels each, are read soon.
+    LOCALSGD_INLINE void touch(const T* row, int64_t count, int64_t width) const {
+        if (end)
+            for (int64_t i = 0; i < count; ++i) touch_pages(row + i * row_stride, width * pixel_stride, end);
+    }
 };
 
 template <typename T>
@@ -207,6 +215,8 @@ LOCALSGD_INLINE void add_row(const Geometry& g, const Band<T>& b, const T* x, co
     const int64_t x_row = g.dilation[1] * b.x.row_stride, x_pixel = b.x.pixel_stride, z_pixel = b.z.pixel_stride;
     Lines<T> x_ahead(x + (R - 1) * x_row + b.x.row_stride, x_pixel, channels);
     Lines<T> z_ahead(z + b.z.row_stride, z_pixel, channels);
+    b.x.touch(x + (R - 1) * x_row + b.x.row_stride, g.stride[1], g.input[2]);
+    b.z.touch(z + b.z.row_stride, 1, width);
     int64_t q = 0;
     const auto add = [&](auto pixels, auto edge) __attribute__((always_inline)) {
         constexpr int Q = decltype(pixels)::value;

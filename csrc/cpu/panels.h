@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <span>
 #include <vector>
 
 #include "copy.h"
@@ -69,29 +70,26 @@ LOCALSGD_INLINE void pack_channels_last(const PatchSource& s, const Panels<Acc, 
     }
 }
 
-// The same from channels whose positions lie `step` apart.
+// The same of `columns` <= kLanes channels of one panel, from `column` on, whose positions lie `step` apart.
 template <typename Acc, int kBytes>
-LOCALSGD_INLINE void pack_channels_first(const PatchSource& s, const Panels<Acc, kBytes>& to, int64_t begin, int64_t end,
+LOCALSGD_INLINE void pack_channels_first(const PatchSource& s, const Panels<Acc, kBytes>& to, int64_t column, int64_t columns,
                                          int64_t at, int64_t count, int64_t element, int64_t step, Acc* scratch) {
     constexpr int64_t kLanes = Shape<Acc, kBytes>::kLanes, kPanel = Shape<Acc, kBytes>::kPanel, kSquare = kTransposed<Acc>;
     const bool same = s.kind == kKindOf<Acc>;
     const int64_t apart = same ? step : 1, pitch = same ? s.strides.channel : kTile;
-    for_each_piece<Acc, kBytes>(begin, end, kLanes, [&](int64_t column, int64_t columns) __attribute__((always_inline)) {
-        const int64_t start = element + (column - begin) * s.strides.channel;
-        const Acc* const from = same ? static_cast<const Acc*>(s.data) + start : scratch;
-        for (int64_t i = 0; i < columns && !same; ++i)
-            copy_run(scratch + i * kTile, offset(s.data, s.kind, start + i * s.strides.channel), s.kind, count, step);
-        Acc* const piece = to.at(column, at);
-        const int64_t whole = columns == kLanes && (apart == 1 || apart == 2) ? count - count % kSquare : 0;
-        for (int64_t t = 0; t < whole; t += kSquare)
-            for (int64_t i = 0; i < kLanes; i += kSquare)
-                if (apart == 1)
-                    transpose_block<1>(from + i * pitch + t, pitch, piece + t * kPanel + i, kPanel);
-                else
-                    transpose_block<2>(from + i * pitch + t * 2, pitch, piece + t * kPanel + i, kPanel);
-        for (int64_t t = whole; t < count; ++t)
-            for (int64_t i = 0; i < columns; ++i) piece[t * kPanel + i] = from[i * pitch + t * apart];
-    });
+    const Acc* const from = same ? static_cast<const Acc*>(s.data) + element : scratch;
+    for (int64_t i = 0; i < columns && !same; ++i)
+        copy_run(scratch + i * kTile, offset(s.data, s.kind, element + i * s.strides.channel), s.kind, count, step);
+    Acc* const piece = to.at(column, at);
+    const int64_t whole = columns == kLanes && (apart == 1 || apart == 2) ? count - count % kSquare : 0;
+    for (int64_t t = 0; t < whole; t += kSquare)
+        for (int64_t i = 0; i < kLanes; i += kSquare)
+            if (apart == 1)
+                transpose_block<1>(from + i * pitch + t, pitch, piece + t * kPanel + i, kPanel);
+            else
+                transpose_block<2>(from + i * pitch + t * 2, pitch, piece + t * kPanel + i, kPanel);
+    for (int64_t t = whole; t < count; ++t)
+        for (int64_t i = 0; i < columns; ++i) piece[t * kPanel + i] = from[i * pitch + t * apart];
 }
 
 inline Tap tap_of(const Geometry& g, int64_t index) {
@@ -106,22 +104,33 @@ LOCALSGD_INLINE void pack(const PatchSource& s, const Panels<Acc, kBytes>& to, i
     constexpr int64_t kPanel = Shape<Acc, kBytes>::kPanel;
     const Geometry& g = s.geometry;
     const int64_t channels = g.in_per_group(), step = s.strides.space[2] * g.stride[2];
+    Run memory[kTile];
     for (int64_t tap = begin / channels; tap * channels < end; ++tap) {
         const int64_t from = std::max(begin, tap * channels), column = from - begin;
         const int64_t last = std::min(end, (tap + 1) * channels) - begin, channel = from - tap * channels;
-        const auto zero = [&](int64_t at, int64_t run) __attribute__((always_inline)) {
-            for_each_piece<Acc, kBytes>(column, last, kPanel, [&](int64_t c, int64_t columns) __attribute__((always_inline)) {
-                for (int64_t t = 0; t < run; ++t) std::fill_n(to.at(c, at + t), columns, Acc(0));
+        const std::span<const Run> runs = runs_of(g, s.strides, first, count, tap_of(g, tap), memory);
+        for (const Run& r : runs)
+            if (r.element == Run::kPadding)
+                for_each_piece<Acc, kBytes>(column, last, kPanel,
+                                            [&](int64_t c, int64_t columns) __attribute__((always_inline)) {
+                                                for (int64_t t = 0; t < r.count; ++t)
+                                                    std::fill_n(to.at(c, r.at + t), columns, Acc(0));
+                                            });
+        const int64_t start = channel * s.strides.channel;
+        if (s.strides.channel == 1) {
+            for (const Run& r : runs)
+                if (r.element != Run::kPadding)
+                    pack_channels_last<Acc, kBytes>(s, to, column, last, r.at, r.count, r.element + start, step, scratch);
+            continue;
+        }
+        // Some channels after others: they lie far apart, their rows side by side.
+        for_each_piece<Acc, kBytes>(
+            column, last, Shape<Acc, kBytes>::kLanes, [&](int64_t c, int64_t columns) __attribute__((always_inline)) {
+                const int64_t of_piece = start + (c - column) * s.strides.channel;
+                for (const Run& r : runs)
+                    if (r.element != Run::kPadding)
+                        pack_channels_first<Acc, kBytes>(s, to, c, columns, r.at, r.count, r.element + of_piece, step, scratch);
             });
-        };
-        for_each_run(g, s.strides, first, count, tap_of(g, tap), zero,
-                     [&](int64_t at, int64_t run, int64_t element) __attribute__((always_inline)) {
-                         element += channel * s.strides.channel;
-                         if (s.strides.channel == 1)
-                             pack_channels_last<Acc, kBytes>(s, to, column, last, at, run, element, step, scratch);
-                         else
-                             pack_channels_first<Acc, kBytes>(s, to, column, last, at, run, element, step, scratch);
-                     });
     }
 }
 template <typename Acc>

@@ -19,4 +19,13 @@ void merge_space(Geometry& g, Strides& strides) {
     }
 }
 
+std::span<const Run> runs_of(const Geometry& g, const Strides& strides, int64_t first, int64_t count, const Tap& tap,
+                             Run* memory) {
+    size_t runs = 0;
+    for_each_run(
+        g, strides, first, count, tap, [&](int64_t at, int64_t run) { memory[runs++] = {at, run, Run::kPadding}; },
+        [&](int64_t at, int64_t run, int64_t element) { memory[runs++] = {at, run, element}; });
+    return {memory, runs};
+}
+
 } // namespace localsgd

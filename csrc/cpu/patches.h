@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <span>
 
 #include "../geometry.h"
 #include "elements.h"
@@ -48,6 +49,14 @@ LOCALSGD_INLINE void for_each_run(const Geometry& g, const Strides& strides, int
         done += run;
     }
 }
+
+// The same as a list, for many channels to go through. `memory` holds as many runs as there are positions.
+struct Run {
+    int64_t at, count, element; // or kPadding
+    static constexpr int64_t kPadding = -1;
+};
+std::span<const Run> runs_of(const Geometry& g, const Strides& strides, int64_t first, int64_t count, const Tap& tap,
+                             Run* memory);
 
 // The positions are cut into parts, each with a sum of its own, and every sum into strips. Only the number of parts changes the
 // order of additions, so it depends on the layer alone; that of strips may follow the number of threads.

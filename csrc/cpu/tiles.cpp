@@ -251,6 +251,7 @@ void pack_tiles(const PatchSource& s, const Tiles& to, int64_t begin, int64_t en
     const bool in_pairs = packed_form(s) == Form::kPairs;
     const int64_t channels = g.in_per_group(), step = s.strides.space[2] * g.stride[2], whole = ceil_div(count, 32) * 32;
     const uint16_t* rows[kTilePositions];
+    Run memory[kTilePositions];
     for (int64_t tap = begin / channels; tap * channels < end; ++tap) {
         const int64_t from = std::max(begin, tap * channels), column = from - begin;
         const int64_t last = std::min(end, (tap + 1) * channels) - begin, channel = from - tap * channels;
@@ -266,15 +267,16 @@ void pack_tiles(const PatchSource& s, const Tiles& to, int64_t begin, int64_t en
             pack_channels(to, column, last, rows, whole);
             continue;
         }
-        const auto zero = [&](int64_t at, int64_t run) LOCALSGD_PACKS {
-            for (int64_t c = column; c < last; ++c) pack_positions(to.panel(c) + c % 16 * 32, at, run, nullptr, 1);
-        };
-        for_each_run(g, s.strides, first, count, position, zero, [&](int64_t at, int64_t run, int64_t element) LOCALSGD_PACKS {
-            const uint16_t* run_of = data + element + channel * s.strides.channel;
-            for (int64_t c = column; c < last; ++c, run_of += s.strides.channel)
-                pack_positions(to.panel(c) + c % 16 * 32, at, run, run_of, step);
-        });
-        zero(count, whole - count);
+        // One channel after another: they lie far apart, their rows side by side.
+        const std::span<const Run> runs = runs_of(g, s.strides, first, count, position, memory);
+        for (int64_t c = column; c < last; ++c) {
+            uint16_t* const to_column = to.panel(c) + c % 16 * 32;
+            const uint16_t* const of_channel = data + (channel + c - column) * s.strides.channel;
+            for (const Run& run : runs)
+                pack_positions(to_column, run.at, run.count, run.element == Run::kPadding ? nullptr : of_channel + run.element,
+                               step);
+            pack_positions(to_column, count, whole - count, nullptr, step);
+        }
     }
 }
 

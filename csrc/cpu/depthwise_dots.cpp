@@ -133,6 +133,7 @@ template <int kStep, int Y>
 LOCALSGD_DOTS void dot_rows(const Geometry& g, const Band<BFloat16>& b, int64_t top, const BFloat16* z, float* sums) {
     const int64_t width = g.output[2], blocks = ceil_div(b.channels, kDotChannels);
     const Range rows = valid_outputs((Y - 1) * kStep + 3, g.input[1], 1, top);
+    if (rows.begin == rows.end) return;
     const BFloat16* const x = b.x.data + (top - b.first_input) * b.x.row_stride;
     Lines<BFloat16> x_ahead(x + rows.end * b.x.row_stride, b.x.pixel_stride, b.channels); // below an image lies the next
     Lines<BFloat16> z_ahead(z + Y * b.z.row_stride, b.z.pixel_stride, b.channels);

@@ -107,8 +107,7 @@ void sum_pixels(const DepthwiseArgs& a, int64_t task, double* partials) {
         std::is_same_v<T, Acc> && (a.x_kind != kKindOf<Acc> || a.z_kind != kKindOf<Acc> || g.in_channels < kMostLanes<Acc>);
     constexpr size_t kAlignment = 64; // sums that straddle cache lines would cost twice as much
     std::vector<Acc> x_buffer, z_buffer,
-        memory(kAlignment / sizeof(Acc) + kMostLanes<Acc> +
-               static_cast<size_t>(std::max<int64_t>(plane_taps, 9) * kBlockChannels));
+        memory(kAlignment / sizeof(Acc) + kMostLanes<Acc> + static_cast<size_t>(plane_taps * kBlockChannels));
     void* aligned = memory.data();
     size_t room = memory.size() * sizeof(Acc);
     std::align(kAlignment, sizeof(Acc), aligned, room);

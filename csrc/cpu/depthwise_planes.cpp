@@ -130,8 +130,12 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
                          most_pairs + 1); // a plane of x may meet planes of z in two sweeps
     Planes<Acc> z_planes(a.z, a.z_kind, a.z_strides, g.batch, g.out_channels, g.output, 0, kMostLanes<Acc>, most_pairs);
     const std::vector<Meeting> all = meetings(g);
-    const bool wide = has_wide_registers();
-    const int64_t lanes = (wide ? kWideBytes : kNarrowBytes) / sizeof(Acc), in_plane = g.kernel[1] * g.kernel[2] * lanes;
+    const bool bf16 = std::is_same_v<Acc, float> && a.x_kind == Kind::bf16 && a.z_kind == Kind::bf16 && in_strips(g);
+    const auto dense = [&](const Strides& s) { return s.space[2] == 1 && s.space[1] == g.output[2]; };
+    const bool runs = bf16 && a.dots && DotRuns::fit(g) && dense(a.x_strides) && dense(a.z_strides);
+    const std::optional<DotRuns> dots = runs ? std::optional<DotRuns>(g) : std::nullopt;
+    const bool wide = has_wide_registers(), wide_sums = wide || runs;
+    const int64_t lanes = (wide_sums ? kWideBytes : kNarrowBytes) / sizeof(Acc), in_plane = g.kernel[1] * g.kernel[2] * lanes;
     const int64_t multiplier = g.out_per_group(), in_channel = multiplier * g.taps();
     const int64_t together = std::clamp<int64_t>(kTogether / g.image_positions(), 1, std::max<int64_t>(g.batch, 1));
     const int64_t most = std::clamp<int64_t>(kSumsInCache / (in_channel * lanes), 1, kMostChannels);
@@ -139,10 +143,6 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
     std::vector<double> sums;
     Pairs<Acc, Acc> pairs;
     Pairs<BFloat16, Acc> in_bf16;
-    const bool bf16 = std::is_same_v<Acc, float> && a.x_kind == Kind::bf16 && a.z_kind == Kind::bf16 && in_strips(g);
-    const auto dense = [&](const Strides& s) { return s.space[2] == 1 && s.space[1] == g.output[2]; };
-    const bool runs = bf16 && a.dots && DotRuns::fit(g) && dense(a.x_strides) && dense(a.z_strides);
-    const std::optional<DotRuns> dots = runs ? std::optional<DotRuns>(g) : std::nullopt;
     int64_t x_slot = 0;
     const auto sweep = [&] {
         if constexpr (std::is_same_v<Acc, float>)
@@ -185,7 +185,7 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
             }
             sweep();
             if ((n + 1) % together && n + 1 < g.batch) continue;
-            add_lanes(wide, in_lanes.data(), count, sums.data());
+            add_lanes(wide_sums, in_lanes.data(), count, sums.data());
         }
         for (int64_t i = 0; i < count; ++i) d[first * in_channel + i] = static_cast<Acc>(sums[i]);
     }

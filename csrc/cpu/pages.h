@@ -7,8 +7,8 @@
 
 namespace localsgd {
 
-// Reads a byte of each page that `count` elements from `begin` on lie in, as far as before `end`: the addresses of several
-// pages are translated at once, not of each as it is come to, which costs as much time as reading it where pages have 4 KiB.
+// Reads a byte in every 4 KiB of `count` elements from `begin` on, as far as before `end`: the addresses of several pages are
+// translated at once, not of each as it is come to, which costs as much time as reading it.
 template <typename T>
 LOCALSGD_INLINE void touch_pages(const T* begin, int64_t count, const T* end) {
     constexpr int64_t kPage = 4096 / sizeof(T);

@@ -22,7 +22,7 @@ struct Rows {
 
     // `count` rows from `row` on, `width` pixels each, are read soon.
     LOCALSGD_INLINE void touch(const T* row, int64_t count, int64_t width) const {
-        if (end)
+        if (end && width * pixel_stride <= row_stride)
             for (int64_t i = 0; i < count; ++i) touch_pages(row + i * row_stride, width * pixel_stride, end);
     }
 };

@@ -105,6 +105,8 @@ void depthwise_layers() {
             for (const int64_t pad : {0, 1})
                 if (width + 2 * pad >= 3)
                     depthwise(2, 73, 1, {1, 6, width}, {1, 3, 3}, {1, stride, stride}, {1, 1, 1}, {0, 2, pad});
+    for (const int64_t stride : {1, 2}) // rows above and below all of x
+        depthwise(1, 32, 1, {1, 4, 9}, {1, 3, 3}, {1, stride, stride}, {1, 1, 1}, {0, 9, 1});
     for (const int64_t height : {1, 2, 3, 17})
         for (const int64_t width : {1, 3, 7, 14, 40})
             depthwise(2, 32, 2, {1, height, width}, {1, 3, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1});

@@ -125,7 +125,7 @@ LOCALSGD_DOTS inline void dot_corner(const Corner& g, int64_t channel, float* su
     }
 }
 
-// Channels [begin, begin + 32) of a block's; the last begin earlier, over channels that are summed already.
+// The first of a block's 32 channels: the last block begins earlier, over channels that are summed already.
 int64_t first_channel(int64_t block, int64_t channels) { return std::min(block * kDotChannels, channels - kDotChannels); }
 
 // Y output rows, the first of which reads x from row `top` on.

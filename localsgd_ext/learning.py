@@ -69,8 +69,9 @@ class LocalizedLearning:
             ``"paper"``: LoCal+SGD as printed, ``rule="hebbian"``, ``schedule="dynamic"``, ``l_max=0.75``, ``min_loss_drop=0``,
             ``refresh=None``, ``lr=0.01``. With the Hebbian rule :meth:`step` needs the loss.
         schedule: ``"dynamic"`` (Algorithm 1), ``"quadratic"``, ``"linear"``, ``"exponential"`` (static schedules), or a
-            :class:`ModeSelection`, which then holds ``alpha``, ``l_max``, ``t_shift`` and ``min_loss_drop`` itself.
-        alpha, l_max, t_shift, min_loss_drop: see :class:`DynamicModeSelection` and :class:`ModeSelection`.
+            :class:`ModeSelection`, beside which none of the next four arguments may be given: it holds them itself.
+        alpha, t_shift: of the dynamic schedule, see :class:`DynamicModeSelection` (``None``: 0.95 and ``"auto"``).
+        l_max, min_loss_drop: see :class:`ModeSelection`.
         rule: ``"hebbian"``, or ``"frozen"``: the same boundary, no local updates (with ``refresh=None`` the prefix does not
             learn at all).
         lr: local learning rate, a float or a callable of the epoch.
@@ -103,9 +104,9 @@ class LocalizedLearning:
         epochs: int,
         preset: str | None = None,
         schedule: str | ModeSelection | None = None,
-        alpha: float = 0.95,
+        alpha: float | None = None,
         l_max: float | None = None,
-        t_shift: int | float | str = "auto",
+        t_shift: int | float | str | None = None,
         min_loss_drop: float | None = None,
         rule: str | None = None,
         lr: float | Callable[[int], float] | None = None,
@@ -418,13 +419,14 @@ class LocalizedLearning:
         rule's options are the constructor's.
 
         Raises:
-            ValueError: the state is of another network (the first difference is named), format, rule or schedule, or of a run
-                with a refresh where there is none here.
+            ValueError: the state is of another network (the first difference is named), format, rule, schedule or number of
+                epochs, or of a run with a refresh where there is none here.
         """
         plan = checked_plan(
             state,
             self.model,
             rule=self.rule,
+            epochs=self.epochs,
             supervised=self.supervision is not None,
             refreshed=self._refresher is not None,
             known=self._plan,

@@ -18,6 +18,7 @@ def checked_plan(
     model: nn.Module,
     *,
     rule: str,
+    epochs: int,
     supervised: bool,
     refreshed: bool,
     known: ExecutionPlan | None,
@@ -28,18 +29,24 @@ def checked_plan(
     """Return the plan in ``state``, ``None`` if that was saved before the first training forward; nothing is changed.
 
     Args:
-        rule, supervised, refreshed, include, skip: what is in use here, weak supervision and a refresh among it.
+        rule, epochs, supervised, refreshed, include, skip: what is in use here, weak supervision and a refresh among it.
         known: the plan that is in use here, if there is one.
         kept_frozen: parameters that the user has frozen here. A layer whose weight is one may be missing in either plan: it is none
             where it was frozen before the order of the layers was found.
     Raises:
-        ValueError: the state is of another network (the first difference is named), format or rule, or has a refresh that is
-            missing here.
+        ValueError: the state is of another network (the first difference is named), format, rule or number of epochs, or has a
+            refresh that is missing here.
     """
     if state.get("format") != STATE_FORMAT:
         raise ValueError(f"state must have format {STATE_FORMAT}, got {state.get('format')!r}")
     if state["rule"] != rule:
         raise ValueError(f"the state is of rule {state['rule']!r}, this is {rule!r}")
+    of_the_run = state["schedule"].get("epochs")  # None before the first training forward
+    if of_the_run is not None and of_the_run != epochs:
+        raise ValueError(
+            f"the state is of a run of epochs={of_the_run}, this is of epochs={epochs}: give epochs={of_the_run}, "
+            "beyond which step() may go on"
+        )
     if (state["supervision"] is not None) != supervised:
         raise ValueError("the state and this object differ in whether there is weak supervision")
     if state.get("refresh") is not None and not refreshed:  # the other way round nothing is lost: a refresh begins to count

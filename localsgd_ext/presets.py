@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import NoneType
@@ -79,9 +79,9 @@ def choose(
     epochs: int,
     preset: str | None,
     schedule: str | ModeSelection | None,
-    alpha: float,
+    alpha: float | None,
     l_max: float | None,
-    t_shift: int | float | str,
+    t_shift: int | float | str | None,
     min_loss_drop: float | None,
     rule: str | None,
     lr: float | Callable[[int], float] | None,
@@ -126,17 +126,12 @@ def choose(
         )
     if supervision == AUTO:
         supervision = "absolute" if rule == "hebbian" else None
+    hyperparameters = {"alpha": alpha, "l_max": l_max, "t_shift": t_shift, "min_loss_drop": min_loss_drop}
     every: Any = chosen["refresh"] if refresh == AUTO else refresh  # Refresh checks it
     return Choices(
         rule=rule,
         rate=LocalRate(chosen["lr"] if lr is None else lr, lr_decay, lr_decay_every),
-        schedule=_schedule(
-            chosen["schedule"] if schedule is None else schedule,
-            alpha=alpha,
-            l_max=chosen["l_max"] if l_max is None else l_max,
-            t_shift=t_shift,
-            min_loss_drop=chosen["min_loss_drop"] if min_loss_drop is None else min_loss_drop,
-        ),
+        schedule=_schedule(schedule, chosen, {name: value for name, value in hyperparameters.items() if value is not None}),
         supervision=WeakSupervision(supervision) if isinstance(supervision, str) else supervision,
         refresh=every,
         sample=check_sample(sample),
@@ -144,13 +139,21 @@ def choose(
 
 
 def _schedule(
-    schedule: str | ModeSelection, *, alpha: float, l_max: float, t_shift: int | float | str, min_loss_drop: float
+    schedule: str | ModeSelection | None, preset: Mapping[str, Any], given: Mapping[str, Any]
 ) -> ModeSelection:
+    """``schedule``, or the one of this name, of the hyper-parameters that are ``given`` and the preset's others."""
     if isinstance(schedule, ModeSelection):
+        if given:
+            name, value = next(iter(given.items()))
+            raise ValueError(
+                f"{name} must not be given beside a schedule that is a ModeSelection, got {value!r}: give it to {type(schedule).__name__}"
+            )
         return schedule
-    if schedule == "dynamic":
-        return DynamicModeSelection(alpha=alpha, l_max=l_max, t_shift=t_shift, min_loss_drop=min_loss_drop)
-    if schedule in StaticModeSelection.KINDS:
-        return StaticModeSelection(kind=schedule, l_max=l_max, min_loss_drop=min_loss_drop)
+    kind = preset["schedule"] if schedule is None else schedule
+    shared = {name: given.get(name, preset[name]) for name in ("l_max", "min_loss_drop")}
+    if kind == "dynamic":
+        return DynamicModeSelection(**{name: given[name] for name in ("alpha", "t_shift") if name in given}, **shared)
+    if kind in StaticModeSelection.KINDS:
+        return StaticModeSelection(kind=kind, **shared)
     known = ", ".join(("dynamic", *StaticModeSelection.KINDS))
-    raise ValueError(f"schedule must be one of {known} or a ModeSelection, got {schedule!r}")
+    raise ValueError(f"schedule must be one of {known} or a ModeSelection, got {kind!r}")

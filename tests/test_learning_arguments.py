@@ -50,6 +50,15 @@ def test_bad_arguments_are_named_and_leave_no_hooks(kwargs, name):
     assert hooks(model) == 0
 
 
+@pytest.mark.parametrize("hyperparameter", [{"alpha": 0.9}, {"l_max": 0.5}, {"t_shift": 1}, {"min_loss_drop": 0.0}])
+def test_hyperparameters_of_a_schedule_that_has_its_own_are_refused(hyperparameter):
+    model = seeded(PlainCNN)
+    ((name, value),) = hyperparameter.items()
+    with pytest.raises(ValueError, match=f"{name} must not be given .* got {value}: give it to StaticModeSelection"):
+        LocalizedLearning(model, sgd(model), epochs=20, schedule=StaticModeSelection(kind="linear"), **hyperparameter)
+    assert hooks(model) == 0
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -190,6 +190,14 @@ def test_the_state_of_other_options_is_refused(kwargs, message):
         local.load_state_dict(state)
 
 
+def test_the_state_of_a_run_of_another_length_is_refused():
+    model = seeded(PlainCNN)
+    local = LocalizedLearning(model, None, epochs=30, preset="paper", t_shift=1)
+    with pytest.raises(ValueError, match="a run of epochs=20, this is of epochs=30: give epochs=20"):
+        local.load_state_dict(fresh().state_dict())
+    assert local.epoch == 0
+
+
 def test_the_state_of_a_run_with_a_refresh_is_not_loaded_without_one():
     def made(**kwargs):
         model = seeded(PlainCNN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +24,21 @@ def localized_learning(
     if config.method in NOT_PREFIX:
         return None
     as_printed = config.method == "local-paper" or config.preset == "paper"
+    schedule: dict[str, Any] = {
+        "schedule": config.schedule,
+        "alpha": config.alpha,
+        "l_max": config.l_max,
+        "t_shift": config.t_shift,
+        "min_loss_drop": 0.0 if config.min_loss_drop is None and as_printed else config.min_loss_drop,
+    }
+    if config.schedule == "local-first":
+        schedule = {"schedule": local_first(config)}
     return LocalizedLearning(
         model,
         optimizer,
         epochs=config.epochs,
         rule="hebbian" if config.method in HEBBIAN else "frozen",
-        schedule=local_first(config) if config.schedule == "local-first" else config.schedule,
-        alpha=config.alpha,
-        l_max=config.l_max,
-        t_shift=config.t_shift,
-        min_loss_drop=0.0 if config.min_loss_drop is None and as_printed else config.min_loss_drop,
+        **schedule,
         lr=config.local_lr,
         lr_decay=config.local_lr_decay,
         lr_decay_every=config.local_lr_decay_every,

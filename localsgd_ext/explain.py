@@ -123,10 +123,10 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         module: name for name, module in model.named_modules() if isinstance(module, LAYER_TYPES) and is_plain(module)
     }
 
-    def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        choices.append(_choice(names[module], module, inputs[0], output))
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        choices.append(_choice(names[module], module, args[0] if args else kwargs["input"], output))
 
-    handles = [module.register_forward_hook(record) for module in names]
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module in names]
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()

@@ -57,6 +57,18 @@ def test_rows_are_the_calls_in_order_with_what_auto_picks() -> None:
         assert all(cost.measured_us is None for cost in row.costs)
 
 
+class CalledByKeyword(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.stem(input=x))
+        x = self.depthwise(input=self.depthwise(x))
+        return self.head(input=self.expand(input=x).mean((2, 3)))
+
+
+def test_layers_may_be_called_by_keyword() -> None:
+    x = channels_last(4, 3, 32, 32)
+    assert explain(CalledByKeyword(), x) == explain(Net(), x)
+
+
 @compiled
 def test_dtypes_and_layout_are_those_of_the_call() -> None:
     x = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)

@@ -47,8 +47,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--networks", default=",".join(DEFAULT_NETWORKS), help=f"of {', '.join(NETWORKS)}")
     parser.add_argument("--batch", type=int, help=f"instead of each network's own; {CPU_BATCH} on a CPU")
     parser.add_argument("--layers", default="", metavar="REGEX", help="only layers whose name matches")
-    parser.add_argument("--dtypes", default=None, help=f"of {', '.join(DTYPES)}; fp32,tf32,bf16, on a CPU fp32")
-    parser.add_argument("--layouts", default="nhwc,nchw", help="of nhwc, nchw")
+    parser.add_argument("--dtypes", default=None, help=f"of {', '.join(DTYPES)}, in that order; bf16,fp32,tf32, on a CPU fp32")
+    parser.add_argument("--layouts", default="nhwc,nchw", help="of nhwc, nchw: one in all dtypes, then the other")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--resume", action="store_true", help="go on with --out; what failed is tried again")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no further layer after that")
@@ -64,7 +64,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--table", type=Path, metavar="FILE.json", help="only print the tables of a results file")
     args = parser.parse_args(argv)
     args.networks = args.networks.split(",")
-    args.dtypes = (args.dtypes or ("fp32" if args.device == "cpu" and not args.predict else "fp32,tf32,bf16")).split(",")
+    args.dtypes = (args.dtypes or ("fp32" if args.device == "cpu" and not args.predict else "bf16,fp32,tf32")).split(",")
     args.layouts = args.layouts.split(",")
     for option, known in (("networks", NETWORKS), ("dtypes", DTYPES), ("layouts", LAYOUTS)):
         for value in getattr(args, option):
@@ -88,8 +88,8 @@ def work(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, tupl
             networks.append({"name": name, "batch": batch, "layers": [(layer.case.name, layer.count) for layer in listed]})
             todo.update({layer.case.name: layer.case for layer in listed})
     keyed = {}
-    for dtype in args.dtypes:
-        for layout in args.layouts:
+    for layout in args.layouts:
+        for dtype in args.dtypes:
             for name, case in todo.items():
                 keyed[f"{name}|{dtype}|{layout}"] = case, dtype, layout
     return networks, keyed

@@ -1,12 +1,14 @@
 """Plants faults in the device code and runs the emulated tests: ``python tests/native/mutations.py``.
 
-Every barrier and every wait is taken out, and every ``<``, ``<=``, ``>``, ``>=`` that is not a loop's own is made to say nothing,
-one at a time. A test must fail for each, or the fault is listed in ``equivalent_mutants.toml`` with the reason why it is none;
-otherwise the exit status is 1. All faults are compiled into one set of test programs and chosen when those start, so that a fault
-costs a test run and not a compilation. Results are kept in ``build/mutants/results.json``: an interrupted run goes on where it was.
+Every barrier and every wait is taken out, every ``<``, ``<=``, ``>``, ``>=`` that is not a loop's own is made to say nothing, and
+every ``min(a, b)`` is made to be ``a`` and to be ``b``, one at a time. A test must fail for each, or the fault is listed in
+``equivalent_mutants.toml`` with the reason why it is none; otherwise the exit status is 1. All faults are compiled into one set of
+test programs and chosen when those start, so that a fault costs a test run and not a compilation. Results are kept in
+``build/mutants/results.json``: an interrupted run goes on where it was. A result counts for as long as the kernels and the sources
+of the tests that it rests on are the same.
 
-Left alone are the bounds of ``for`` and ``while`` loops, clamps by ``min()`` and ``max()``, and ``==``; and memory fences: a CPU's
-memory is coherent, no test on it could miss one.
+Left alone are the comparisons of ``for`` and ``while`` loops, and ``==``; and memory fences: a CPU's memory is coherent, no test on
+it could miss one.
 """
 
 from __future__ import annotations
@@ -22,18 +24,22 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KERNELS = ROOT / "csrc" / "kernels"
 BUILD = ROOT / "build" / "mutants"
-EQUIVALENTS = Path(__file__).with_name("equivalent_mutants.toml")
+HERE = Path(__file__).parent
+EQUIVALENTS = HERE / "equivalent_mutants.toml"
 
 STATEMENTS = re.compile(r"(?:__syncthreads|__syncwarp|grid_barrier|cp_async_commit|cp_async_wait<[^;{}]*?>)\([^;{}]*?\);")
 SPIN = re.compile(r"while \((?=.*load_volatile)")
 COMPARISON = re.compile(r" (<=|>=|<|>) ")
+MINIMUM = re.compile(r"(?<![\w:.])min\(")  # not the host's std::min
 
 # Included before anything else; with LOCALSGD_MUTANT=-1 the program also says which faults it would have met.
 SWITCH = """
@@ -181,6 +187,14 @@ def find(path: Path) -> list[Mutant]:
             found.append((begin, end, "(!mutation::planted({id}) && {text})", "never"))
         else:
             found.append((begin, end, "(mutation::planted({id}) || {text})", "always"))
+    for match in MINIMUM.finditer(code):
+        middle = operand(code, match.end(), 1)
+        first, second = (match.end(), middle), (middle + 2, operand(code, middle + 2, 1))
+        assert code[middle : middle + 2] == ", ", f"{path.name}: min of two was expected, got {statement(code, match.end())}"
+        for (begin, end), other in ((first, second), (second, first)):
+            kept = text[slice(*other)]
+            escaped = kept.replace("{", "{{").replace("}", "}}")
+            found.append((begin, end, f"(mutation::planted({{id}}) ? {escaped} : {{text}})", f"min() is {kept}, not"))
     mutants, seen = [], {}
     for begin, end, replacement, kind in sorted(found):
         name = f"{function(code, begin)}: {kind} {' '.join(text[begin:end].split())}"
@@ -198,6 +212,11 @@ def all_mutants() -> list[Mutant]:
 # ---- running -----------------------------------------------------------------------------------------------------------
 
 
+def planted(mutant: Mutant, number: int, text: str) -> str:
+    """What stands in the mutant's place of ``text``."""
+    return mutant.replacement.format(id=number, text=text[mutant.begin : mutant.end])
+
+
 def plant(mutants: list[Mutant], build: Path) -> None:
     """A copy of the sources with all faults in it, each waiting to be chosen."""
     for part in ("csrc", "tests"):
@@ -209,8 +228,7 @@ def plant(mutants: list[Mutant], build: Path) -> None:
         text = path.read_text()
         for number, mutant in reversed(list(enumerate(mutants))):
             if mutant.file == path.name:
-                planted = mutant.replacement.format(id=number, text=text[mutant.begin : mutant.end])
-                text = text[: mutant.begin] + planted + text[mutant.end :]
+                text = text[: mutant.begin] + planted(mutant, number, text) + text[mutant.end :]
         path.write_text(text)
     for name, old, new in (
         ("check.h", "what.c_str());\n", "what.c_str());\n    std::fflush(nullptr), std::_Exit(1);\n"),  # the first is enough
@@ -293,35 +311,70 @@ def test_names() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("test_cuda_*.cpp"))
 
 
+SOURCES = (".cu", ".cuh", ".h", ".cpp")
+
+
+def digest(paths: Iterable[Path]) -> str:
+    sha = hashlib.sha256()
+    for path in paths:
+        sha.update(path.read_bytes())
+    return sha.hexdigest()[:16]
+
+
 def fingerprint(directory: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for path in directory.rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest(sorted(path for path in directory.rglob("*") if path.suffix in SOURCES))
 
 
-def run(names: list[str], jobs: int = 2, fresh: bool = False) -> dict[str, str]:
-    """``{mutant: what became of it}``; those of an interrupted run are not tried again."""
+def prints_of(names: list[str], directory: Path = HERE) -> dict[str, str]:
+    """``{test: fingerprint}`` of its own source, of the test that it may include, and of what all tests share."""
+    sources = sorted(path for path in directory.rglob("*") if path.suffix in SOURCES)
+    shared = [path for path in sources if not path.name.startswith("test_")]
+    included = re.compile(r'^#include "(test_\w+\.cpp)"', re.MULTILINE)
+
+    def own(file: str) -> list[Path]:
+        path = directory / file
+        return [path, *(part for name in included.findall(path.read_text()) for part in own(name))]
+
+    return {name: digest([*shared, *own(f"{name}.cpp")]) for name in names}
+
+
+def rests_on(result: str, prints: dict[str, str]) -> dict[str, str]:
+    """The tests by which a result stands or falls, of those in ``prints``: the one that killed, or all that did not."""
+    killer = re.match(r"killed by (\w+)", result)
+    return {killer[1]: prints[killer[1]]} if killer else prints
+
+
+def still_true(earlier: dict[str, Any], kernels: str, prints: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """What is left of a results file: a killer that was changed may be weaker now, and a test that was added or changed may kill
+    what survived."""
+    if earlier["kernels"] != kernels:
+        return {}
+    return {
+        key: entry
+        for key, entry in earlier.get("faults", {}).items()
+        if entry["tests"].keys() <= prints.keys() and entry["tests"] == rests_on(entry["result"], prints)
+    }
+
+
+def run(names: list[str], jobs: int = 2, fresh: bool = False, pattern: str = "") -> dict[str, str]:
+    """``{mutant: what became of it}`` for those whose key matches; those of an interrupted run are not tried again."""
     mutants = all_mutants()
     stored = BUILD / "results.json"
-    prints = {"kernels": fingerprint(KERNELS), "tests": fingerprint(Path(__file__).parent)}
-    results: dict[str, str] = {}
-    if stored.exists() and not fresh:
-        earlier = json.loads(stored.read_text())
-        # A test that was added or mended since may kill what survived; what was killed stays so while the kernels are the same.
-        if earlier["kernels"] == prints["kernels"]:
-            same = earlier["tests"] == prints["tests"]
-            results = {k: r for k, r in earlier["results"].items() if r.startswith("killed") or same}
+    kernels, prints = fingerprint(KERNELS), prints_of(names)
+    known = still_true(json.loads(stored.read_text()), kernels, prints) if stored.exists() and not fresh else {}
     tests = build_tests(mutants, names, BUILD, jobs)
 
     def one(number: int) -> None:
-        results[mutants[number].key] = try_mutant(number, tests)
-        print(f"{mutants[number].key}\n    {results[mutants[number].key]}", flush=True)
-        stored.write_text(json.dumps({**prints, "results": dict(results)}, indent=1))
+        result = try_mutant(number, tests)
+        known[mutants[number].key] = {"result": result, "tests": rests_on(result, prints)}
+        print(f"{mutants[number].key}\n    {result}", flush=True)
+        stored.write_text(json.dumps({"kernels": kernels, "faults": dict(known)}, indent=1))
+
+    wanted = [number for number, mutant in enumerate(mutants) if re.search(pattern, mutant.key)]
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, [n for n, mutant in enumerate(mutants) if mutant.key not in results]))
-    return {mutant.key: results[mutant.key] for mutant in mutants}
+        list(pool.map(one, [number for number in wanted if mutants[number].key not in known]))
+    return {mutants[number].key: known[mutants[number].key]["result"] for number in wanted}
 
 
 def run_sample(names: list[str], count: int, seed: int, build: Path, jobs: int = 2) -> dict[str, str]:
@@ -341,13 +394,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=2, help="test programs at once (%(default)s)")
     parser.add_argument("--tests", default=",".join(test_names()), help="which test programs, separated by commas")
+    parser.add_argument("--faults", default="", metavar="REGEX", help="only those whose line in --list matches")
     parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs")
     parser.add_argument("--list", action="store_true", help="print the faults and leave")
     options = parser.parse_args()
     if options.list:
-        print("\n".join(mutant.key for mutant in all_mutants()))
+        print("\n".join(mutant.key for mutant in all_mutants() if re.search(options.faults, mutant.key)))
         return 0
-    results, listed = run(options.tests.split(","), options.jobs, options.fresh), equivalents()
+    listed = {key: reason for key, reason in equivalents().items() if re.search(options.faults, key)}
+    results = run(options.tests.split(","), options.jobs, options.fresh, options.faults)
     killed = {key for key, result in results.items() if result.startswith("killed")}
     survivors = results.keys() - killed - listed.keys()
     for key in sorted(survivors):

@@ -1,6 +1,6 @@
 """Hundreds of updates in a captured CUDA graph, replayed while lr and its sign change on the device: bits as in eager mode.
 
-python benchmarks/gpu_graph.py --out graph.json
+python benchmarks/gpu_graph.py --out graph.json [--resume] [--budget SECONDS]
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":  # in the place of this directory, whose modules are the package's
     sys.path[:1] = [str(Path(__file__).resolve().parents[1] / where) for where in (".", "tests")]
@@ -18,9 +17,10 @@ import torch
 from cases import CASES, Case, with_layout
 from torch import Tensor
 
+from benchmarks import gpu
+from benchmarks.records import Records
 from localsgd_ext import hebbian_update_
 from localsgd_ext.train import environment
-from localsgd_ext.train.files import write_json
 
 UPDATES = 200
 RATES = (0.01, -0.005, 0.0, 0.02, -0.01)
@@ -83,30 +83,45 @@ def _graph_equals_eager(case: Case, algorithm: str, dtype: torch.dtype, updates:
     return torch.equal(weight, replayed) and torch.equal(skipped, counted) and not torch.equal(weight, start)
 
 
+def row(case: Case, algorithm: str, dtype: torch.dtype, updates: int) -> dict[str, str]:
+    try:
+        return {"status": "ok" if graph_equals_eager(case, algorithm, dtype, updates) else "DIFFERENT"}
+    except RuntimeError as error:
+        return {"status": "ERROR", "why": str(error).splitlines()[0]}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: all equal; 1: some differ; 2: wrong arguments, or no GPU."""
+    """0: all equal; 1: some differ; 2: wrong arguments, or no GPU with our kernels; 3: the budget ran out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    parser.add_argument("--resume", action="store_true", help="go on with --out; what failed is tried again")
+    parser.add_argument("--budget", type=float, metavar="SECONDS")
     parser.add_argument("--updates", type=int, default=UPDATES)
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("PyTorch sees no GPU", file=sys.stderr)
+    if why := gpu.missing():
+        print(why, file=sys.stderr)
         return 2
-    rows: dict[str, Any] = {}
-    for case in chosen():
-        for algorithm in ("auto", *case.algorithms):
-            for dtype in (torch.float32, torch.bfloat16):
-                key = f"{case.name}|{algorithm}|{dtype}"
-                try:
-                    rows[key] = "equal" if graph_equals_eager(case, algorithm, dtype, args.updates) else "DIFFERENT"
-                except RuntimeError as error:
-                    rows[key] = f"ERROR {str(error).splitlines()[0]}"
-                if rows[key] != "equal":
-                    print(key, rows[key], file=sys.stderr, flush=True)
-    write_json(args.out, {"environment": environment.describe("cuda"), "updates": args.updates, "rows": rows})
-    bad = sum(value != "equal" for value in rows.values())
-    print(f"{len(rows) - bad} of {len(rows)} graphs of {args.updates} updates give the bits of eager mode")
-    return int(bad > 0)
+    try:
+        records = Records(args.out, {"environment": environment.describe("cuda")}, resume=args.resume)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    planned = {
+        f"{case.name}|{algorithm}|{dtype}|{args.updates} updates": (case, algorithm, dtype, args.updates)
+        for case in chosen()
+        for algorithm in ("auto", *case.algorithms)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    for key in records.todo(planned, args.budget):
+        records.add(key, row(*planned[key]))
+        if not records.done(key):
+            print(key, records.rows[key], file=sys.stderr, flush=True)
+    bad = [key for key in planned if key in records.rows and not records.done(key)]
+    if records.left:
+        print(f"{len(planned) - len(records.left)} of {len(planned)} done: go on with --resume", file=sys.stderr)
+        return 1 if set(bad) - set(records.left) else 3
+    print(f"{len(planned) - len(bad)} of {len(planned)} graphs of {args.updates} updates give the bits of eager mode")
+    return int(bool(bad))
 
 
 if __name__ == "__main__":

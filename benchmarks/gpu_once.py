@@ -1,7 +1,7 @@
 """Every algorithm once in every dtype on a few small layers, for compute-sanitizer, which is slow. Checks nothing itself but that
 it runs. Exit status 0: it did; 7: it did not, for whatever reason.
 
-compute-sanitizer --tool memcheck python benchmarks/gpu_once.py
+compute-sanitizer --tool memcheck --kernel-name kns=localsgd python benchmarks/gpu_once.py
 """
 
 from __future__ import annotations
@@ -24,21 +24,28 @@ def run(device: str, dtypes: Sequence[str] = DTYPES) -> int:
     import torch
     from cases import LAYOUTS, with_layout
 
-    from benchmarks import baselines
+    from benchmarks import baselines, gpu
     from benchmarks.gpu_graph import chosen
     from localsgd_ext import apply_update_, correlation, hebbian_update_
     from localsgd_ext._precision import tf32
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("PyTorch sees no GPU")
+    if device == "cuda" and (why := gpu.missing()):
+        raise RuntimeError(why)
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        """On the device with the same strides, by a copy of the memory: initcheck sees that, and no kernel of PyTorch runs."""
+        memory = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+        return memory.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
     calls = 0
     for case in chosen():
         for name in dtypes:
             dtype = baselines.DTYPES[name]
             for layout in LAYOUTS:
-                x, weight, bias = case.sample(torch.float32, device)
-                z = with_layout(case.forward(x, weight, bias).to(dtype), layout, case)
-                x = with_layout(x.to(dtype), layout, case)
+                x, weight, bias = case.sample(torch.float32, "cpu")
+                z = copied(with_layout(case.forward(x, weight, bias).to(dtype), layout, case))
+                x = copied(with_layout(x.to(dtype), layout, case))
+                weight, bias = copied(weight), None if bias is None else copied(bias)
                 for algorithm in case.algorithms:
                     if algorithm == "library":  # not ours to check
                         continue

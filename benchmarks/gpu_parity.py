@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,11 +20,14 @@ import torch
 from cases import CASES, LAYOUTS, Case, with_layout
 from oracle import FP64
 
+from benchmarks import gpu
 from benchmarks.baselines import algorithms
 from benchmarks.parity import Judge, Parity
 from benchmarks.records import Records
 from localsgd_ext._precision import tf32
 from localsgd_ext.train import environment
+
+SAVE_EVERY = 3.0  # seconds; all rows are a megabyte
 
 # Of x and z, and whether fp32 may be rounded to tf32; parameters are fp32, or fp64 beside fp64.
 DTYPES = {
@@ -84,30 +86,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", default="", metavar="REGEX", help="only cases whose name matches")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
-    start = time.monotonic()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: PyTorch sees no GPU", file=sys.stderr)
+    if args.device == "cuda" and (why := gpu.missing()):
+        print(f"--device cuda: {why}", file=sys.stderr)
         return 2
     try:
         records = Records(args.out, {"environment": environment.describe(args.device)}, resume=args.resume)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    planned = list(todo(args.cases))
-    for count, (key, case, dtype, layout) in enumerate(planned):
-        if records.done(key):
-            continue
-        if args.budget is not None and time.monotonic() - start > args.budget:
-            records.save()
-            print(f"{count} of {len(planned)} done: go on with --resume", file=sys.stderr)
-            return 3
-        records.rows[key] = row(case, dtype, layout, args.device)
-        if count % 20 == 0:
-            records.save()
-        if records.rows[key]["status"] != "ok":
+    planned = {key: (case, dtype, layout) for key, case, dtype, layout in todo(args.cases)}
+    for key in records.todo(planned, args.budget):
+        records.add(key, row(*planned[key], args.device), every=SAVE_EVERY)
+        if not records.done(key):
             print(key, records.rows[key], file=sys.stderr, flush=True)
     records.save()
-    bad = [key for key, _, _, _ in planned if records.rows[key]["status"] != "ok"]
+    bad = [key for key in planned if key in records.rows and not records.done(key)]
+    if records.left:
+        print(f"{len(planned) - len(records.left)} of {len(planned)} done: go on with --resume", file=sys.stderr)
+        return 1 if set(bad) - set(records.left) else 3
     print(f"{len(planned) - len(bad)} of {len(planned)} agree with fp64")
     return int(bool(bad))
 

@@ -22,7 +22,7 @@ class Records:
     ) -> None:
         """Raises ``ValueError`` if ``path`` exists and ``resume`` is off, or holds what was measured on something else."""
         self.path = path
-        self.begin = time.monotonic()
+        self.begin = self._saved = time.monotonic()
         self.left: list[str] = []
         self.content: dict[str, Any] = {**header, "rows": {}}
         if path is None:
@@ -52,13 +52,16 @@ class Records:
         while self.left and (budget is None or time.monotonic() - self.begin <= budget):
             yield self.left.pop(0)
 
-    def add(self, key: str, row: Mapping[str, Any]) -> None:
+    def add(self, key: str, row: Mapping[str, Any], *, every: float = 0) -> None:
+        """On disk at once, or with the first row that comes ``every`` seconds after the file was last written, or by :meth:`save`."""
         self.rows[key] = dict(row)
-        self.save()
+        if time.monotonic() - self._saved >= every:
+            self.save()
 
     def save(self) -> None:
         if self.path is not None:
             write_json(self.path, self.content)
+        self._saved = time.monotonic()
 
 
 def exit_status(work: Callable[[], Records | None]) -> int:

@@ -27,11 +27,10 @@ from rich.console import Console
 
 from benchmarks import ROOT
 from benchmarks.experiments import section2, suite, timing
-from benchmarks.experiments.runner import Runner, unfinished
+from benchmarks.experiments.runner import Bar, Job, Lines, Runner, unfinished
 from benchmarks.experiments.scales import SCALES, Study
 from benchmarks.experiments.store import Result, Store
 from benchmarks.experiments.timing import Timings
-from localsgd_ext.train import progress
 from localsgd_ext.train.config import DATA_SETS, RunConfig
 from localsgd_ext.train.files import write_atomically
 
@@ -102,16 +101,17 @@ def run(args: argparse.Namespace) -> int:
         _check_machine(study)
         runner = Runner(store, args.work / args.scale, _display)
         left, failed = runner.run(cells, args.only, args.budget), runner.failed
+    timings = Timings.read(out)
     for name in args.experiments:
-        report = suite.report(name, study, store, Timings.read(out))
+        report = suite.report(name, study, store, timings)
         print(report)
         runs = suite.finished(suite.EXPERIMENTS[name].cells(study), store)
         if runs:
-            file = "-".join([name, *filter(None, [args.data, args.models, *args.set])])
+            file = _file(name, args, study)
             write_atomically(out / f"{file}.md", report.encode())
             draw = suite.EXPERIMENTS[name].picture
             if draw is not None:
-                write_atomically(out / f"{file}.png", draw(study, runs))
+                write_atomically(out / f"{file}.png", draw(study, runs, timings))
     for cell_name, why in failed.items():
         print(f"{cell_name} failed: {why}", file=sys.stderr)
     if failed:
@@ -121,16 +121,22 @@ def run(args: argparse.Namespace) -> int:
     return 3 if left else 0
 
 
+def _file(name: str, args: argparse.Namespace, study: Study) -> str:
+    """Without an ending. All that decides what a table shows is in it, so that none overwrites another."""
+    seeds = study.asked_seeds(pareto=suite.EXPERIMENTS[name].pareto)
+    return "-".join([name, *filter(None, [args.data, args.models, *args.set, "" if seeds is None else f"seeds={seeds}"])])
+
+
 def _check_machine(study: Study) -> None:
     device = {**study.scale.flags, **study.flags}["device"]
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"scale {study.scale.name} trains on {device}, PyTorch sees none here; --set device=cpu is slow")
 
 
-def _display(total: int) -> progress.Progress:
+def _display(total: int) -> Job:
     """On standard error: the tables are what the command prints."""
     console = Console(stderr=True)
-    return progress.Bar(total, console) if console.is_terminal else progress.Lines(total, _say)
+    return Bar(total, console) if console.is_terminal else Lines(total, _say)
 
 
 def _say(line: str) -> None:

@@ -26,7 +26,7 @@ class Experiment:
     networks: Callable[[Study], tuple[Network, ...]]
     variants: Callable[[Study, Network], list[Variant]]
     tables: Callable[[Study, dict[Network, Runs], Timings], dict[str, str]]
-    picture: Callable[[Study, dict[Network, Runs]], bytes] | None = None
+    picture: Callable[[Study, dict[Network, Runs], Timings], bytes] | None = None
     paper: str = ""
     pareto: bool = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Sequence
 
 from benchmarks.experiments.cells import Network, Variant
@@ -16,7 +17,7 @@ from benchmarks.experiments.methods import (
     compared,
     macs,
     mean_accuracy,
-    mean_cost,
+    relative,
 )
 from benchmarks.experiments.scales import Study
 from benchmarks.experiments.timing import Timings
@@ -52,18 +53,22 @@ def epochs_needed(curve: list[tuple[float, float]], accuracy: float) -> float | 
 def table(study: Study, network: Network, runs: Runs, timings: Timings) -> str:
     whole = study.epochs(network)
     fewer = {epochs: variant.label for epochs, variant in shorter(study, network).items()} | {whole: SGD.label}
-    curve = [(float(epochs), mean_accuracy(runs[label])) for epochs, label in fewer.items() if label in runs]
     rows: list[tuple[str, ...]] = [
         ("method", "accuracy, %", "SGD's epochs to it", f"speed-up over these, multiply-adds (of {whole} epochs)", "time")
     ]
     for label in (method.label for method in METHODS if method.label in runs):
+        seeds = runs[label].keys()
+        curve = [
+            (float(epochs), statistics.fmean(runs[sgd][seed].accuracy for seed in seeds))
+            for epochs, sgd in fewer.items()
+            if seeds <= runs.get(sgd, {}).keys()
+        ]
         needed = epochs_needed(curve, mean_accuracy(runs[label]))
-        speed_ups = []
-        for cost in (macs, timings.steps_of_sgd):
-            mine, sgd = mean_cost(runs[label], cost), mean_cost(runs.get(SGD.label, {}), cost)
-            speed_ups.append(None if mine is None or sgd is None or needed is None else sgd * needed / whole / mine)
+        shares = [relative(runs[label], runs.get(SGD.label, {}), cost) for cost in (macs, timings.steps_of_sgd)]
+        speed_ups = [None if needed is None or not share else needed / whole / share for share in shares]
         rows.append((label, f"{mean_accuracy(runs[label]):.2f}", number(needed), *map(times, speed_ups)))
     note = (
-        "Epochs between those that were trained by linear interpolation of mean accuracies; - where SGD's curve does not tell."
+        "Epochs between those that were trained by linear interpolation of the mean accuracies of SGD's runs of the method's seeds; - where "
+        "SGD's curve does not tell."
     )
     return f"{aligned(rows)}\n\n{note}\n\n{compared(runs, [v.label for v in variants(study, network)], timings)}"

@@ -64,9 +64,14 @@ def mean_accuracy(runs: Mapping[int, Result]) -> float:
 
 
 def relative(runs: Mapping[int, Result], sgd: Mapping[int, Result], cost: Cost) -> float | None:
-    """Mean cost over seeds, of that of ``sgd``; ``None`` where it is not known."""
-    mine, theirs = mean_cost(runs, cost), mean_cost(sgd, cost)
+    """Mean cost over the seeds that both have, of that of ``sgd``; ``None`` where it is not known."""
+    mine, theirs = (mean_cost({seed: one[seed] for seed in runs.keys() & sgd.keys()}, cost) for one in (runs, sgd))
     return None if mine is None or not theirs else mine / theirs
+
+
+def timed(runs: Runs, timings: Timings) -> bool:
+    """Whether steps of this network were."""
+    return any(timings.sgd_ms(result.config) is not None for mine in runs.values() for result in mine.values())
 
 
 def difference(one: Mapping[int, Result], other: Mapping[int, Result]) -> student.Paired | None:

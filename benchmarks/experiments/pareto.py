@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from benchmarks.experiments import methods, student
 from benchmarks.experiments.cells import Network, Variant
+from benchmarks.experiments.experiment import Runs
 from benchmarks.experiments.iso import shorter
-from benchmarks.experiments.methods import Cost, difference, macs, percent, relative, saved_bytes, saved_bytes_at_the_end
+from benchmarks.experiments.methods import Cost, difference, macs, percent, relative, saved_bytes, saved_bytes_at_the_end, timed
 from benchmarks.experiments.report import spread
 from benchmarks.experiments.scales import Study
 from benchmarks.experiments.store import Result
@@ -41,8 +43,10 @@ FROZEN_SHORT, FROZEN_STILL, NOT_WAITING = "freezing, fewer epochs", "freezing, B
 OURS = {"freeze": "refresh", "local": "refresh + Hebb"}
 PAPER_RULE = "literal LoCal+SGD"
 
-Curve = Sequence[tuple[float, float]]
+Point = tuple[float, float]
 """Cost and accuracy."""
+Seeded = dict[int, Point]
+"""By seed."""
 
 
 def families(study: Study, network: Network) -> dict[str, list[Variant]]:
@@ -109,7 +113,7 @@ def variants(study: Study, network: Network) -> list[Variant]:
     return [variant for curve in families(study, network).values() for variant in curve]
 
 
-def interpolated(curve: Curve, cost: float) -> float | None:
+def interpolated(curve: Sequence[Point], cost: float) -> float | None:
     """Along ``curve``, linearly between its points by cost; ``None`` outside of them."""
     points = sorted(curve)
     for (low, below), (high, above) in pairwise(points):
@@ -118,74 +122,99 @@ def interpolated(curve: Curve, cost: float) -> float | None:
     return None
 
 
-def dominated(points: Mapping[str, tuple[float, float]]) -> dict[str, str | None]:
-    """For each name of a cost and an accuracy: the most accurate one that costs no more and is better in one of both, if any."""
-    found: dict[str, str | None] = {}
-    for name, (cost, accuracy) in points.items():
-        better = [
-            (other[1], key)
-            for key, other in points.items()
-            if other[0] <= cost and other[1] >= accuracy and other != (cost, accuracy)
-        ]
-        found[name] = max(better)[1] if better else None
+def mean(points: Seeded, seeds: Collection[int]) -> Point:
+    return statistics.fmean(points[seed][0] for seed in seeds), statistics.fmean(points[seed][1] for seed in seeds)
+
+
+def dominates(one: Point, other: Point) -> bool:
+    """Costs no more, is no less accurate, and better in one of both."""
+    return one[0] <= other[0] and one[1] >= other[1] and one != other
+
+
+def frontier(points: Mapping[str, Seeded], seeds: Collection[int]) -> list[str]:
+    """Of the rows that finished all of ``seeds``, those that no other dominates by the means over them."""
+    means = {label: mean(mine, seeds) for label, mine in points.items() if all(seed in mine for seed in seeds)}
+    return [label for label, point in means.items() if not any(dominates(other, point) for other in means.values())]
+
+
+def against(points: Mapping[str, Seeded], label: str, baseline: Iterable[str]) -> student.Paired | None:
+    """``label`` minus the frontier of the rows ``baseline`` at its cost, seed by seed. Left out of it are rows that are itself in all
+    but name: half of whose runs, or more, are the same (what does not wait, where the loss falls in time)."""
+    mine = points[label]
+    others = {
+        name: points[name]
+        for name in baseline
+        if name in points and 2 * sum(points[name].get(seed) == point for seed, point in mine.items()) < len(mine)
+    }
+    best = frontier(others, mine.keys())
+    differences = []
+    for seed, (cost, accuracy) in mine.items():
+        reference = interpolated([others[name][seed] for name in best], cost)
+        if reference is not None:
+            differences.append(accuracy - reference)
+    return student.paired(differences) if differences else None
+
+
+def dominated(points: Mapping[str, Seeded]) -> dict[str, str]:
+    """For each row the one that dominates it by the most, by the means over their common seeds, of which there must be
+    :data:`student.LEAST`; ``"none"``; or ``"-"`` where there is no row to compare it with."""
+    found: dict[str, str] = {}
+    for label, mine in points.items():
+        gains: dict[str, float] = {}
+        found[label] = "-"
+        for other, theirs in points.items():
+            seeds = mine.keys() & theirs.keys()
+            if other == label or len(seeds) < student.LEAST:
+                continue
+            found[label] = "none"
+            here, there = mean(mine, seeds), mean(theirs, seeds)
+            if dominates(there, here):
+                gains[other] = there[1] - here[1]
+        if gains:
+            found[label] = max(gains, key=gains.__getitem__)
     return found
 
 
-@dataclass(frozen=True)
-class Points:
-    """Finished runs of a network: label to seed to result, and which labels make up a curve."""
-
-    curves: dict[str, list[str]]
-    results: dict[str, dict[int, Result]]
-    cost: Cost
-
-    def curve(self, names: Sequence[str], seed: int) -> Curve:
-        """Of one seed, from all labels of the curves ``names`` that it finished."""
-        found = [self.results[label].get(seed) for name in names for label in self.curves[name] if label in self.results]
-        return [(cost, r.accuracy) for r in found if r is not None and (cost := self.cost(r)) is not None]
-
-    def mean(self, label: str) -> tuple[float, float] | None:
-        """Cost and accuracy over the seeds."""
-        found = [(cost, r.accuracy) for r in self.results[label].values() if (cost := self.cost(r)) is not None]
-        return (statistics.fmean(c for c, _ in found), statistics.fmean(a for _, a in found)) if found else None
-
-    def against(self, label: str, names: Sequence[str]) -> student.Paired | None:
-        """``label`` minus the curve at its cost, seed by seed."""
-        differences = []
-        for seed, result in self.results[label].items():
-            cost = self.cost(result)
-            reference = None if cost is None else interpolated(self.curve(names, seed), cost)
-            if reference is not None:
-                differences.append(result.accuracy - reference)
-        return student.paired(differences) if differences else None
+def priced(results: Runs, cost: Cost) -> dict[str, Seeded]:
+    """Of the rows whose cost is known for all of their runs."""
+    found: dict[str, Seeded] = {}
+    for label, runs in results.items():
+        costs = {seed: cost(result) for seed, result in runs.items()}
+        if None not in costs.values():
+            found[label] = {seed: (costs[seed], result.accuracy) for seed, result in runs.items()}  # type: ignore[misc]
+    return found
 
 
-def table(study: Study, network: Network, results: dict[str, dict[int, Result]], timings: Timings) -> str:
-    """For one network: at equal multiply-adds and, where the steps were timed, at equal time."""
-    curves = {name: [variant.label for variant in variants] for name, variants in families(study, network).items()}
-    whole = curves[SGD][0]
+def costs_of(results: Runs, timings: Timings) -> dict[str, Cost]:
+    """By name; time where there is any."""
+    return {"multiply-adds": macs, **({"time": timings.steps_of_sgd} if timed(results, timings) else {})}
+
+
+def table(study: Study, network: Network, results: Runs, timings: Timings) -> str:
+    """For one network: at equal multiply-adds and, where steps were timed, at equal time."""
+    curves = families(study, network)
+    whole = curves[SGD][0].label
     if whole not in results:
         return f"{whole} is missing: nothing to compare with."
     saved = "saved activations, % of SGD's, mean / last epoch"
     rows = [("run", "seeds", "accuracy, %", "minus SGD", "multiply-adds, % of SGD's", "time, % of SGD's", saved)]
-    for label in (label for names in curves.values() for label in names if label in results):
+    for label in (variant.label for variants in curves.values() for variant in variants if variant.label in results):
         runs = results[label]
         minus = None if label == whole else difference(runs, results[whole])
         costs = (
             percent(relative(runs, results[whole], cost))
             for cost in (macs, timings.steps_of_sgd, saved_bytes, saved_bytes_at_the_end)
         )
-        *shares, mean, last = costs
+        *shares, mean_share, last = costs
         accuracy = spread([r.accuracy for r in runs.values()])
         minus_sgd = "-" if minus is None else minus.text()
-        rows.append((label, str(len(runs)), accuracy, minus_sgd, *shares, f"{mean} / {last}"))  # type: ignore[arg-type]
+        rows.append((label, str(len(runs)), accuracy, minus_sgd, *shares, f"{mean_share} / {last}"))  # type: ignore[arg-type]
     parts = [aligned(rows), f"{methods.notes(results, timings)} {_slow_starts(results[whole])}"]
-    for name, cost in (("multiply-adds", macs), ("time", timings.steps_of_sgd)):
-        if all(cost(result) is not None for runs in results.values() for result in runs.values()):
-            parts.append(_at_equal_cost(name, Points(curves, results, cost)))
+    parts += [_at_equal_cost(name, curves, results, cost) for name, cost in costs_of(results, timings).items()]
+    parts.append(EQUAL_COST)
     hebb = [
         (on, paired.text(), str(paired.n))
-        for off, on in zip(*(curves[OURS[method]] for method in ("freeze", "local")), strict=False)
+        for off, on in zip(*([v.label for v in curves[OURS[method]]] for method in ("freeze", "local")), strict=False)
         if off in results and on in results and (paired := difference(results[on], results[off])) is not None
     ]
     if hebb:
@@ -201,18 +230,40 @@ def _slow_starts(runs: Mapping[int, Result]) -> str:
     return f"The loss of SGD's second epoch was within a tenth of the first one's in {len(slow)} of {len(runs)} seeds{named}."
 
 
-def _at_equal_cost(name: str, points: Points) -> str:
-    better = dominated({label: point for label in points.results if (point := points.mean(label)) is not None})
+EQUAL_COST = (
+    "At equal cost: minus the frontier of SGD with fewer epochs, and that of all other rows that only freeze (not most of whose runs are "
+    "the same ones); SGD is an end of both. A frontier has the rows that finished all of the method's seeds and that no other one "
+    "dominates by the means over these; a seed's reference is interpolated linearly between its own points there. Seeds whose cost these "
+    "do not reach have none; where that is so, the seeds left are counted. Chosen by the very runs that are compared, the frontiers look "
+    "a little better than they are. Dominated by: a row that costs no more and is no less accurate, by the means over common seeds "
+    f"(- with fewer than {student.LEAST}). No p is corrected for the number of rows."
+)
+
+
+def _at_equal_cost(name: str, curves: Mapping[str, Sequence[Variant]], results: Runs, cost: Cost) -> str:
+    points = priced(results, cost)
+    better = dominated(points)
+    variants = [variant for curve in curves.values() for variant in curve]
+    sgd = [variant.label for variant in variants if variant.method == "sgd"]
+    frozen = [curves[SGD][0].label, *(v.label for v in variants if v.method == "freeze" and not v.flags.get("refresh"))]
     rows = [(f"at equal {name}", "minus SGD with fewer epochs", "minus freezing", "dominated by")]
-    for curve, names in points.curves.items():
-        for label in (label for label in names if label in points.results):
-            against = (
-                None if curve in (SGD, SHORT) else points.against(label, (SGD, SHORT)),
-                None if curve in (SGD, SHORT, FROZEN) else points.against(label, (SGD, FROZEN)),
-            )
-            texts = ["-" if paired is None else paired.text() for paired in against]
-            rows.append((label, texts[0], texts[1], better.get(label) or "none"))
-    return aligned(rows)
+    for variant in (variant for variant in variants if variant.label in results):
+        label = variant.label
+        if label not in points:
+            rows.append((label, "-", "-", "-"))
+        elif variant.method == "sgd":
+            rows.append((label, "-", "-", better[label]))
+        else:
+            texts = [_told(against(points, label, baseline), len(points[label])) for baseline in (sgd, frozen)]
+            rows.append((label, texts[0], texts[1], better[label]))
+    missing = [label for label in results if label not in points]
+    return aligned(rows) + (f"\n\nWithout {name}: {'; '.join(missing)}." if missing else "")
+
+
+def _told(paired: student.Paired | None, seeds: int) -> str:
+    if paired is None:
+        return "-"
+    return paired.text() + (f" ({paired.n} seeds)" if student.LEAST <= paired.n < seeds else "")
 
 
 COLOURS = {
@@ -233,38 +284,68 @@ MARKS = {
 }
 
 
-def picture(study: Study, panels: Mapping[Network, dict[str, dict[int, Result]]]) -> bytes:
-    """A panel for each network that SGD finished: mean accuracy and its 95 % interval against multiply-adds."""
+def picture(study: Study, panels: Mapping[Network, Runs], timings: Timings) -> bytes:
+    """A line for each network that SGD finished: mean accuracy and its 95 % interval against multiply-adds and, where steps were timed,
+    time."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = {network: results for network, results in panels.items() if methods.SGD.label in results}
-    figure = Figure(figsize=(5.6 * max(1, len(panels)), 4.4), layout="constrained")
+    shown = {
+        (network, name): (results, cost)
+        for network, results in panels.items()
+        if methods.SGD.label in results
+        for name, cost in costs_of(results, timings).items()
+    }
+    columns = max(1, len({name for _, name in shown}))
+    lines = max(1, len({network for network, _ in shown}))
+    figure = Figure(figsize=(5.6 * columns, 4.2 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
-    for axis, (network, results) in zip(axes, panels.items(), strict=False):
-        curves = families(study, network)
-        base = statistics.fmean(r.macs for r in results[curves[SGD][0].label].values())
-        for name, variants in curves.items():
-            shown = []
-            ending = curves[SGD] if name in (SHORT, FROZEN) else []  # where these curves end
-            for runs in (results[variant.label] for variant in (*ending, *variants) if variant.label in results):
-                interval = student.paired([r.accuracy for r in runs.values()])
-                reach = 0.0 if interval.high is None else interval.high - interval.mean
-                shown.append((100 * statistics.fmean(r.macs for r in runs.values()) / base, interval.mean, reach))
-            if shown:
-                x, y, reaches = zip(*sorted(shown), strict=True)
-                axis.errorbar(x, y, reaches, color=COLOURS[name], marker=MARKS[name], ms=5, lw=1, capsize=2, label=name)
-        axis.set(
-            xlabel="multiply-adds of the whole run, % of SGD's",
-            ylabel="test accuracy, %",
-            title=f"{network[1]} on {network[0]}",
-        )
-        axis.grid(color="#E0E0E0", lw=0.5)
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, fontsize=8, ncols=3, loc="outside upper center", frameon=False)
+    axes = dict(
+        zip(dict.fromkeys(network for network, _ in shown), figure.subplots(lines, columns, squeeze=False), strict=False)
+    )
+    for (network, name), (results, cost) in shown.items():
+        _draw(axes[network][0 if name == "multiply-adds" else 1], study, network, results, cost)
+        axes[network][0 if name == "multiply-adds" else 1].set_xlabel(f"{name} of the whole run, % of SGD's")
+    for axis in figure.axes:
+        axis.set_visible(axis.has_data())
+    named = {name: handle for axis in figure.axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), fontsize=8, ncols=3, loc="outside upper center", frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _draw(axis: Any, study: Study, network: Network, results: Runs, cost: Cost) -> None:
+    """The literal rule may be so far below that the others are all one: their range is what is shown."""
+    curves = families(study, network)
+    sgd = curves[SGD][0].label
+    points = priced(results, cost)
+    ends: list[float] = []  # of the intervals
+    for name, variants in curves.items():
+        drawn = []
+        ending = curves[SGD] if name in (SHORT, FROZEN) else []  # where these curves end
+        for label in (variant.label for variant in (*ending, *variants) if variant.label in points):
+            if (share := relative(results[label], results[sgd], cost)) is not None:
+                interval = student.paired([accuracy for _, accuracy in points[label].values()])
+                drawn.append((100 * share, interval.mean, 0.0 if interval.high is None else interval.high - interval.mean))
+        if drawn:
+            x, y, reaches = zip(*sorted(drawn), strict=True)
+            axis.errorbar(x, y, reaches, color=COLOURS[name], marker=MARKS[name], ms=5, lw=1, capsize=2, label=name)
+            if name != PAPER_RULE:
+                ends += [accuracy + sign * reach for accuracy, reach in zip(y, reaches, strict=True) for sign in (-1, 1)]
+    low, high = (min(ends), max(ends)) if ends else (-math.inf, math.inf)
+    for label in (variant.label for variant in curves[PAPER_RULE] if variant.label in points):
+        below = statistics.fmean(accuracy for _, accuracy in points[label].values())
+        share = relative(results[label], results[sgd], cost)
+        if below < low and share is not None:
+            axis.annotate(
+                f"↓ {below:.1f} %", (100 * share, 0), xycoords=("data", "axes fraction"), xytext=(3, 3), textcoords="offset points",
+                fontsize=8, color=COLOURS[PAPER_RULE]
+            )  # fmt: skip
+    if ends:
+        margin = 0.05 * (high - low) + 0.01
+        axis.set_ylim(low - margin, high + margin)
+    axis.set(ylabel="test accuracy, %", title=f"{network[1]} on {network[0]}")
+    axis.grid(color="#E0E0E0", lw=0.5)

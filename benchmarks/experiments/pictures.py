@@ -9,9 +9,10 @@ from typing import Any
 from benchmarks.experiments import batch, overtime
 from benchmarks.experiments.cells import Network
 from benchmarks.experiments.experiment import Runs
-from benchmarks.experiments.methods import FREEZING, LITERAL, REFRESH, SGD, changed, macs, relative
+from benchmarks.experiments.methods import FREEZING, LITERAL, REFRESH, SGD, changed, macs, relative, timed
 from benchmarks.experiments.scales import Study
-from benchmarks.experiments.tuning import SWEEP_ALPHAS, SWEEP_CAPS, cap_sweep, lost, shift_sweep
+from benchmarks.experiments.timing import Timings
+from benchmarks.experiments.tuning import SWEEP_ALPHAS, SWEEP_CAPS, cap_sweep, complete, lost, shift_sweep
 
 COLOURS = {SGD.label: "#0072B2", FREEZING.label: "#E69F00", LITERAL.label: "#CC79A7", REFRESH.label: "#009E73"}
 MARKS = {SGD.label: "o", FREEZING.label: "s", LITERAL.label: "v", REFRESH.label: "^"}
@@ -43,7 +44,7 @@ def _name(network: Network) -> str:
     return f"{network[1]} on {network[0]}"
 
 
-def figure3(study: Study, networks: dict[Network, Runs]) -> bytes:
+def figure3(study: Study, networks: dict[Network, Runs], timings: Timings) -> bytes:
     def draw(axes: Sequence[Any]) -> None:
         for axis, (network, runs) in zip(axes, networks.items(), strict=False):
             for label in (v.label for v in overtime.variants(study, network)[1:] if v.label in runs):
@@ -55,7 +56,7 @@ def figure3(study: Study, networks: dict[Network, Runs]) -> bytes:
     return drawn(len(networks), draw)
 
 
-def figure4(study: Study, networks: dict[Network, Runs]) -> bytes:
+def figure4(study: Study, networks: dict[Network, Runs], timings: Timings) -> bytes:
     def draw(axes: Sequence[Any]) -> None:
         for axis, (network, runs) in zip(axes, networks.items(), strict=False):
             for label in (v.label for v in overtime.variants(study, network) if v.label in runs):
@@ -74,12 +75,12 @@ def figure4(study: Study, networks: dict[Network, Runs]) -> bytes:
     return drawn(2 * len(networks), draw)
 
 
-def figure5(study: Study, networks: dict[Network, Runs]) -> bytes:
+def figure5(study: Study, networks: dict[Network, Runs], timings: Timings) -> bytes:
     def draw(axes: Sequence[Any]) -> None:
         for axis, (network, runs) in zip(axes, networks.items(), strict=False):
             for method in (LITERAL, FREEZING, REFRESH):
-                labels = [changed(method, f"alpha {alpha}").label for alpha in SWEEP_ALPHAS]
-                points = _points(runs, labels)
+                swept = [changed(method, f"alpha {alpha}", alpha=alpha) for alpha in SWEEP_ALPHAS]
+                points = _points(runs, complete(study, runs, swept))
                 if points:
                     x, y = zip(*sorted(points), strict=True)
                     axis.plot(x, y, MARKS[method.label], color=COLOURS[method.label], label=method.label)
@@ -90,24 +91,30 @@ def figure5(study: Study, networks: dict[Network, Runs]) -> bytes:
 
 def _points(runs: Runs, labels: Sequence[str]) -> list[tuple[float, float]]:
     """Points lost and the speed-up."""
-    if SGD.label not in runs:
-        return []
-    shares = {label: relative(runs[label], runs[SGD.label], macs) for label in labels if label in runs}
-    return [(lost(runs, label), 1 / share) for label, share in shares.items() if share]
+    shares = {label: relative(runs[label], runs[SGD.label], macs) for label in labels}
+    return [(points, 1 / share) for label, share in shares.items() if share and (points := lost(runs, label)) is not None]
 
 
-def figure6(study: Study, networks: dict[Network, Runs]) -> bytes:
+def figure6(study: Study, networks: dict[Network, Runs], timings: Timings) -> bytes:
+    """Of each sweep, what is lost and what is saved."""
     sweeps = (("t_shift", study.scale.sweep_shifts, shift_sweep), ("l_max", SWEEP_CAPS, cap_sweep))
 
     def draw(axes: Sequence[Any]) -> None:
-        panels = [(network, runs, sweep) for network, runs in networks.items() for sweep in sweeps]
-        for axis, (network, runs, (name, values, sweep)) in zip(axes, panels, strict=False):
-            for method in (LITERAL, REFRESH):
-                swept = zip(values, sweep(study, method), strict=True)
-                points = [(value, lost(runs, v.label)) for value, v in swept if SGD.label in runs and v.label in runs]
-                if points:
-                    x, y = zip(*points, strict=True)
-                    axis.plot(x, y, MARKS[method.label] + "-", color=COLOURS[method.label], label=method.label)
-            axis.set(xlabel=name, ylabel="points lost against SGD", title=_name(network))
+        panels = iter(axes)
+        for network, runs in networks.items():
+            name, cost = ("time", timings.steps_of_sgd) if timed(runs, timings) else ("multiply-adds", macs)
+            for parameter, values, sweep in sweeps:
+                losses, savings = next(panels), next(panels)
+                for method in (LITERAL, REFRESH):
+                    variants = sweep(study, method)
+                    finished = set(complete(study, runs, variants))
+                    swept = [(x, v.label) for x, v in zip(values, variants, strict=True) if v.label in finished]
+                    saved = [(x, 100 * (1 - s)) for x, label in swept if (s := relative(runs[label], runs[SGD.label], cost))]
+                    for axis, points in ((losses, [(x, lost(runs, label)) for x, label in swept]), (savings, saved)):
+                        if points:
+                            look = {"color": COLOURS[method.label], "label": method.label}
+                            axis.plot(*zip(*points, strict=True), MARKS[method.label] + "-", **look)
+                losses.set(xlabel=parameter, ylabel="points lost against SGD", title=_name(network))
+                savings.set(xlabel=parameter, ylabel=f"{name} saved, % of SGD's", title=_name(network))
 
-    return drawn(2 * len(networks), draw)
+    return drawn(4 * len(networks), draw)

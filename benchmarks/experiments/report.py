@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
+from benchmarks.experiments import student
 from benchmarks.experiments.cells import Cell, Network
 from benchmarks.experiments.scales import Study
 from benchmarks.experiments.store import Result, Store
@@ -19,13 +20,12 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 def interval_note() -> str:
     return (
         "Accuracy after the last epoch, mean ± standard deviation; differences are taken seed by seed: mean [95 % confidence interval] "
-        "and p of the paired t-test, two-sided. At equal cost: a seed's reference is interpolated linearly between its own points; "
-        "where they do not reach the method's cost there is none."
+        f"and p of the paired t-test, two-sided, of {student.LEAST} differences or more that are not all equal."
     )
 
 
-def stamp(study: Study, cells: Iterable[Cell], store: Store) -> str:
-    """Scale, what was used of how much, core- or GPU-hours, hardware."""
+def stamp(study: Study, cells: Iterable[Cell], store: Store, asked_seeds: int | None = None) -> str:
+    """Scale, what was used of how much, core- or GPU-hours, hardware; ``asked_seeds`` where they are not as many as the scale's."""
     runs: dict[str, Result | None] = {c.key: store.get(c) for c in cells if c.config is not None}
     done = [result for result in runs.values() if result is not None]
     if not done:
@@ -38,6 +38,7 @@ def stamp(study: Study, cells: Iterable[Cell], store: Store) -> str:
     commits = sorted({str(r.environment["git_commit"])[:9] for r in done})
     sizes = sorted({_sizes(result) for result in done})
     changed = "".join(f", {name} {value}" for name, value in study.flags.items())
+    changed += f", {asked_seeds} seeds as asked for" if asked_seeds is not None else ""
     return (
         f"Scale {study.scale.name}{changed}: {len(done)} of {len(runs)} runs finished{twice}, "
         f"{sum(r.hours for r in distinct):.2f} {kind} of training. "

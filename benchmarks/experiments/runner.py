@@ -7,17 +7,18 @@ import fcntl
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.experiments import parallel
 from benchmarks.experiments.cells import Cell
 from benchmarks.experiments.store import Store, line
 from localsgd_ext.train import data, environment
+from localsgd_ext.train import progress as plain
 from localsgd_ext.train.config import RunConfig
 from localsgd_ext.train.loop import Trainer
-from localsgd_ext.train.progress import Progress
+from localsgd_ext.train.progress import Progress, Speed
 from localsgd_ext.train.rundir import CONFIG, RunDirectory, epochs_done
 
 
@@ -30,10 +31,44 @@ def unfinished(cells: Sequence[Cell], store: Store, only: str = "") -> list[Cell
     return list(pending.values())
 
 
+class Job(Progress, Protocol):
+    """Progress of all cells, whose total falls where some of them are not done after all."""
+
+    @property
+    def done(self) -> int:
+        """Training pictures."""
+
+    def drop(self, images: int) -> None:
+        """So many are not to be done."""
+
+
+class _Counted:
+    _speed: Speed
+
+    @property
+    def done(self) -> int:
+        return self._speed.done
+
+    def drop(self, images: int) -> None:
+        self._speed.total -= images
+
+
+class Lines(_Counted, plain.Lines):
+    """For logs."""
+
+
+class Bar(_Counted, plain.Bar):
+    """For a terminal."""
+
+    def drop(self, images: int) -> None:
+        super().drop(images)
+        self._bar.update(self._task, total=self._speed.total)
+
+
 class Runner:
     """``work`` is where the runs lie until they are finished, ``store`` where they go then."""
 
-    def __init__(self, store: Store, work: Path, make_progress: Callable[[int], Progress]) -> None:
+    def __init__(self, store: Store, work: Path, make_progress: Callable[[int], Job]) -> None:
         self.store, self.work, self.make_progress = store, work, make_progress
         self.failed: dict[str, str] = {}
         self._data: tuple[tuple[Any, ...], data.Data] | None = None
@@ -42,16 +77,28 @@ class Runner:
         """Train what is missing, starting no cell after ``budget`` seconds. Returns what is left."""
         begin = time.monotonic()
         left = unfinished(cells, self.store, only)
-        with self.make_progress(sum(self._images(cell) for cell in left)) as progress:
+        images = {cell.key: self._images(cell) for cell in left}
+        with self.make_progress(sum(images.values())) as job:
             while left and (budget is None or time.monotonic() - begin <= budget):
-                cell = left.pop(0)
-                try:
-                    self._train(cell, progress)
-                except Exception as error:  # one bad cell must not cost a night's run
-                    self.failed[cell.name] = f"{type(error).__name__}: {error}"
-                    progress.say(f"{cell.name} failed: {self.failed[cell.name]}")
+                self.store.refresh()
+                for cell in (cell for cell in left if self.store.get(cell) is not None):
+                    job.advance(images[cell.key])  # another process did it meanwhile: the time left is that of all together
+                left = [cell for cell in left if self.store.get(cell) is None]
+                if left:
+                    self._try(left.pop(0), images, job)
         self.store.refresh()
         return unfinished(cells, self.store, only)
+
+    def _try(self, cell: Cell, images: Mapping[str, int], job: Job) -> None:
+        before = job.done
+        try:
+            self._train(cell, job)
+        except Exception as error:  # one bad cell must not cost a night's run
+            self.failed[cell.name] = f"{type(error).__name__}: {error}"
+            job.say(f"{cell.name} failed: {self.failed[cell.name]}")
+        job.drop(
+            images[cell.key] - (job.done - before)
+        )  # of one that failed or is another's; or its data are not as large as thought
 
     def _images(self, cell: Cell) -> int:
         """Training pictures that the cell still has to see, as far as that is known without its data."""
@@ -84,14 +131,16 @@ class Runner:
             return parallel.train(cell.config, path, cell.variant.processes, progress, cell.name)
         resume = (path / CONFIG).exists()
         loaded = self._load(cell.config, progress)
-        directory = RunDirectory(path, cell.config, resume=resume)
-        trainer = Trainer(cell.config, loaded, directory, progress, cell.name)
-        if resume:
-            trainer.restore()
-        while not trainer.done:
-            trainer.run_epoch()
-        trainer.finish()
-        return trainer.metrics
+        with contextlib.closing(
+            RunDirectory(path, cell.config, resume=resume)
+        ) as directory:  # also for the next to try if it fails
+            trainer = Trainer(cell.config, loaded, directory, progress, cell.name)
+            if resume:
+                trainer.restore()
+            while not trainer.done:
+                trainer.run_epoch()
+            trainer.finish()
+            return trainer.metrics
 
     def _load(self, config: RunConfig, progress: Progress) -> data.Data:
         """Runs of one seed share their data."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from benchmarks.experiments.cells import Cell, Network, Variant
 from localsgd_ext.train.compare import options_for
@@ -91,9 +91,16 @@ SCALES = {
 }  # fmt: skip
 
 
+SAID_ELSEWHERE = {
+    "data": "--data", "model": "--models", "root": "--root", "seed": "--seeds", "preset": "--scale", "method": "the experiment"
+}  # fmt: skip
+"""Options of a run that ``flags`` cannot set, and what does."""
+
+
 @dataclass(frozen=True)
 class Study:
-    """A scale as it was asked for: ``data`` instead of its own data sets, ``flags`` over its options, ``seeds`` instead of its number."""
+    """A scale as it was asked for: ``data`` instead of its own data sets, ``flags`` over its options, ``seeds`` instead of its number.
+    Raises ``ValueError`` for flags that it cannot take, and for fewer seeds than one."""
 
     scale: Scale
     data: str | None = None
@@ -101,6 +108,19 @@ class Study:
     models: tuple[str, ...] = ()
     flags: Mapping[str, Any] = field(default_factory=dict)
     seeds: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seeds is not None and self.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
+        types = get_type_hints(RunConfig)
+        for name, value in self.flags.items():
+            if name in SAID_ELSEWHERE:
+                raise ValueError(f"--set cannot say {name}, {SAID_ELSEWHERE[name]} does; got {name}={value}")
+            allowed = {*get_args(types[name])} or {types[name]}
+            allowed |= {int} if float in allowed else set()
+            if type(value) not in allowed:
+                named = " or ".join(sorted("null" if kind is type(None) else kind.__name__ for kind in allowed))
+                raise ValueError(f"--set {name} must be of type {named}, got {value!r}")
 
     def networks(self, role: str) -> tuple[Network, ...]:
         """Those that stand for the paper's of ``role``: ``"imagenet"`` or ``"cifar"``."""
@@ -114,6 +134,10 @@ class Study:
 
     def seed_range(self, *, pareto: bool = False) -> range:
         return range(self.seeds if self.seeds is not None else self.scale.pareto_seeds if pareto else self.scale.seeds)
+
+    def asked_seeds(self, *, pareto: bool = False) -> int | None:
+        """Their number, where it is not the scale's."""
+        return self.seeds if self.seeds not in (None, self.scale.pareto_seeds if pareto else self.scale.seeds) else None
 
     def config(self, network: Network, method: str, seed: int = 0, **flags: Any) -> RunConfig:
         """Raises ``ValueError`` for options that make no run."""

@@ -7,10 +7,15 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+LEAST = 3
+"""Differences that a test needs. Accuracies are counts of pictures: two differences are equal, or nearly, by chance."""
+_SAME = 1e-9  # accuracies in percent, as floats
+
 
 @dataclass(frozen=True)
 class Paired:
-    """Of ``n`` differences. ``low`` and ``high`` bound the mean with 95 % confidence; one difference alone has neither them nor ``p``."""
+    """Of ``n`` differences. ``low`` and ``high`` bound the mean with 95 % confidence; fewer than :data:`LEAST` differences, or equal
+    ones, which say nothing of how they vary, have neither them nor ``p``."""
 
     n: int
     mean: float
@@ -21,7 +26,8 @@ class Paired:
     def text(self, digits: int = 2) -> str:
         """``+1.21 [+0.40, +2.02] p 0.008``."""
         if self.low is None or self.high is None or self.p is None:
-            return f"{self.mean:+.{digits}f} [one seed]"
+            few = {1: "one seed", 2: "two seeds"}.get(self.n, f"{self.n} equal")
+            return f"{self.mean:+.{digits}f} [{few}]"
         small = "p < 0.001" if self.p < 0.001 else f"p {self.p:.3f}"
         return f"{self.mean:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}] {small}"
 
@@ -32,11 +38,9 @@ def paired(differences: Sequence[float], confidence: float = 0.95) -> Paired:
     if n == 0:
         raise ValueError("differences must not be empty")
     mean = statistics.fmean(differences)
-    if n == 1:
-        return Paired(1, mean)
+    if n < LEAST or max(differences) - min(differences) < _SAME:
+        return Paired(n, mean)
     error = statistics.stdev(differences) / math.sqrt(n)
-    if error == 0:
-        return Paired(n, mean, mean, mean, float(mean == 0))
     reach = quantile(confidence, n - 1) * error
     return Paired(n, mean, mean - reach, mean + reach, two_sided(mean / error, n - 1))
 

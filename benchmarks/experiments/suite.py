@@ -160,7 +160,7 @@ def report(name: str, study: Study, store: Store, timings: Timings) -> str:
     if experiment.paper:
         parts.append(f"The paper: {experiment.paper}")
     if cells:
-        parts.append(stamp(study, cells, store))
+        parts.append(stamp(study, cells, store, study.asked_seeds(pareto=experiment.pareto)))
     for title, table in experiment.tables(study, finished(cells, store), timings).items():
         parts += [f"### {title}", table] if title else [table]
     parts += [text for text in (missing(cells, store),) if text]

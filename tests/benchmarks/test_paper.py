@@ -17,14 +17,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from paper_runs import QUICK, places
+from paper_runs import QUICK, made, places
 from PIL import Image
 
 from benchmarks import ROOT, paper
-from benchmarks.experiments import suite
-from benchmarks.experiments.cells import digest
+from benchmarks.experiments import runner, suite
+from benchmarks.experiments.cells import Variant, digest
 from benchmarks.experiments.scales import SCALES, Study
+from benchmarks.experiments.store import Store
 from localsgd_ext.train.files import read_json_lines
+from localsgd_ext.train.rundir import LOCK
 
 # ---------------------------------------------------------------- the command
 
@@ -90,6 +92,51 @@ def test_wrong_arguments(words: list[str], message: str, capsys: pytest.CaptureF
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "seed=3"], "--set cannot say seed, --seeds does; got seed=3"),
+        (["--set", "method=sgd"], "--set cannot say method, the experiment does"),
+        (["--set", "root=/data"], "--set cannot say root, --root does"),
+        (["--set", "preset=paper"], "--set cannot say preset, --scale does"),
+        (["--set", "data=digits"], "--set cannot say data, --data does"),
+        (["--set", "model=vgg13"], "--set cannot say model, --models does"),
+        (["--set", "epochs=many"], "--set epochs must be of type int, got 'many'"),
+        (["--set", "epochs=2.5"], "--set epochs must be of type int, got 2.5"),
+        (["--set", "train_size=true"], "--set train_size must be of type int or null, got True"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+    ],
+)
+def test_what_a_study_cannot_take(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert paper.main(["pareto", *QUICK, *words, *places(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_numbers_may_be_written_in_any_way(tmp_path: Path) -> None:
+    words = ["lr=1", "t_shift=auto", "train_size=null", "min_loss_drop=0.5"]
+    assert paper.main(["table2", *QUICK, *(w for word in words for w in ("--set", word)), "--list", *places(tmp_path)]) == 0
+
+
+def test_a_table_of_fewer_seeds_has_a_name_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["pareto", "--scale", "smoke", "--models", "small_vgg", *places(tmp_path)]
+    store, study = Store(tmp_path / "out" / "smoke"), Study(SCALES["smoke"], models=("small_vgg",))
+    for cell in suite.EXPERIMENTS["pareto"].cells(study):
+        if cell.variant.label == "SGD":
+            store.add(cell.network, made(cell.network, cell.variant, cell.seed, [0.5] * 4))
+    assert paper.main([*words, "--table"]) == 0
+    whole = tmp_path / "out" / "smoke" / "pareto-small_vgg.md"
+    before = whole.read_bytes()
+    assert "seeds 0, 1." in before.decode()
+    capsys.readouterr()
+    assert paper.main([*words, "--table", "--seeds", "1"]) == 0
+    assert "Scale smoke, 1 seeds as asked for: " in capsys.readouterr().out
+    assert whole.read_bytes() == before
+    assert (whole.with_name("pareto-small_vgg-seeds=1.md")).exists()
+    assert (whole.with_name("pareto-small_vgg-seeds=1.png")).exists()
+    assert paper.main([*words, "--table", "--seeds", "2"]) == 0  # the scale's number
+    assert sorted(path.name for path in whole.parent.glob("*.md")) == ["pareto-small_vgg-seeds=1.md", "pareto-small_vgg.md"]
+
+
 def test_a_model_of_another_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert paper.main(["pareto", "--models", "resnet18", *places(tmp_path)]) == 2
     assert "--models resnet18: scale cpu has none of them" in capsys.readouterr().err
@@ -146,8 +193,6 @@ def test_a_cell_that_another_process_trains_is_left_to_it(tmp_path: Path, capsys
 def test_a_failing_cell_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from benchmarks.experiments import runner
-
     class Broken(runner.Trainer):
         def run_epoch(self) -> dict[str, Any]:
             if self.config.method == "freeze":
@@ -160,6 +205,65 @@ def test_a_failing_cell_does_not_stop_the_others(
     assert "fake/small_vgg/freezing/seed0 failed: RuntimeError: out of memory" in capsys.readouterr().err
     (file,) = (tmp_path / "out" / "smoke").glob("*.jsonl")
     assert [entry["config"]["method"] for entry in read_json_lines(file)] == ["sgd"]
+
+
+def test_a_run_that_failed_is_free_for_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(runner.Trainer):
+        def run_epoch(self) -> dict[str, Any]:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(runner, "Trainer", Broken)
+    assert paper.main(["table2", *QUICK, "--only", "vgg/SGD/seed0", *places(tmp_path)]) == 1
+    (directory,) = (path for path in (tmp_path / "work" / "smoke").iterdir() if path.is_dir())
+    locking = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    subprocess.run([sys.executable, "-c", locking, str(directory / LOCK)], check=True)
+
+
+class Noted(runner.Lines):
+    """Progress that says what is left after each cell."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__(total, lambda line: None)
+        self.totals = [total]
+
+    def drop(self, images: int) -> None:
+        super().drop(images)
+        self.totals.append(self._speed.total)
+
+
+def test_progress_counts_what_others_did_and_not_what_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five cells of 96 pictures: meanwhile another process finishes the second and is at the third; the fourth fails after an epoch."""
+    study = Study(SCALES["smoke"], flags={"train_size": 32, "epochs": 3}, models=("small_vgg",), seeds=1)
+    rates = (0.1, 0.2, 0.3, 0.4, 0.5)
+    cells = [study.cell(("fake", "small_vgg"), Variant(str(i), "sgd", {"lr": lr}), 0) for i, lr in enumerate(rates)]
+    store, work = Store(tmp_path / "out"), tmp_path / "work"
+
+    class Shared(runner.Trainer):
+        def run_epoch(self) -> dict[str, Any]:
+            if self.config.lr == 0.1 and self.epoch == 0:
+                Store(tmp_path / "out").add(cells[1].network, made(cells[1].network, cells[1].variant, 0, [0.5] * 3))
+            if self.config.lr == 0.4 and self.epoch == 1:
+                raise RuntimeError("out of memory")
+            return super().run_epoch()
+
+    monkeypatch.setattr(runner, "Trainer", Shared)
+    monkeypatch.setattr("paper_runs.SMOKE", study)
+    shown: list[Noted] = []
+
+    def show(total: int) -> Noted:
+        shown.append(Noted(total))
+        return shown[0]
+
+    job = runner.Runner(store, work, show)
+    work.mkdir()
+    with job._directory(cells[2]).with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        left = job.run(cells)
+    assert [cell.variant.label for cell in left] == ["2", "3"]
+    (progress,) = shown
+    assert progress.totals == [480, 480, 384, 320, 320]
+    assert progress.done == 320
+    assert progress._speed.remaining == 0
 
 
 # ---------------------------------------------------------------- other data, and methods without a boundary

@@ -35,10 +35,25 @@ def test_paired_differences() -> None:
     assert test.text() == "+1.58 [+0.70, +2.46] p 0.003"
 
 
-def test_few_or_equal_differences() -> None:
-    assert paired([0.5]).p is None
-    assert paired([0.5]).text() == "+0.50 [one seed]"
-    assert paired([0.0, 0.0]).p == 1
-    assert paired([1.0, 1.0]).text() == "+1.00 [+1.00, +1.00] p < 0.001"
+@pytest.mark.parametrize(
+    ("differences", "text"),
+    [
+        ([0.5], "+0.50 [one seed]"),
+        ([1.0, 1.0], "+1.00 [two seeds]"),
+        ([1.0, 1.05], "+1.02 [two seeds]"),
+        ([0.0] * 3, "+0.00 [3 equal]"),
+        (
+            [100 * 0.9505 - 100 * 0.95, 100 * 0.9005 - 100 * 0.9, 100 * 0.8005 - 100 * 0.8],
+            "+0.05 [3 equal]",
+        ),  # but for rounding
+    ],
+)
+def test_few_or_equal_differences_have_no_p(differences: list[float], text: str) -> None:
+    test = paired(differences)
+    assert (test.low, test.high, test.p) == (None, None, None)
+    assert test.text() == text
+
+
+def test_no_differences() -> None:
     with pytest.raises(ValueError, match="differences must not be empty"):
         paired([])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -50,6 +51,11 @@ class Study:
         return geomean([after / before for after, before in zip(now, self.begin(run)[measure], strict=False)]) or 0.0
 
 
+def angle(layers: Row, count: int = FIRST) -> float:
+    """In degrees, between the filters' dominant direction and the top one of their patches, mean over the first ``count`` layers."""
+    return statistics.fmean(math.degrees(math.acos(min(1.0, cosine))) for cosine in layers["top"][:count])
+
+
 def accuracy(run: Row) -> float:
     return 100 * float(run["epochs"][-1]["accuracy"])
 
@@ -85,6 +91,8 @@ def report(content: Row) -> str:
             f"Epoch by epoch: sign, training loss, effective rank of the first {FIRST} layers in % of the beginning": _losses(
                 study
             ),
+            f"Epoch by epoch: effective rank and norm of the first {FIRST} layers in % of the beginning, angle of their filters to their "
+            "patches' top direction in degrees; mean over seeds": _courses(study),
             f"How far SGD moves the weights in an epoch, % of their norm, {moving}": _moved(study),
             **tables,
         }
@@ -120,6 +128,30 @@ def _losses(study: Study) -> list[Sequence[str]]:
                 for epoch, rank in zip(run["epochs"], ranks, strict=True)
             ]
             table.append((f"{name}, {run['seed']}", *shown))
+    return table
+
+
+def courses(study: Study, runs: Sequence[Row]) -> list[tuple[float, float, float]]:
+    """Rank and norm in % of the beginning, and angle, before the first epoch of ``runs`` and after each; mean over them."""
+    begin = statistics.fmean(angle(study.begin(run)) for run in runs)
+    return [
+        (100.0, 100.0, begin),
+        *(
+            (
+                statistics.fmean(100 * study.kept(run, "rank", place, FIRST) for run in runs),
+                statistics.fmean(100 * study.kept(run, "norm", place, FIRST) for run in runs),
+                statistics.fmean(angle(run["epochs"][place]["layers"]) for run in runs),
+            )
+            for place in range(min(len(run["epochs"]) for run in runs))
+        ),
+    ]
+
+
+def _courses(study: Study) -> list[Sequence[str]]:
+    epochs = next(iter(study.runs.values()))[0]["epochs"]
+    table: list[Sequence[str]] = [("rule", "at the beginning", *(f"epoch {epoch['epoch'] + 1}" for epoch in epochs))]
+    for name, runs in study.runs.items():
+        table.append((name, *(f"{rank:.0f}, {norm:.0f}, {degrees:.0f}" for rank, norm, degrees in courses(study, runs))))
     return table
 
 
@@ -180,21 +212,21 @@ def _layers(study: Study) -> list[Sequence[str]]:
 
 
 def picture(content: Row) -> bytes:
-    """Rank by epoch, and what a rule costs by the rank of the outputs that it leaves."""
+    """Rank, norm and angle by epoch, and what a rule costs by the rank of the filters that it leaves."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     study = Study(content)
-    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+    figure = Figure(figsize=(9.5, 7.2), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    *by_epoch, right = figure.subplots(2, 2).flat
     start = content["sizes"]["start"]
     for name, runs in study.runs.items():
         colour = DRAWN.get(name)
         if colour is not None:
             epochs = [start, *(epoch["epoch"] + 1 for epoch in runs[0]["epochs"])]
-            ranks = [statistics.fmean(study.kept(run, "rank", at, FIRST) for run in runs) for at in range(len(epochs) - 1)]
-            left.plot(epochs, [100, *(100 * rank for rank in ranks)], "-o", ms=3, color=colour, label=name)
+            for axis, values in zip(by_epoch, zip(*courses(study, runs), strict=True), strict=True):
+                axis.plot(epochs[: len(values)], values, "-o", ms=3, color=colour, label=name)
         pairs = [(run, frozen) for run in runs if (frozen := study.frozen(run))]
         if pairs and runs[0]["recipe"] == "cosine":
             x = [100 * study.kept(run, "rank") for run, _ in pairs]
@@ -203,14 +235,24 @@ def picture(content: Row) -> bytes:
             if "settled" in runs[0]:
                 y = [100 * (run["settled"] - frozen["settled"]) for run, frozen in pairs]
                 right.plot(statistics.fmean(x), statistics.fmean(y), "x", color=colour or "#BBBBBB", ms=6)
-    left.set(xlabel="epoch", ylabel=f"effective rank, % of epoch {start}'s\n(first {FIRST} layers)")
-    left.xaxis.get_major_locator().set_params(integer=True)
-    left.legend(fontsize=7, frameon=False)
+    of_the_beginning = f"% of epoch {start}'s\n(first {FIRST} layers)"
+    for axis, label in zip(
+        by_epoch,
+        (
+            f"effective rank, {of_the_beginning}",
+            f"norm, {of_the_beginning}",
+            f"angle to the top direction, degrees\n(first {FIRST} layers)",
+        ),
+        strict=True,
+    ):
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    by_epoch[0].legend(fontsize=7, frameon=False)
     right.set(
         xlabel="effective rank kept at the end, %\n(all local layers)",
         ylabel="test accuracy minus frozen, points\n(o at the end, x after the head has settled)",
     )
-    for axis in (left, right):
+    for axis in (*by_epoch, right):
         axis.grid(color="#E0E0E0", lw=0.5)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)

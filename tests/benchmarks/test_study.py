@@ -169,6 +169,19 @@ def row(rule: str, seed: int, accuracy: float, rank: float, **more: Any) -> dict
             "epochs": [{**epoch, "layers": {"rank": [rank] * 4, **measures}}]}  # fmt: skip
 
 
+def test_rank_norm_and_angle_epoch_by_epoch() -> None:
+    rows = {"start|0": row("", 0, 0.5, 10), "literal|0": row("hebb", 0, 0.7, 8), "literal|1": row("hebb", 1, 0.7, 6)}
+    rows["start|1"] = row("", 1, 0.5, 10)
+    for seed in (0, 1):
+        (first,) = rows[f"literal|{seed}"]["epochs"]
+        layers = {**first["layers"], "rank": [2.5] * 4, "norm": [1.0] * 4, "top": [1.0, 1.0, 0.5, 0.0]}
+        rows[f"literal|{seed}"]["epochs"].append({**first, "epoch": 2, "layers": layers})
+    study = study_tables.Study({"rows": rows, "sizes": {"start": 1}})
+    wanted = [(100, 100, 60), (70, 100, 60), (25, 200, 37.5)]  # of cosines 0.5; then of 0, 0, 60 and 90 degrees
+    assert study_tables.courses(study, study.runs["literal"]) == [pytest.approx(each) for each in wanted]
+    assert study_tables._courses(study)[1] == ("literal", "100, 100, 60", "70, 100, 60", "25, 200, 38")
+
+
 def test_a_rule_is_compared_with_the_frozen_run_of_its_seed() -> None:
     rows = {
         "start|0": row("", 0, 0.5, 10), "start|1": row("", 1, 0.5, 10),

@@ -39,7 +39,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+", metavar="EXPERIMENT", help=f"all, or of {', '.join(suite.EXPERIMENTS)}")
     parser.add_argument("--scale", choices=SCALES, default="cpu")
-    parser.add_argument("--seeds", type=int, help="instead of the scale's number")
+    parser.add_argument("--seeds", type=int, help="instead of the scale's number; the tables have it in their names")
     parser.add_argument("--data", choices=DATA_SETS, help="instead of the scale's")
     parser.add_argument("--root", help="where cifar10, cifar100 or imagenet lie")
     parser.add_argument("--models", default="", help="only these, comma-separated")

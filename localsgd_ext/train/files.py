@@ -82,14 +82,14 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file of JSON lines; a last line cut short by a crash is left out. Raises ``ValueError`` on any other fault."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
+    lines = path.read_bytes().split(b"\n")
     values: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            values.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            values.append(json.loads(line.decode()))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
             if number == len(lines):  # no newline after it: the write was cut
                 break
             raise ValueError(f"{path}, line {number}, is not valid JSON: {error}") from None

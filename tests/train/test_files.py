@@ -27,6 +27,15 @@ def test_damage_before_the_last_line_is_an_error(tmp_path: Path) -> None:
         read_json_lines(path)
 
 
+def test_a_line_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"epoch": 1}\n{"epo\xe3h": 2}\n{"epoch": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, is not valid JSON: 'utf-8' codec can't decode"):
+        read_json_lines(path)
+    path.write_bytes(b'{"epoch": 1}\n{"epo\xe3')  # cut short as well
+    assert read_json_lines(path) == [{"epoch": 1}]
+
+
 def test_json(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     write_json(path, {"a": [1, None]})

@@ -100,6 +100,7 @@ def train(
 def _train(flags: dict[str, Any], out: Path | None, resume: bool, world: World) -> None:
     console = Console(quiet=not world.is_first)
     with _clear_errors(world):
+        flags = _parsed(flags)
         if resume:
             out = _require_out(out)
             config = rundir.read_config(out).replace(**flags)
@@ -109,8 +110,8 @@ def _train(flags: dict[str, Any], out: Path | None, resume: bool, world: World) 
             config = _new_config(flags)
             out = out or Path("runs") / f"{config.data}-{_file_name(config.model)}-{config.method}-seed{config.seed}"
             processes.check(config, world)
-            # Started again by torchrun, with the command of the first time: the run goes on.
-            resume = world.any(world.restarts > 0) and world.from_first(rundir.launched_by(out) == world.launch)
+            # Started again by torchrun, with the command of the first time, after a failure or because nodes came: the run goes on.
+            resume = world.from_first(world.is_first and rundir.launched_by(out, world.launch))
             if world.is_first and not resume:
                 rundir.require_empty(out)
         _check_machine(config)
@@ -120,7 +121,7 @@ def _train(flags: dict[str, Any], out: Path | None, resume: bool, world: World) 
                 directory = rundir.RunDirectory(out, config, resume=resume, launch=world.launch)
             else:
                 directory = rundir.WatchedRunDirectory(out, config)
-    to_do = (config.epochs - rundir.epochs_done(out)) * loaded.steps * config.batch_size
+        to_do = (config.epochs - rundir.epochs_done(out)) * loaded.steps * config.batch_size
     with _interruptible(out, world), progress.choose(to_do, console) if world.is_first else progress.Silence() as display:
         with _clear_errors(world):
             trainer = Trainer(config, loaded, directory, display, world=world)
@@ -130,7 +131,9 @@ def _train(flags: dict[str, Any], out: Path | None, resume: bool, world: World) 
             trainer.run_epoch()
         trainer.finish()
     if world.is_first:
-        report.show(report.write([report.read_run(out)], out), console)
+        with _clear_errors(world), _interruptible(out, world):
+            summary = report.write([report.read_run(out)], out)
+        report.show(summary, console)
         console.print(f"Everything is in {out}", soft_wrap=True)
 
 
@@ -188,6 +191,7 @@ def compare(
     with processes.started() as world, _clear_errors(world):
         if world.size > 1:
             raise ValueError(f"compare runs in one process, got {world.size}: use localsgd train for each method")
+        flags = _parsed(flags)
         if resume:
             out = _require_out(out)
             comparison = comparing.resumed(out, comparing.parse_methods(methods) if methods is not None else None, seeds, flags)
@@ -197,13 +201,16 @@ def compare(
             first_seed = flags.get("seed", 0)
             comparison = comparing.Comparison(configs, tuple(range(first_seed, first_seed + (1 if seeds is None else seeds))))
             out = out or Path("runs") / f"compare-{comparison.first.data}-{_file_name(comparison.first.model)}"
-        _check_machine(comparison.first)
+        for config in comparison.configs.values():
+            _check_machine(config)
         loaded = comparing.start(comparison, out, console.print, resume=resume)
         if (said := comparing.left_out(comparison)) is not None:
             console.print(said, highlight=False, soft_wrap=True)
     with _interruptible(out):
         comparing.run(comparison, out, loaded, lambda total: progress.choose(total, console))
-    report.show(report.write(comparing.runs(out), out), console)
+    with _clear_errors(), _interruptible(out):
+        summary = report.write(comparing.runs(out), out)
+    report.show(summary, console)
     console.print(f"Table and picture are in {out}", soft_wrap=True)
 
 
@@ -244,12 +251,13 @@ def doctor(context: typer.Context) -> None:
 
 
 def _given(arguments: dict[str, Any], leave_out: tuple[str, ...]) -> dict[str, Any]:
-    """The options that were given, with those parsed that are of several kinds."""
-    given = {name: value for name, value in arguments.items() if value is not None and name not in leave_out}
-    with _clear_errors():
-        for name in _PARSED.keys() & given.keys():
-            given[name] = _PARSED[name](given[name])
-    return given
+    """The options that were given."""
+    return {name: value for name, value in arguments.items() if value is not None and name not in leave_out}
+
+
+def _parsed(flags: dict[str, Any]) -> dict[str, Any]:
+    """``flags`` with the values of those that are of several kinds."""
+    return flags | {name: _PARSED[name](flags[name]) for name in _PARSED.keys() & flags.keys()}
 
 
 def _new_config(flags: dict[str, Any]) -> RunConfig:
@@ -281,7 +289,7 @@ def _file_name(model: str) -> str:
 
 @contextlib.contextmanager
 def _clear_errors(world: World = ALONE) -> Iterator[None]:
-    """The user's mistakes end in one message, the first process's; anything else keeps its traceback."""
+    """The user's mistakes end in one message, whichever processes find them; anything else keeps its traceback."""
     try:
         yield
     except (ValueError, CheckpointError) as error:
@@ -292,19 +300,20 @@ def _clear_errors(world: World = ALONE) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interruptible(out: Path, world: World = ALONE) -> Iterator[None]:
+    """What ends a run that can go on ends in one message that says how."""
     try:
         yield
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"Interrupted. Continue with --resume --out {out}", soft_wrap=True)
+        Console(stderr=True, quiet=not world.is_first).print(f"Interrupted. Continue with --resume --out {out}", soft_wrap=True)
         raise typer.Exit(130) from None
-    except (data_sets.UnreadablePictures, rundir.DirectoryInUse, CheckpointError) as error:
-        raise _failed(str(error)) from None
-    except FloatingPointError as error:  # --nan-policy raise; all processes fail
+    except (data_sets.UnreadablePictures, comparing.RunRefused, CheckpointError) as error:
+        raise _failed(str(error), world) from None
+    except FloatingPointError as error:  # --nan-policy raise
         raise _failed(f"{error}. The epochs before are saved: --resume --out {out} repeats this one", world) from None
     except OSError as error:
         trouble = _disk_trouble(error)
         raise _failed(
-            f"{trouble}. What was saved before is whole; when that is put right, continue with --resume --out {out}"
+            f"{trouble}. What was saved before is whole; when that is put right, continue with --resume --out {out}", world
         ) from None
 
 
@@ -315,9 +324,9 @@ def _disk_trouble(error: OSError) -> str:
     return f"{error.strerror}: {error.filename}"
 
 
-def _failed(message: str, world: World = ALONE) -> typer.Exit:
-    """All processes fail; one of them says why."""
-    Console(stderr=True, quiet=not world.is_first).print(
-        f"Error: {message}", style="red", highlight=False, markup=False, soft_wrap=True
-    )
+def _failed(message: str, world: World) -> typer.Exit:
+    """Says why the processes end, once for all that have the same reason."""
+    words = world.last_words(message)
+    if words is not None:
+        Console(stderr=True).print(f"Error: {words}", style="red", highlight=False, markup=False, soft_wrap=True)
     return typer.Exit(2)

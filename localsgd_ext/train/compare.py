@@ -5,7 +5,8 @@ Epochs are interleaved, and the order rotates, so that a machine that slows down
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from localsgd_ext.train.progress import Progress
 from localsgd_ext.train.rundir import CONFIG, SUMMARY, RunDirectory, epochs_done, lock, require_empty
 
 PLAN = "compare.json"
+
+
+class RunRefused(ValueError):
+    """One of the runs cannot be begun, or not gone on with; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def start(comparison: Comparison, out: Path, log: Callable[[str], None], *, resu
     """
     if resume:
         _require_same(read(out), comparison, out)
-        lock(out)
+        lock(out, log)
     else:
         require_empty(out)
     models.check_name(comparison.first.model)
@@ -107,7 +112,7 @@ def start(comparison: Comparison, out: Path, log: Callable[[str], None], *, resu
     loaded = data.load(comparison.first.replace(seed=pending[0] if pending else comparison.seeds[0]), log)
     if not resume:  # only now: a run that could not start leaves nothing behind
         out.mkdir(parents=True, exist_ok=True)
-        lock(out)
+        lock(out, log)
         require_empty(out)
         write_json(out / PLAN, comparison.to_json())
     return loaded
@@ -148,9 +153,14 @@ def run(
     loaded: data.Data,
     make_progress: Callable[[int], Progress],
 ) -> None:
-    """Run what is not finished yet. ``make_progress(n)`` makes the display of a job of ``n`` training pictures."""
+    """Run what is not finished yet. ``make_progress(n)`` makes the display of a job of ``n`` training pictures.
+
+    Raises:
+        RunRefused: a run cannot be made, or what there is of it is damaged.
+    """
     pending = _pending(comparison, out)
-    epochs = sum(c.epochs - epochs_done(run_path(out, m, seed)) for seed in pending for m, c in comparison.configs.items())
+    with _refusals():
+        epochs = sum(c.epochs - epochs_done(run_path(out, m, seed)) for seed in pending for m, c in comparison.configs.items())
     with make_progress(epochs * loaded.steps * comparison.first.batch_size) as progress:
         for seed in pending:
             if seed != pending[0]:
@@ -159,17 +169,12 @@ def run(
 
 
 def _run_seed(comparison: Comparison, seed: int, shared: data.Data, out: Path, progress: Progress) -> None:
-    trainers = []
-    for method, config in comparison.configs.items():
-        path = run_path(out, method, seed)
-        if _finished(out, method, seed):
-            continue
-        resume = (path / CONFIG).exists()
-        directory = RunDirectory(path, config.replace(seed=seed), resume=resume)
-        label = f"{method} seed {seed}"
-        trainers.append(Trainer(directory.config, shared, directory, progress, label, among_others=True))
-        if resume:
-            trainers[-1].restore()
+    with _refusals():
+        trainers = [
+            _trainer(config.replace(seed=seed), run_path(out, method, seed), shared, progress, f"{method} seed {seed}")
+            for method, config in comparison.configs.items()
+            if not _finished(out, method, seed)
+        ]
     trainers[0].warm_up()
     for epoch in range(comparison.first.epochs):
         for trainer in _rotated(trainers, epoch + seed):
@@ -181,6 +186,23 @@ def _run_seed(comparison: Comparison, seed: int, shared: data.Data, out: Path, p
                 raise FloatingPointError(f"{trainer.label}: {error}") from None
     for trainer in trainers:
         trainer.finish()
+
+
+def _trainer(config: RunConfig, path: Path, shared: data.Data, progress: Progress, label: str) -> Trainer:
+    """At the first epoch of the run in ``path``, or where that was left."""
+    resume = (path / CONFIG).exists()
+    made = Trainer(config, shared, RunDirectory(path, config, resume=resume), progress, label, among_others=True)
+    if resume:
+        made.restore()
+    return made
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise RunRefused(str(error)) from None
 
 
 def run_path(out: Path, method: str, seed: int) -> Path:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +21,9 @@ from localsgd_ext.train.config import ONE_PROCESS, RunConfig
 
 T = TypeVar("T")
 
+_LAST_WORDS = "last words of the first process"
+_PATIENCE = timedelta(seconds=5)  # with the first process, which may be about to fail for the same reason
+
 
 @dataclass(frozen=True)
 class World:
@@ -25,10 +31,10 @@ class World:
 
     rank: int = 0
     size: int = 1
-    restarts: int = 0
-    """How often torchrun has started them again, after one had died."""
     launch: str = ""
-    """Names the torchrun that started them, the same after a restart: the id it was given, or else its own process."""
+    """Names the torchruns that started them, one a line; they outlive the processes, which a restart replaces."""
+    store: Any = field(default=None, compare=False, repr=False)
+    """``torch.distributed``'s, through which a process that fails finds out what the others have said."""
 
     @property
     def is_first(self) -> bool:
@@ -46,14 +52,44 @@ class World:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def any(self, value: bool) -> bool:
-        """Whether it holds on any process. All processes must call it."""
+    def gather(self, value: T) -> list[T]:
+        """Every process's ``value``, in the order of ranks. All processes must call it."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
-        return any(values)
+        return values
 
-    @contextmanager
+    def of(self, ranks: list[int]) -> str:
+        """``process 2 of 4``: those of ``ranks``, counted from 1."""
+        numbers = ", ".join(str(rank + 1) for rank in ranks)
+        return f"process{'es' if len(ranks) > 1 else ''} {numbers} of {self.size}"
+
+    def last_words(self, error: str) -> str | None:
+        """What this process, which ends with ``error``, has to say of it; ``None``: another says the same.
+
+        The first process says what it has. Another one names itself, and says only what neither the first nor a third has said.
+        Any process may call it, whatever the others do: nothing waits for them but, for seconds, for the first one's words.
+        """
+        words = error if self.is_first else f"{self.of([self.rank])} on {socket.gethostname()}: {error}"
+        if self.store is None:
+            return words
+        try:
+            if self.is_first:
+                self.store.set(_LAST_WORDS, error)
+            elif self._first_says(error) or self.store.add(hashlib.sha256(error.encode()).hexdigest(), 1) > 1:
+                return None
+        except RuntimeError:  # the store is gone, with the process that had it
+            pass
+        return words
+
+    def _first_says(self, error: str) -> bool:
+        try:
+            self.store.wait([_LAST_WORDS], _PATIENCE)
+        except dist.DistStoreError:  # it has not failed
+            return False
+        return bool(self.store.get(_LAST_WORDS) == error.encode())
+
+    @contextlib.contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
         """The first process goes through the block before the others: it makes what they find."""
         if self.size > 1 and not self.is_first:
@@ -76,15 +112,13 @@ def check(config: RunConfig, world: World) -> None:
         raise ValueError(f"--sync {config.sync} needs several processes, started by torchrun, got one")
 
 
-@contextmanager
+@contextlib.contextmanager
 def started() -> Iterator[World]:
     """The processes that torchrun has started, as a process group: NCCL for GPUs, gloo for CPUs; without torchrun this one alone."""
     environment = os.environ
-    restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
-    run_id = environment.get("TORCHELASTIC_RUN_ID", "")
-    launch = f"{socket.gethostname()} {os.getppid()}" if run_id == "none" else run_id
+    torchrun = _torchrun()
     if int(environment.get("WORLD_SIZE", 1)) == 1 or "RANK" not in environment:
-        yield World(restarts=restarts, launch=launch)
+        yield World(launch=torchrun)
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(environment["LOCAL_RANK"]))
@@ -92,11 +126,26 @@ def started() -> Iterator[World]:
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # It outlives a restart, and with it the addresses of processes that are dead. Restarts are counted by each node's agent:
         # where they may differ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives a new store each time.
-        store = PrefixStore(f"restart {restarts}", store)
+        store = PrefixStore(f"restart {environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(store=store, rank=rank, world_size=size)
     try:
-        yield World(rank, size, restarts, launch)
+        launch = "\n".join(sorted(set(World(rank, size).gather(torchrun)) - {""}))
+        yield World(rank, size, launch, store)
         # The last of what gloo's threads do: one that let go of a tensor while the interpreter is shutting down would abort the process.
-        dist.barrier()
+        with contextlib.suppress(RuntimeError):  # another has failed since, and says why
+            dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _torchrun() -> str:
+    """The torchrun that has started this process: its machine, its number there and when it began. Empty if none has."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    parent = os.getppid()
+    try:
+        # In ticks since the machine was started.
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:  # no Linux: numbers of processes come again, but not soon
+        began = ""
+    return f"{socket.gethostname()} {parent} {began}".strip()

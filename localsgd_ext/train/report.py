@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from localsgd_ext.train.config import METHODS, RunConfig
-from localsgd_ext.train.files import read_json, read_json_lines, write_atomically, write_json
+from localsgd_ext.train.files import read_json, write_atomically, write_json
 from localsgd_ext.train.measure import PHASES
-from localsgd_ext.train.rundir import CONFIG, ENVIRONMENT, METRICS
+from localsgd_ext.train.rundir import CONFIG, ENVIRONMENT, read_metrics
 
 BASELINE = "sgd"
 HEADER = (
@@ -45,7 +45,7 @@ def read_run(path: Path) -> Run:
     for name in (CONFIG, ENVIRONMENT):
         if not (path / name).is_file():
             raise ValueError(f"{path} is not a run directory (no {name})")
-    metrics = read_json_lines(path / METRICS)
+    metrics = read_metrics(path)
     if not metrics:
         raise ValueError(f"{path} has no finished epoch yet")
     return Run(RunConfig.from_json(read_json(path / CONFIG)), read_json(path / ENVIRONMENT), metrics)

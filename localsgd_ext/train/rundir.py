@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from localsgd_ext.train import environment
 from localsgd_ext.train.config import RunConfig, differences
+from localsgd_ext.train.events import EventFile
 from localsgd_ext.train.files import (
     append_json_line,
     naming,
@@ -21,9 +25,20 @@ from localsgd_ext.train.files import (
     write_json,
     write_json_lines,
 )
+from localsgd_ext.train.measure import PHASES
 
 CONFIG, ENVIRONMENT, LOG, METRICS, SUMMARY = "config.json", "environment.json", "log.txt", "metrics.jsonl", "summary.json"
 LOCK, LAUNCH = ".lock", ".launch"
+_CURVES = ("train_loss", "test_loss", "test_accuracy", "boundary", "batch_size", "lr", "local_lr", "images_per_second")
+
+# What a table needs, and a run that goes on. Entries of older runs have no more than that.
+_RECORDED = {
+    *("num_layers", "boundary", "train_images", "test_images", "test_accuracy"),
+    *("elapsed_train_seconds", "step_ms", "saved_activation_bytes"),
+}
+
+# NFS without its lock service, file systems without locks or mounted without them.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 class DirectoryInUse(ValueError):
@@ -44,6 +59,8 @@ def read_config(path: Path) -> RunConfig:
 class RunDirectory:
     """Opens ``path`` for a run, and keeps other processes out of it until :meth:`close`.
 
+    Args:
+        launch: names who started this process (``World.launch``), for :func:`launched_by`.
     Raises:
         ValueError: rather than mixing two runs or overwriting one, or where another process is at work in ``path``.
     """
@@ -51,29 +68,33 @@ class RunDirectory:
     def __init__(self, path: Path, config: RunConfig, *, resume: bool, launch: str = "") -> None:
         self.path, self.config = path, config
         self._lock: int | None = None
+        self._events: EventFile | None = None
+        notes: list[str] = []
         if resume:
             changed = differences(read_config(path), config)
             if changed:
                 raise ValueError(f"--resume: the run in {path} was started with other options: {'; '.join(changed)}")
-            self._lock = lock(path)
+            self._lock = lock(path, notes.append)
             for leftover in unfinished(path):
                 leftover.unlink()
         else:
             require_empty(path)
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(path)
+            self._lock = lock(path, notes.append)
             require_empty(path)  # another process may have run in it between the check and the lock
-            if launch:
-                write_atomically(path / LAUNCH, launch.encode())
+        if launch:
+            write_atomically(path / LAUNCH, launch.encode())
+        if not resume:
             write_json(path / CONFIG, config.to_json())
         here = environment.describe(config.device)
         before = read_json(path / ENVIRONMENT) if (path / ENVIRONMENT).exists() else here
         self.log(("resumed" if resume else "started") + " with " + " ".join(here["command"]))
+        for note in notes:
+            self.log(note)
         for key in ("torch", "cpu", "gpu", "threads", "localsgd_ext", "compiled_kernels"):
             if before.get(key) != here[key]:
                 self.log(f"environment: {key} was {before.get(key)}, is {here[key]}: results may differ in the last bits")
         write_json(path / ENVIRONMENT, here)
-        self._writer: Any = None
 
     def log(self, line: str) -> None:
         """Append a line with the time of day."""
@@ -83,7 +104,7 @@ class RunDirectory:
 
     def metrics(self) -> list[dict[str, Any]]:
         """One entry per finished epoch."""
-        return read_json_lines(self.path / METRICS)
+        return read_metrics(self.path)
 
     def keep_metrics(self, epochs: int) -> list[dict[str, Any]]:
         """Forget what was measured after ``epochs`` epochs: the run goes on from there."""
@@ -95,46 +116,33 @@ class RunDirectory:
         """Record an epoch, in the JSON lines and for TensorBoard."""
         append_json_line(self.path / METRICS, metrics)
         epoch = metrics["epoch"]
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=epoch)
-        for name in (
-            "train_loss",
-            "test_loss",
-            "test_accuracy",
-            "boundary",
-            "batch_size",
-            "lr",
-            "local_lr",
-            "images_per_second",
-        ):
-            if metrics[name] is not None:
-                self._writer.add_scalar(name, metrics[name], epoch)
-        self._writer.add_scalar("saved_activations_mib", metrics["saved_activation_bytes"] / 2**20, epoch)
-        for phase, milliseconds in metrics["step_ms"].items():
-            self._writer.add_scalar(f"step_ms/{phase}", milliseconds, epoch)
-        self._writer.flush()
+        with naming(self.path / "tensorboard"):
+            if self._events is None:
+                self._events = EventFile(self.path / "tensorboard", epoch)
+            curves = {name: metrics[name] for name in _CURVES if metrics[name] is not None}
+            curves["saved_activations_mib"] = metrics["saved_activation_bytes"] / 2**20
+            curves |= {f"step_ms/{phase}": milliseconds for phase, milliseconds in metrics["step_ms"].items()}
+            self._events.add(epoch, curves)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
 
-def launched_by(path: Path) -> str | None:
-    """Which torchrun (``World.launch``) began the run in ``path``, if there is one and any did."""
-    return (path / LAUNCH).read_text() if (path / CONFIG).is_file() and (path / LAUNCH).is_file() else None
+def launched_by(path: Path, launch: str) -> bool:
+    """Whether one of the torchruns named in ``launch`` (``World.launch``) has started the run in ``path`` before, if there is one."""
+    if not launch or not (path / CONFIG).is_file() or not (path / LAUNCH).is_file():
+        return False
+    return not set(launch.splitlines()).isdisjoint((path / LAUNCH).read_text(errors="replace").splitlines())
 
 
-def lock(path: Path) -> int:
+def lock(path: Path, log: Callable[[str], None] = lambda _: None) -> int:
     """Keep other processes out of the directory ``path`` until the descriptor returned is closed, or this process has died.
 
     The system drops the lock of a process that was killed. It is a record lock, which worker processes do not inherit: one
-    that outlives its killed parent by a moment does not stand in the way. Within one process it keeps nobody out.
+    that outlives its killed parent by a moment does not stand in the way. Within one process it keeps nobody out. Where the
+    file system has no locks nobody is kept out; that is warned of, and logged.
 
     Raises:
         DirectoryInUse: another process holds it; it is named.
@@ -142,7 +150,14 @@ def lock(path: Path) -> int:
     descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         with naming(path / LOCK):
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                said = f"a second process is not kept out of {path}: its file system refuses locks ({error.strerror})"
+                warnings.warn(said, UserWarning, stacklevel=3)
+                log(f"warning: {said}")
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     except BlockingIOError:
@@ -174,9 +189,19 @@ class WatchedRunDirectory(RunDirectory):
         pass
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The entries of the epochs that the run in ``path`` has recorded. Raises ``ValueError`` if the file is damaged."""
+    entries = read_json_lines(path / METRICS)
+    for number, entry in enumerate(entries, start=1):
+        whole = isinstance(entry, dict) and entry.get("epoch") == number and entry.keys() >= _RECORDED
+        if not whole or entry["step_ms"].keys() != set(PHASES):
+            raise ValueError(f"{path / METRICS}, line {number}, is not what was measured in epoch {number}")
+    return entries
+
+
 def epochs_done(path: Path) -> int:
-    """How many epochs the run in ``path`` has recorded; 0 if there is none."""
-    return len(read_json_lines(path / METRICS))
+    """How many epochs the run in ``path`` has recorded; 0 if there is none. Raises ``ValueError`` if the file is damaged."""
+    return len(read_metrics(path))
 
 
 def require_empty(path: Path) -> None:

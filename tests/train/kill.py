@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import torch.utils.tensorboard  # noqa: F401  # what the runs need is imported before they are forked
+import tensorboard.compat.proto.event_pb2
+import tensorboard.summary.writer.record_writer  # noqa: F401  # what the runs need is imported before they are forked
 from same_runs import assert_same_run, metrics
 
 from localsgd_ext.__main__ import main

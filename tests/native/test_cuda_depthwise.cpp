@@ -144,23 +144,28 @@ void test_bad_batches() {
     check_bad_batches(m, get_best_config(m.problem, kChip), m.z, m.oracle());
 }
 
-// What no output reads must not matter, Inf and NaN included.
+// What no output reads must not matter, Inf and NaN included: rows or columns 2, 5, 8 and 9. The last tile ends beyond the
+// output.
 void test_unread_input() {
-    const Case c = depthwise("unread", 1, 4, 1, {1, 8, 9}, {1, 2, 2}, {1, 3, 1});
-    for (const Layout layout : {Layout::nchw, Layout::nhwc})
-        for (int kernel = 0; kernel < kDepthwiseKernels; ++kernel) {
-            use(3, true);
-            Memory m(c, Kind::f32, Kind::f32, Kind::f32, layout, Flush::end);
-            const std::vector<double> oracle = m.oracle();
-            for (size_t i = 0; i < m.x.size(); ++i)
-                if (i / 9 % 8 % 3 == 2) m.x.set(i, i % 2 ? HUGE_VALF : std::nanf("")); // rows 2 and 5
-            DepthwiseConfig config = get_best_config(m.problem, kChip);
-            use_kernel(config, c.geometry, kernel, 2, 5);
-            split(config, 2);
-            m.make_workspace(config);
-            CHECK(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess);
-            check_d(m.d, oracle, "unread input, " + config.text());
-        }
+    for (const bool rows : {true, false})
+        for (const Layout layout : {Layout::nchw, Layout::nhwc})
+            for (int kernel = 0; kernel < kDepthwiseKernels; ++kernel) {
+                const Case c = rows ? depthwise("unread rows", 1, 4, 1, {1, 10, 9}, {1, 2, 2}, {1, 3, 1})
+                                    : depthwise("unread columns", 1, 4, 1, {1, 9, 10}, {1, 2, 2}, {1, 1, 3});
+                use(3, true);
+                Memory m(c, Kind::f32, Kind::f32, Kind::f32, layout, Flush::end);
+                const std::vector<double> oracle = m.oracle();
+                for (size_t i = 0; i < m.x.size(); ++i) {
+                    const size_t line = rows ? i / 9 % 10 : i % 10;
+                    if (line % 3 == 2 || line == 9) m.x.set(i, i % 2 ? HUGE_VALF : std::nanf(""));
+                }
+                DepthwiseConfig config = get_best_config(m.problem, kChip);
+                use_kernel(config, c.geometry, kernel, 2, 5);
+                split(config, 2);
+                m.make_workspace(config);
+                CHECK(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess);
+                check_d(m.d, oracle, "unread input, " + config.text());
+            }
 }
 
 void test_configurations() {

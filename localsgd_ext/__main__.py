@@ -6,7 +6,8 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-_NEEDED = ("typer", "rich", "torchvision", "tensorboard", "matplotlib", "sklearn", "fontTools", "torch_pruning")
+# By every command but doctor; the method prunetrain needs torch_pruning besides, and says so.
+_NEEDED = ("typer", "rich", "torchvision", "tensorboard", "matplotlib", "sklearn", "fontTools")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ paper's union). Removing whole layers is left out: a layer keeps at least one ch
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,12 @@ from localsgd_ext.train.models import BasicBlock, PadShortcut
 
 THRESHOLD = 1e-4
 _EPSILON = 1e-8  # under the square root, as in the authors' code: at 0 the gradient is 0
+
+
+def check_installed() -> None:
+    """Raises ``ValueError`` without the package that removes the channels, which no other method needs."""
+    if importlib.util.find_spec("torch_pruning") is None:
+        raise ValueError("--method prunetrain needs torch_pruning: pip install torch-pruning")
 
 
 class GroupLasso:

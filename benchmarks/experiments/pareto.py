@@ -302,12 +302,12 @@ def picture(study: Study, panels: Mapping[Network, Runs], timings: Timings) -> b
     lines = max(1, len({network for network, _ in shown}))
     figure = Figure(figsize=(5.6 * columns, 4.2 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = dict(
-        zip(dict.fromkeys(network for network, _ in shown), figure.subplots(lines, columns, squeeze=False), strict=False)
-    )
+    places = figure.subplots(lines, columns, squeeze=False)
+    rows = list(dict.fromkeys(network for network, _ in shown))
     for (network, name), (results, cost) in shown.items():
-        _draw(axes[network][0 if name == "multiply-adds" else 1], study, network, results, cost)
-        axes[network][0 if name == "multiply-adds" else 1].set_xlabel(f"{name} of the whole run, % of SGD's")
+        axis = places[rows.index(network)][0 if name == "multiply-adds" else 1]
+        _draw(axis, study, network, results, cost)
+        axis.set_xlabel(f"{name} of the whole run, % of SGD's")
     for axis in figure.axes:
         axis.set_visible(axis.has_data())
     named = {name: handle for axis in figure.axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}

@@ -96,9 +96,8 @@ class Runner:
         except Exception as error:  # one bad cell must not cost a night's run
             self.failed[cell.name] = f"{type(error).__name__}: {error}"
             job.say(f"{cell.name} failed: {self.failed[cell.name]}")
-        job.drop(
-            images[cell.key] - (job.done - before)
-        )  # of one that failed or is another's; or its data are not as large as thought
+        # What a failed cell left, or all of one that is another's; or the data are not as large as was thought.
+        job.drop(images[cell.key] - (job.done - before))
 
     def _images(self, cell: Cell) -> int:
         """Training pictures that the cell still has to see, as far as that is known without its data."""
@@ -131,9 +130,8 @@ class Runner:
             return parallel.train(cell.config, path, cell.variant.processes, progress, cell.name)
         resume = (path / CONFIG).exists()
         loaded = self._load(cell.config, progress)
-        with contextlib.closing(
-            RunDirectory(path, cell.config, resume=resume)
-        ) as directory:  # also for the next to try if it fails
+        # If it fails the directory is closed, too: another process may try.
+        with contextlib.closing(RunDirectory(path, cell.config, resume=resume)) as directory:
             trainer = Trainer(cell.config, loaded, directory, progress, cell.name)
             if resume:
                 trainer.restore()

@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
-from localsgd_ext.train import archives, models, processes, progress, report, rundir
+from localsgd_ext.train import archives, models, processes, progress, prunetrain, report, rundir
 from localsgd_ext.train import compare as comparing
 from localsgd_ext.train import data as data_sets
 from localsgd_ext.train import options as o
@@ -270,6 +270,8 @@ def _new_config(flags: dict[str, Any]) -> RunConfig:
 
 def _check_machine(config: RunConfig) -> None:
     models.check_name(config.model)
+    if config.method == "prunetrain":
+        prunetrain.check_installed()
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:

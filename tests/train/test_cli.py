@@ -130,6 +130,20 @@ def test_without_the_extra_one_line_says_how_to_get_it(
     assert capsys.readouterr().err == "localsgd needs typer, rich: pip install 'localsgd_ext[train]'\n"
 
 
+@pytest.mark.parametrize("command", ["train --method prunetrain", "compare --methods sgd,prunetrain"])
+def test_only_prunetrain_needs_torch_pruning(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = entry.importlib.util.find_spec
+    monkeypatch.setattr(entry.importlib.util, "find_spec", lambda name: None if name == "torch_pruning" else found(name))
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)  # importing it now raises
+    options = "--data fake --device cpu --epochs 1 --train-size 64 --test-size 32 --image-size 16".split()
+    assert main([*command.split(), *options, "--out", str(tmp_path / "pruned")]) == 2
+    assert "--method prunetrain needs torch_pruning: pip install torch-pruning" in capsys.readouterr().err
+    assert not (tmp_path / "pruned").exists()
+    assert main(["train", "--method", "sgd", *options, "--out", str(tmp_path / "sgd")]) == 0
+
+
 def test_doctor_needs_neither_typer_nor_rich(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("typer", "rich", "torchvision", "tensorboard", "matplotlib"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it now raises

@@ -30,6 +30,8 @@ class Data(Protocol):
     image_size: int
     unreadable: dict[str, str]
     """Pictures that could not be decoded and were left out, with the reason; the caller clears it."""
+    repeated: int
+    """How often a share of a mini-batch was given once more, in the place of one without a readable picture; the caller clears it."""
 
     @property
     def steps(self) -> int:
@@ -80,6 +82,7 @@ class InMemory:
         self.train_size, self.test_size = len(source.train_y), len(source.test_y)
         self.image_size = source.train_x.shape[1]
         self.unreadable: dict[str, str] = {}
+        self.repeated = 0
         self._batch_size, self._seed, self._world = config.batch_size, config.seed, world
         self._crop, self._flip = source.crop, source.flip
         self._format = torch.channels_last if config.channels_last else torch.contiguous_format

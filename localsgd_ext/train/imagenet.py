@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,11 @@ class ImageFolders:
     """``ROOT/train/CLASS/*`` and ``ROOT/val/CLASS/*``. Raises ``ValueError`` that says what is missing and where it is.
 
     A picture that cannot be decoded is left out of its mini-batch and noted in :attr:`unreadable`, or, with ``--bad-images
-    raise``, ends the run.
+    raise``, ends the run. A mini-batch without a readable picture is left out. Of several processes all must make the same number
+    of steps: where a process's share of a mini-batch has no readable picture, it takes its share of the mini-batch before once
+    more (of the first one after, at the beginning of an epoch). Those pictures count twice in the epoch, and nothing else
+    changes: the order is random, so that they are as good a sample as those that are missing. Gradients are averaged over shares,
+    so that the others of a share that has lost some count for a little more.
     """
 
     def __init__(self, config: RunConfig, world: World = ALONE) -> None:
@@ -55,6 +60,7 @@ class ImageFolders:
         self.num_classes = len(train.classes)
         self._train, self._test = _Pictures(train, augment), _Pictures(test, centre)
         self.unreadable: dict[str, str] = {}
+        self.repeated = 0
         self._train_index = _subset(len(train), config.train_size, "train")
         self._test_index = _subset(len(test), config.test_size, "test")
         self.train_size, self.test_size = len(self._train_index), len(self._test_index)
@@ -72,13 +78,34 @@ class ImageFolders:
         keys = list(zip(order.tolist(), seeds.tolist(), strict=True))[: len(order) - len(order) % size]
         share = self._world.share(size)
         mine = [key for start in range(0, len(keys), size) for key in keys[start : start + size][share]]
-        yield from self._load(self._train, mine, share.stop - share.start)
+        batches = self._load(self._train, mine, share.stop - share.start)
+        if self._world.size == 1:
+            yield from (batch for batch in batches if batch is not None)
+        else:
+            yield from self._repeating(batches)
 
     def test(self) -> Iterator[Batch]:
         mine = self._test_index.tolist()[self._world.rank :: self._world.size]
-        yield from self._load(self._test, [(index, 0) for index in mine], self._config.batch_size)
+        batches = self._load(self._test, [(index, 0) for index in mine], self._config.batch_size)
+        yield from (batch for batch in batches if batch is not None)
 
-    def _load(self, dataset: Any, keys: list[Any], batch_size: int) -> Iterator[Batch]:
+    def _repeating(self, batches: Iterator[Batch | None]) -> Iterator[Batch]:
+        """A batch in the place of each, if there is one at all."""
+        last: Batch | None = None
+        due = 0
+        for batch in batches:
+            if batch is None:
+                self.repeated += 1
+            due += 1
+            last = batch or last
+            if last is not None:
+                yield from itertools.repeat(last, due)
+                due = 0
+
+    def _load(self, dataset: Any, keys: list[Any], batch_size: int) -> Iterator[Batch | None]:
+        """The pictures of ``keys`` in batches; ``None`` in the place of one without a readable picture."""
+        if not keys:  # fewer test pictures than processes
+            return
         config, device = self._config, torch.device(self._config.device)
         loader: DataLoader[Any] = DataLoader(
             dataset,
@@ -97,17 +124,14 @@ class ImageFolders:
                 path, why = bad[0]
                 raise UnreadablePictures(f"{path} cannot be read: {why}; --bad-images report leaves such pictures out")
             if images is None:
-                if dataset is self._train and self._world.size > 1:  # it would make fewer steps than the other processes
-                    path, why = bad[0]
-                    raise UnreadablePictures(
-                        f"none of the {len(bad)} pictures of a process's share of a mini-batch can be read; {path}: {why}"
-                    )
+                yield None
                 continue
             any_good = True
             yield images.to(device, non_blocking=True, memory_format=layout), labels.to(device, non_blocking=True)
-        if not any_good:
+        if not any_good and (dataset is self._train or self._world.size == 1):  # of test pictures others may have good ones
             path, why = next(iter(self.unreadable.items()))
-            raise UnreadablePictures(f"none of the {len(keys)} pictures can be read; {path}: {why}")
+            whose = "" if self._world.size == 1 else f" of the share of {self._world.of([self._world.rank])}"
+            raise UnreadablePictures(f"none of the {len(keys)} pictures{whose} can be read; {path}: {why}")
 
 
 @dataclass(frozen=True)

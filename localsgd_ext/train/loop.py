@@ -20,7 +20,7 @@ from localsgd_ext.distributed import ReplicatedModel, Traffic
 from localsgd_ext.train import assembly, checkpoint, models, processes, prunetrain
 from localsgd_ext.train.config import RunConfig
 from localsgd_ext.train.cost import Cost, DroppedBranches, whole_cost
-from localsgd_ext.train.data import Data, derive_seed
+from localsgd_ext.train.data import Data, UnreadablePictures, derive_seed
 from localsgd_ext.train.files import write_atomically, write_json
 from localsgd_ext.train.growing import MiniBatch
 from localsgd_ext.train.measure import PhaseTimer
@@ -117,6 +117,7 @@ class Trainer:
         others = (self.world.rank,) if self.world.rank else ()  # so that dropout differs from share to share
         assembly.seed_everything(derive_seed(config.seed, self.epoch, 1, *others))
         self.data.unreadable.clear()
+        self.data.repeated = 0
         self.progress.begin(f"{self.label} epoch {number}/{config.epochs}".strip())
         boundary = self.local.boundary if self.local else 0
         lr = self._scheduler.get_last_lr()[0]
@@ -137,7 +138,9 @@ class Trainer:
         seconds = time.perf_counter() - start  # everything that training costs; evaluation and saving are not in it
         test_accuracy, test_loss = self.evaluate()
         traffic = self.replicas.traffic if self.replicas else Traffic()
-        (unreadable,) = self._sum_over_processes([float(len(self.data.unreadable))])
+        everyones = self.world.gather((self.data.unreadable, self.data.repeated))
+        unreadable = {path: why for of_one, _ in everyones for path, why in of_one.items()}
+        repeated = sum(of_one for _, of_one in everyones)
 
         steps = self.data.train_size // size
         images = steps * size
@@ -169,10 +172,10 @@ class Trainer:
             "lr": lr,
             "local_lr": local_lr,
             **nonfinite,
-            "unreadable_images": int(unreadable),
+            "unreadable_images": len(unreadable),
         }
-        if self.data.unreadable:
-            self.say(f"epoch {number}: {_unreadable(self.data.unreadable)}")
+        if unreadable:
+            self.say(f"epoch {number}: {_unreadable(unreadable, repeated)}")
         if not math.isfinite(loss):
             self.say(f"epoch {number}: the training loss is not finite ({loss}); a smaller --lr or --local-lr may help")
         self.epoch = number
@@ -290,6 +293,9 @@ class Trainer:
             total += F.cross_entropy(logits.float(), y, reduction="sum")
             seen += len(y)
         right, loss, pictures = self._sum_over_processes([float(correct), float(total), float(seen)])
+        if not pictures:
+            path, why = self.world.from_first(list(self.data.unreadable.items())[-1:])[0]
+            raise UnreadablePictures(f"none of the {self.data.test_size} test pictures can be read; {path}: {why}")
         return right / pictures, loss / pictures
 
     def save(self) -> None:
@@ -371,23 +377,28 @@ class Trainer:
 
     @contextlib.contextmanager
     def _logged_warnings(self) -> Iterator[None]:
-        """The library's warnings belong into the run's log, not only onto a screen nobody looks at."""
+        """The library's warnings belong into the run's log, not only onto a screen nobody looks at. All processes must go through it."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             yield
-        for warning in caught:
-            self.say(f"warning: {warning.message}")
+        said: dict[str, list[int]] = {}
+        for rank, messages in enumerate(self.world.gather([str(warning.message) for warning in caught])):
+            for message in dict.fromkeys(messages):
+                said.setdefault(message, []).append(rank)
+        for message, ranks in said.items():
+            self.say(f"warning{'' if len(ranks) == self.world.size else f' ({self.world.of(ranks)})'}: {message}")
 
 
 def _size(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _unreadable(reasons: dict[str, str], named: int = 5) -> str:
-    """All of them counted, the first few named."""
+def _unreadable(reasons: dict[str, str], repeated: int, named: int = 5) -> str:
+    """All of them counted, the first few named; and the shares of mini-batches that were repeated for want of a readable picture."""
     listed = "; ".join(f"{path} ({why})" for path, why in sorted(reasons.items())[:named])
     more = f"; and {len(reasons) - named} more" if len(reasons) > named else ""
-    return f"{len(reasons)} pictures could not be read and were left out: {listed}{more}"
+    again = f" ({repeated} times a whole share of a mini-batch, another of which was repeated)" if repeated else ""
+    return f"{len(reasons)} pictures could not be read and were left out{again}: {listed}{more}"
 
 
 def _finite(value: float) -> float | None:

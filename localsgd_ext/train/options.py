@@ -113,7 +113,8 @@ Workers = Annotated[int | None, typer.Option(help="Processes that read imagenet.
 BadImages = Annotated[
     str | None,
     typer.Option(
-        help="Pictures of imagenet that cannot be decoded: leave them out and report them, or raise an error.",
+        help="Pictures of imagenet that cannot be decoded: report leaves them out, counts and names them; raise ends the run. Of "
+        "several processes one whose share of a mini-batch has no other pictures repeats its share of another mini-batch.",
         rich_help_panel=_DATA,
     ),
 ]

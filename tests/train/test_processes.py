@@ -9,22 +9,25 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
 from processes import distributed_test
-from same_runs import assert_same_run
+from same_runs import assert_same_run, weights
 from tiny import TINY
 
 from localsgd_ext.__main__ import main
 from localsgd_ext.distributed import check_replicas
-from localsgd_ext.train import checkpoint, data, processes, rundir
+from localsgd_ext.train import checkpoint, data, models, processes, rundir
 from localsgd_ext.train.config import RunConfig, resolve
 from localsgd_ext.train.files import read_json, read_json_lines
 from localsgd_ext.train.loop import Trainer
@@ -68,6 +71,89 @@ def test_shares_make_up_the_mini_batches_of_one_process(
     assert sorted(map(float, torch.cat([x.reshape(-1, pictures[0].numel()) for x in tests]).double().sum(1))) == sorted(
         map(float, pictures.flatten(1).double().sum(1))
     )
+
+
+def _folders_of(root: Path, **changes: Any) -> RunConfig:
+    options = {"device": "cpu", "root": str(root), "image_size": 32, "workers": 0, "batch_size": 4, "epochs": 1}
+    return resolve("imagenet", "small_resnet", "sgd", **{**options, **changes})
+
+
+def test_fewer_test_pictures_than_processes(folders: Path) -> None:
+    parts = [data.load(_folders_of(folders, test_size=3), world=World(rank, 4)) for rank in range(4)]
+    assert [[len(y) for _, y in part.test()] for part in parts] == [[1], [1], [1], []]
+
+
+def _damage(root: Path, *names: str) -> dict[str, str]:
+    """Those pictures are spoilt; what is said about each."""
+    for name in names:
+        (root / name).write_bytes(b"no picture at all")
+    return {str(root / name): "UnidentifiedImageError: cannot identify image file the file" for name in names}
+
+
+def _files_of_shares(root: Path, share: int) -> list[tuple[list[str], list[str]]]:
+    """For each step of the first epoch in two processes the files of their shares, of ``share`` pictures each."""
+    files = [f"train/{name}/{file.name}" for name in ("cat", "dog") for file in sorted((root / "train" / name).iterdir())]
+    order = np.random.default_rng(data.derive_seed(0, 0)).permutation(24).reshape(-1, 2, share)
+    return [([files[i] for i in one], [files[i] for i in other]) for one, other in order.tolist()]
+
+
+def test_a_share_without_a_readable_picture_is_made_up_for(folders: Path) -> None:
+    """By the process's share before, or the first one after: all make as many steps, with pictures of their own shares."""
+    config = _folders_of(folders)
+    whole = [list(data.load(config, world=World(rank, 2)).train(0)) for rank in range(2)]
+    files = _files_of_shares(folders, 2)
+    lost = {0: [2], 1: [0, 1, 3]}  # steps of each process
+    damaged = {rank: _damage(folders, *(name for step in steps for name in files[step][rank])) for rank, steps in lost.items()}
+    for rank, instead in ((0, [0, 1, 1, 3, 4, 5]), (1, [2, 2, 2, 2, 4, 5])):
+        part = data.load(config, world=World(rank, 2))
+        for (x, y), step in zip(part.train(0), instead, strict=True):
+            assert torch.equal(x, whole[rank][step][0])
+            assert torch.equal(y, whole[rank][step][1])
+        assert part.unreadable == damaged[rank]
+        assert part.repeated == len(lost[rank])
+
+
+def test_a_process_without_one_readable_picture(folders: Path) -> None:
+    """It cannot train. To the test it has nothing to add."""
+    config = _folders_of(folders)
+    _damage(folders, *(f"train/{name}/{i}.png" for name in ("cat", "dog") for i in range(12)))
+    with pytest.raises(data.UnreadablePictures, match=r"none of the 12 pictures of the share of process 2 of 2 can be read; "):
+        list(data.load(config, world=World(1, 2)).train(0))
+    assert list(data.load(config.replace(test_size=2), world=World(1, 2)).test()) != []
+    _damage(folders, *(f"val/{name}/{i}.png" for name in ("cat", "dog") for i in range(7)))
+    part = data.load(config.replace(test_size=2), world=World(1, 2))
+    assert list(part.test()) == []
+    assert len(part.unreadable) == 1
+
+
+@distributed_test(world_size=2)
+def test_the_test_pictures_of_others_count_and_none_is_an_error(folders: Path, tmp_path: Path) -> None:
+    world = World(dist.get_rank(), dist.get_world_size())
+    config = _folders_of(folders, test_size=1)
+    directory = RunDirectory(tmp_path / "run", config, resume=False) if world.is_first else None
+    made = Trainer(config, data.load(config, world=world), directory, Silence(), world=world)  # type: ignore[arg-type]
+    accuracy, _ = made.evaluate()
+    assert accuracy in (0, 1)
+    dist.barrier()
+    if world.is_first:
+        _damage(folders, *(f"val/{name}/{i}.png" for name in ("cat", "dog") for i in range(7)))
+    dist.barrier()
+    with pytest.raises(data.UnreadablePictures, match=r"none of the 1 test pictures can be read; .*/val/.*: Unidentified"):
+        made.evaluate()
+
+
+@distributed_test(world_size=2)
+def test_every_process_s_warnings_are_logged(tmp_path: Path) -> None:
+    world = World(dist.get_rank(), dist.get_world_size())
+    made = trained(tmp_path / "run", world, "sgd", 0)
+    with made._logged_warnings():
+        warnings.warn("of all", UserWarning, stacklevel=1)
+        for _ in range(2 * world.rank):
+            warnings.warn("of one", UserWarning, stacklevel=1)
+    if world.is_first:
+        log = (tmp_path / "run" / rundir.LOG).read_text()
+        assert log.count("warning: of all\n") == log.count("of all") == 1
+        assert log.count("warning (process 2 of 2): of one\n") == log.count("of one") == 1
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tiny: Callable[..., RunConfig]) -> None:
@@ -195,6 +281,9 @@ def test_a_directory_that_is_not_shared_is_refused(tmp_path: Path) -> None:
         trained(elsewhere, world, "sgd", 0, resume=True)
 
 
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # a new one after a restart
+
+
 def torchrun(
     out: Path,
     options: list[str],
@@ -268,12 +357,9 @@ def test_a_process_of_the_second_node_killed(tmp_path: Path, tiny_flags: list[st
     """Two torchruns that meet as on two machines, by the README's command but for what one machine needs: each restarts its own process and
     counts that by itself."""
     options = [*tiny_flags, "--train-size", "960", "--epochs", "6", "--local-lr", "0.001", "--method", "local"]
-    meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-id", "job", "--rdzv-backend", "c10d"]
-    meeting += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
-    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    port, more = free_port(), ["--nnodes", "2", "--max-restarts", "3"]
     nodes = [
-        torchrun(tmp_path / "run", options, *meeting, "--rdzv-conf", f"is_host={host}", first=[], changes=own_store)
-        for host in ("1", "0")  # which cannot be told by the address here
+        torchrun(tmp_path / "run", options, *more, *node_of(port, host), first=[], changes=OWN_STORE) for host in (True, False)
     ]
     try:
         deadline = time.monotonic() + 240
@@ -300,7 +386,7 @@ def test_another_torchrun_s_run_is_not_taken_for_this_one_s(tmp_path: Path, tiny
     """Its first attempt is refused, and so must be the restarted ones."""
     assert main(["train", *tiny_flags, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
     before = (tmp_path / "run" / "model.pt").read_bytes()
-    for launch in ("", "another"):
+    for launch in ("", f"{socket.gethostname()} 1 1"):
         if launch:
             (tmp_path / "run" / rundir.LAUNCH).write_text(launch)
         again = torchrun(tmp_path / "run", [*tiny_flags, "--epochs", "1"], "--max-restarts", "1")
@@ -311,25 +397,185 @@ def test_another_torchrun_s_run_is_not_taken_for_this_one_s(tmp_path: Path, tiny
     assert (tmp_path / "run" / "model.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (["train", "--method", "prunetrain"], "--method prunetrain runs in one process, got 2"),
-        (["train", "--method", "stochastic-depth"], "--method stochastic-depth runs in one process, got 2"),
-        (["compare", "--methods", "sgd,local"], "compare runs in one process, got 2"),
-    ],
-)
-@pytest.mark.parametrize("rank", [0, 1])
+MISTAKES = [
+    (["train", "--method", "prunetrain"], "--method prunetrain runs in one process, got 2"),
+    (["train", "--method", "stochastic-depth"], "--method stochastic-depth runs in one process, got 2"),
+    (["train", "--t-shift", "far"], "--t-shift must be auto"),
+    (["compare", "--methods", "sgd,local"], "compare runs in one process, got 2"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES)
 def test_mistakes_end_in_one_message_of_the_first_process(
     command: list[str],
     message: str,
-    rank: int,
     tmp_path: Path,
     tiny_flags: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(processes, "started", lambda: contextlib.nullcontext(World(rank, 2)))
-    assert main([*command, *tiny_flags, "--out", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err.count(message) == (1 if rank == 0 else 0)
+    store = dist.HashStore()
+    for rank in (0, 1):
+        world = World(rank, 2, store=store)
+        monkeypatch.setattr(processes, "started", lambda world=world: contextlib.nullcontext(world))
+        assert main([*command, *tiny_flags, "--out", str(tmp_path / "run")]) == 2
+        assert capsys.readouterr().err.count(f"Error: {message}") == (1 if rank == 0 else 0)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_only_some_processes_have_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_PATIENCE", timedelta(milliseconds=20))
+    here = socket.gethostname()
+    store = dist.HashStore()
+    first, second, third, fourth = (World(rank, 4, store=store) for rank in range(4))
+    assert third.last_words("no disk") == f"process 3 of 4 on {here}: no disk"  # the first one has not failed
+    assert fourth.last_words("no disk") is None  # said already
+    assert first.last_words("no data") == "no data"
+    assert second.last_words("no data") is None
+    assert second.last_words("no memory") == f"process 2 of 4 on {here}: no memory"
+    assert World(1, 2).last_words("alone") == f"process 2 of 2 on {here}: alone"
+
+    class Gone:
+        def __getattr__(self, name: str) -> Any:
+            raise dist.DistNetworkError("Connection reset by peer")
+
+    assert World(0, 2, store=Gone()).last_words("no data") == "no data"
+    assert World(1, 2, store=Gone()).last_words("no data") == f"process 2 of 2 on {here}: no data"
+
+
+def outputs_of(*torchruns: subprocess.Popen[str]) -> list[str]:
+    """What they print until they end."""
+    try:
+        return [process.communicate(timeout=240)[0] for process in torchruns]
+    finally:
+        for process in torchruns:
+            process.terminate()  # not killed: its workers would live on
+
+
+def node_of(port: int, host: bool, *more: str) -> list[str]:
+    """Options of one of several torchruns that meet as on several machines, but for what one machine needs."""
+    options = ["--nproc-per-node", "1", "--rdzv-id", "job", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    is_host = f"is_host={int(host)}"  # which cannot be told by the address here
+    return [*options, "--local-addr", "127.0.0.1", "--rdzv-conf", ",".join([is_host, *more])]
+
+
+def test_damaged_pictures_of_every_process_are_named(folders: Path, tmp_path: Path) -> None:
+    """A share is one picture here: a damaged one leaves nothing of it."""
+    files = _files_of_shares(folders, 1)
+    lost = [*files[0][1], *files[4][0], *files[4][1], *files[11][1]]
+    damaged = _damage(folders, *lost, "val/cat/1.png", "val/dog/0.png")  # of the second process and of the first one
+    flags = ["--data", "imagenet", "--model", "small_resnet", "--method", "freeze", "--device", "cpu", "--root", str(folders)]
+    flags += ["--image-size", "32", "--workers", "0", "--batch-size", "2", "--epochs", "1"]
+    (output,) = outputs_of(reporting := torchrun(tmp_path / "run", flags))
+    assert reporting.returncode == 0, output
+    (entry,) = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    assert (entry["unreadable_images"], entry["mini_batches"]) == (6, 12)
+    assert entry["test_accuracy"] * 12 == pytest.approx(round(entry["test_accuracy"] * 12))
+    log = (tmp_path / "run" / rundir.LOG).read_text()
+    again = "(4 times a whole share of a mini-batch, another of which was repeated)"
+    assert f"epoch 1: 6 pictures could not be read and were left out {again}: " in log
+    assert sum(f"{path} ({why})" in log for path, why in damaged.items()) == 5
+    assert "; and 1 more\n" in log
+
+
+def test_an_error_of_the_second_node_alone_is_said_there(folders: Path, tmp_path: Path) -> None:
+    flags = ["--data", "imagenet", "--model", "small_resnet", "--method", "sgd", "--device", "cpu", "--image-size", "32"]
+    flags += ["--workers", "0", "--batch-size", "2", "--epochs", "1"]
+    port = free_port()
+    nodes = [
+        torchrun(tmp_path / "run", [*flags, "--root", root], "--nnodes", "2", *node_of(port, host), first=[], changes=OWN_STORE)
+        for host, root in ((True, str(folders)), (False, "/nowhere"))
+    ]
+    outputs = outputs_of(*nodes)
+    assert all(node.returncode != 0 for node in nodes)
+    said = f"Error: process 2 of 2 on {socket.gethostname()}: /nowhere/train is missing; "
+    assert sum(output.count(said) for output in outputs) == 1, "\n".join(outputs)
+    assert sum(output.count("is missing") for output in outputs) == 1
+
+
+def test_an_error_of_all_processes_is_said_once(tmp_path: Path) -> None:
+    flags = ["--data", "imagenet", "--model", "small_resnet", "--device", "cpu", "--root", "/nowhere"]
+    (output,) = outputs_of(failing := torchrun(tmp_path / "run", flags))
+    assert failing.returncode != 0
+    assert output.count("Error: /nowhere/train is missing") == output.count("/nowhere/train is missing") == 1, output
+
+
+def test_a_second_node_that_joins_restarts_the_run_where_it_was(tmp_path: Path, tiny_flags: list[str]) -> None:
+    """torchrun starts the processes again, and counts no restart: nothing has failed."""
+    options = [*tiny_flags, "--train-size", "320", "--epochs", "10000", "--method", "sgd"]
+    port, run = free_port(), tmp_path / "run"
+    nodes: list[subprocess.Popen[str]] = []
+
+    def recorded() -> list[int]:
+        """Reductions in each epoch: none by one process alone."""
+        return [entry["reductions"] for entry in read_json_lines(run / "metrics.jsonl")]
+
+    def wait_until(reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 240
+        while not reached():
+            for node in nodes:
+                assert node.poll() is None, node.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    try:
+        for host in (True, False):
+            more = ["--nnodes", "1:2", "--max-restarts", "0", *node_of(port, host, "last_call_timeout=1")]
+            nodes.append(torchrun(run, options, *more, first=[], changes=OWN_STORE))
+            wait_until(lambda reductions=0 if host else 20: recorded()[-1:] == [reductions])
+    finally:
+        for node in nodes:
+            node.terminate()
+        outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    assert sum(output.count("resuming after epoch") for output in outputs) == 1, "\n".join(outputs)
+    assert (run / rundir.LOG).read_text().count(" started with ") == 1
+    alone = recorded().count(0)
+    assert recorded() == [0] * alone + [20] * (len(recorded()) - alone)
+
+
+class InDouble(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double()
+
+
+def without_batch_norm(num_classes: int) -> torch.nn.Module:
+    """BatchNorm's statistics are of a process's share, and those of another number of processes are others."""
+    layers: list[torch.nn.Module] = [InDouble()]
+    for channels in (3, 6, 6, 6, 6, 6):
+        layers += [torch.nn.Conv2d(channels, 6, 3, padding=1), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(6 * 8 * 8, num_classes)).double()
+
+
+@distributed_test()
+def go_on(path: Path, method: str, epochs: int, resume: bool, world_size: int) -> None:
+    part_of_a_run(path, method, epochs, resume, World(dist.get_rank(), world_size))
+
+
+def part_of_a_run(path: Path, method: str, epochs: int, resume: bool, world: World) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "small_resnet", without_batch_norm)
+        made = trained(path, world, method, epochs, resume=resume, local_lr=0.01, weight_decay=0.0)
+        if made.done:
+            made.finish()
+    if world.size > 1:
+        dist.barrier()
+    made.directory.close()
+
+
+@pytest.mark.parametrize("method", ["local", "freeze"])
+def test_a_run_goes_on_in_another_number_of_processes(method: str, tmp_path: Path) -> None:
+    """To the same end, but for the order in which sums are rounded."""
+    part_of_a_run(tmp_path / "whole", method, 4, False, World())
+    go_on(path=tmp_path / "parts", method=method, epochs=1, resume=False, world_size=2)
+    part_of_a_run(tmp_path / "parts", method, 2, True, World())
+    go_on(path=tmp_path / "parts", method=method, epochs=1, resume=True, world_size=4)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=1e-9, atol=1e-11)
+    entries = [read_json_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    assert entries[0][-1]["boundary"] > 0
+    for one, other in zip(*entries, strict=True):
+        for name in ("epoch", "boundary", "batch_size", "mini_batches", "test_accuracy", "lr", "local_lr", "multiply_adds"):
+            assert one[name] == other[name], name
+        for name in ("train_loss", "test_loss"):
+            assert one[name] == pytest.approx(other[name], rel=1e-6)

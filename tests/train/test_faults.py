@@ -21,6 +21,7 @@ from same_runs import assert_same_run
 from localsgd_ext.__main__ import main
 from localsgd_ext.train import picture, report, rundir
 from localsgd_ext.train.config import RunConfig
+from localsgd_ext.train.files import read_json, write_json
 
 
 def contents(path: Path) -> dict[Path, bytes]:
@@ -337,12 +338,16 @@ def test_any_bit_of_the_metrics_flipped(tmp_path: Path, tiny_flags: list[str]) -
     assert refused > len(content)
 
 
-def test_a_run_of_a_comparison_that_cannot_be_made(
+def test_a_run_of_a_comparison_that_cannot_be_gone_on_with(
     tmp_path: Path, tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [*tiny_flags, "--model", "small_vgg", "--methods", "sgd,stochastic-depth", "--image-size", "32"]
-    assert main(["compare", *flags, "--out", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err.startswith("Error: ")
+    assert main(["compare", *tiny_flags, "--methods", "sgd", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    run = tmp_path / "sgd-seed0"
+    (run / rundir.SUMMARY).unlink()
+    write_json(run / rundir.CONFIG, read_json(run / rundir.CONFIG) | {"lr": 0.5})
+    capsys.readouterr()
+    assert main(["compare", "--resume", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"Error: --resume: the run in {run} was started with other options: ")
 
 
 def test_a_run_none_of_whose_checkpoints_is_whole(

@@ -32,7 +32,9 @@ class _Package(types.ModuleType):
 
     @benchmark.setter
     def benchmark(self, value: bool) -> None:
-        ops.benchmark = bool(value)
+        if not isinstance(value, bool):
+            raise TypeError(f"benchmark must be a bool, got {value!r}")
+        ops.benchmark = value
 
 
 sys.modules[__name__].__class__ = _Package

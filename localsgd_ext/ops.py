@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from localsgd_ext import reference
+from localsgd_ext import operands, reference
 from localsgd_ext.hooks import under_transform
 from localsgd_ext.reference import ALGORITHMS, PADDING_MODES, IntOrTuple, accumulate_dtype
 
@@ -217,8 +217,8 @@ def apply_update_(
     """
     given: dict[str, Any] = {"weights": weights, "correlations": correlations}
     for name, value in given.items():
-        if isinstance(value, Tensor):  # a list is meant; a tensor would be taken apart into its rows
-            raise TypeError(f"{name} must be a sequence of tensors, got a tensor")
+        if isinstance(value, Tensor) or not isinstance(value, Sized):  # a tensor would be taken apart into its rows
+            raise TypeError(f"{name} must be a sequence of tensors, got a {type(value).__name__}")
     if weights and _through_dispatcher(correlations[0] if correlations else weights[0], weights[0]):
         number, tensor = _split_lr(lr)
         with torch.no_grad():
@@ -318,9 +318,15 @@ def _correlation(
     algorithm: str,
 ) -> Tensor:
     if _on_kernels(weight, x, z):
-        return _C.correlation(
-            x, z, weight, bias, stride, padding, dilation, groups, padding_mode, z_is_output, algorithm, benchmark
-        )
+        try:
+            return _C.correlation(
+                x, z, weight, bias, stride, padding, dilation, groups, padding_mode, z_is_output, algorithm, benchmark
+            )
+        except TypeError as error:
+            raise operands.named(error, {
+                "x": x, "z": z, "weight": weight, "bias": bias, "stride": stride, "padding": padding, "dilation": dilation,
+                "groups": groups, "padding_mode": padding_mode, "z_is_output": z_is_output, "algorithm": algorithm
+            }) from None  # fmt: skip
     return reference.correlation(
         x, z, weight, bias=bias, stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
         z_is_output=z_is_output, algorithm=algorithm
@@ -344,10 +350,17 @@ def _hebbian_update_(
     skipped: Tensor | None,
 ) -> None:
     if _on_kernels(weight, x, z):
-        _C.hebbian_update_(
-            weight, x, z, lr, bias, stride, padding, dilation, groups, padding_mode, z_is_output, normalize, algorithm, skipped,
-            benchmark
-        )  # fmt: skip
+        try:
+            _C.hebbian_update_(
+                weight, x, z, lr, bias, stride, padding, dilation, groups, padding_mode, z_is_output, normalize, algorithm,
+                skipped, benchmark
+            )  # fmt: skip
+        except TypeError as error:
+            raise operands.named(error, {
+                "weight": weight, "x": x, "z": z, "lr": lr, "bias": bias, "stride": stride, "padding": padding,
+                "dilation": dilation, "groups": groups, "padding_mode": padding_mode, "z_is_output": z_is_output,
+                "normalize": normalize, "algorithm": algorithm, "skipped": skipped
+            }) from None  # fmt: skip
         return
     reference.hebbian_update_(
         weight, x, z, lr, bias=bias, stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,

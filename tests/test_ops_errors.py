@@ -130,10 +130,53 @@ def test_operands_must_be_tensors(wrong) -> None:
 
 def test_one_tensor_is_not_taken_for_a_sequence() -> None:
     weight = W.clone()
-    with pytest.raises(TypeError, match="weights must be a sequence of tensors, got a tensor"):
+    with pytest.raises(TypeError, match="weights must be a sequence of tensors, got a Tensor"):
         ops.apply_update_(weight, [W], 0.1)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="correlations must be a sequence of tensors, got a tensor"):
+    with pytest.raises(TypeError, match="correlations must be a sequence of tensors, got a Tensor"):
         ops.apply_update_([weight], W, 0.1)  # type: ignore[arg-type]
+    assert torch.equal(weight, W)
+
+
+def test_several_tensors_are_a_sequence() -> None:
+    weight = W.clone()
+    with pytest.raises(TypeError, match="weights must be a sequence of tensors, got a generator"):
+        ops.apply_update_((w for w in [weight]), [W], 0.1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"stride": 1.5}, "stride must be an int or several, got 1.5"),
+        ({"dilation": (1, 2.5)}, r"dilation must be an int or several, got \(1, 2.5\)"),
+        ({"padding": 0.5}, "padding must be an int, several, or a name, got 0.5"),
+        ({"groups": 1.0}, "groups must be an int, got 1.0"),
+        ({"algorithm": None}, "algorithm must be a name, got None"),
+        ({"padding_mode": 0}, "padding_mode must be a name, got 0"),
+        ({"bias": [1.0]}, r"bias must be a tensor or None, got \[1.0\]"),
+        ({"z_is_output": "yes"}, "z_is_output must be a bool, got 'yes'"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(wrong: dict[str, Any], message: str) -> None:
+    weight = W.clone()
+    with pytest.raises(TypeError, match=message):
+        ops.correlation(X, Z, W, **wrong)
+    with pytest.raises(TypeError, match=message):
+        ops.hebbian_update_(weight, X, Z, 0.1, **wrong)
+    assert torch.equal(weight, W)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"lr": "0.1"}, "lr must be a number or a tensor, got '0.1'"),
+        ({"normalize": "no"}, "normalize must be a bool, got 'no'"),
+        ({"skipped": 3}, "skipped must be a tensor or None, got 3"),
+    ],
+)
+def test_arguments_of_an_update_of_a_wrong_type_are_named(wrong: dict[str, Any], message: str) -> None:
+    weight = W.clone()
+    with pytest.raises(TypeError, match=message):
+        ops.hebbian_update_(**{"weight": weight, "x": X, "z": Z, "lr": 0.1, **wrong})
     assert torch.equal(weight, W)
 
 

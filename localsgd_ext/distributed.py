@@ -72,6 +72,9 @@ class ReplicatedModel(nn.Module, Joinable):
     same number of training forwards; see :meth:`join` for loaders that do not. The number of
     bytes reduced is in :attr:`traffic`.
 
+    Compile the network, not this. Hooks of local layers break its graph, as they communicate. With ``sync`` other than ``"step"`` a
+    mini-batch whose correlations are not finite, on any process, costs the whole sum that it is part of.
+
     Args:
         model: the network, on its device, before localized learning is attached; not wrapped or sharded itself.
         sync: when correlations are reduced: ``"step"``: in every training forward; an int ``n``: in every ``n``-th, what the
@@ -200,10 +203,15 @@ class ReplicatedModel(nn.Module, Joinable):
         dist.all_gather(everyone, mine, group=self._group)
         return [each.tolist() for each in everyone]
 
-    def agree(self, loss: float | None, norm: float | None) -> tuple[float | None, float | None]:
-        """The mean of the losses of all processes that have one, and the largest of their norms. All processes must call it."""
-        losses, given, norms = zip(*self.gather([loss or 0.0, float(loss is not None), norm or 0.0]), strict=True)
-        return sum(losses) / sum(given) if any(given) else None, None if norm is None else max(norms)
+    def agree(
+        self, loss: float | None, norm: float | None, *, refused: bool = False
+    ) -> tuple[float | None, float | None, list[int]]:
+        """The mean of the losses of all processes that have one, the largest of their norms, and the ranks of those that ``refused``
+        the loss they were given. All processes must call it."""
+        mine = [loss or 0.0, float(loss is not None), norm or 0.0, float(refused)]
+        losses, given, norms, refusing = zip(*self.gather(mine), strict=True)
+        mean = sum(losses) / sum(given) if any(given) else None
+        return mean, None if norm is None else max(norms), [rank for rank, refuses in enumerate(refusing) if refuses]
 
     def check(self, local: LocalizedLearning) -> None:
         """See :func:`check_replicas`."""

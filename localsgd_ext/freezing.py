@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .checks import require_numbers
 from .folding import Fold
 from .hooks import CallHook
 from .layers import ExecutionPlan, Patterns, trace_layers
@@ -239,7 +241,8 @@ def freeze_prefix(
     """Freeze the layers of ``model`` that run before layer ``boundary``: the baseline localized learning has to beat.
 
     Args:
-        boundary: index of the first layer that goes on learning, in execution order, or a fraction of the depth in (0, 1).
+        boundary: index of the first layer that goes on learning, in execution order, or a fraction of the depth in (0, 1), of which
+            whole layers count.
         example_inputs: what ``model`` is called with; one forward is run to find the order (nothing is changed by it).
         optimizer: its state for the frozen parameters is dropped.
         bn_stats: see :class:`PrefixFreeze`.
@@ -248,17 +251,28 @@ def freeze_prefix(
         A handle: ``remove()`` thaws the prefix, ``set_boundary()`` moves it.
     Raises:
         ValueError: ``boundary`` out of range, or the model has no layer.
+        TypeError: ``boundary`` is no number.
     """
     model, _ = unwrap(model)
     refuse_wrappers(model)
+    require_numbers(boundary=boundary)
+    whole = isinstance(boundary, Integral)
+    if not whole and not 0 < boundary < 1:
+        raise ValueError(f"boundary must be the index of a layer or a fraction in (0, 1), got {boundary}")
+    optimizers = as_optimizers(optimizer, model)
     plan = trace_layers(model, *example_inputs, include=include, skip=skip)
-    freeze = PrefixFreeze(model, plan, optimizers=as_optimizers(optimizer), bn_stats=bn_stats)
-    freeze.set_boundary(boundary if isinstance(boundary, int) else math.floor(boundary * len(plan)))
+    index = int(boundary) if whole else math.floor(boundary * len(plan))
+    if not whole and index == 0:
+        warnings.warn(
+            f"nothing is frozen: boundary={boundary} of {len(plan)} layers is less than one", UserWarning, stacklevel=2
+        )
+    freeze = PrefixFreeze(model, plan, optimizers=optimizers, bn_stats=bn_stats)
+    freeze.set_boundary(index)
     return freeze
 
 
-def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:
-    """One optimizer, several or none as a tuple.
+def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None, model: nn.Module) -> tuple[Optimizer, ...]:
+    """One optimizer, several or none as a tuple, each once. One that has no parameter of ``model`` is warned of.
 
     Raises:
         TypeError: something that is not an optimizer.
@@ -266,10 +280,17 @@ def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> tuple[Op
     """
     if optimizer is None:
         return ()
-    optimizers = tuple(optimizer) if isinstance(optimizer, Iterable) else (optimizer,)
+    optimizers = tuple(dict.fromkeys(optimizer)) if isinstance(optimizer, Iterable) else (optimizer,)
+    parameters = set(model.parameters())
     for each in optimizers:
         if not isinstance(each, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or several, got {type(each).__name__}")
         if isinstance(each, torch.optim.LBFGS):
             raise ValueError("optimizer must keep its state per parameter, LBFGS does not")
+        if parameters.isdisjoint(parameter for group in each.param_groups for parameter in group["params"]):
+            warnings.warn(
+                f"the optimizer ({type(each).__name__}) has no parameter of the model: was it made for another, or an older copy?",
+                UserWarning,
+                stacklevel=3,
+            )
     return optimizers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from .learning import LocalizedLearning
 
 Step = Callable[..., Any]
+_DROPS = 20
 
 
 class Recorder(Protocol):
@@ -95,10 +97,16 @@ class GraphedStep:
             every step; ``warmup`` below 1.
         RuntimeError: there is no CUDA device; in a call, layers whose update is deferred (used several times, checkpointed, or
             with gradients flowing through), which would be lost.
-        TypeError: in a call, an argument that is no tensor.
+        TypeError: ``local``, ``step`` or ``warmup`` is not that; in a call, an argument that is no tensor.
     """
 
     def __init__(self, local: LocalizedLearning, step: Step, *, warmup: int = 3, recorder: Recorder | None = None) -> None:
+        if not isinstance(local, LocalizedLearning):
+            raise TypeError(f"local must be a LocalizedLearning, got {type(local).__name__}")
+        if not callable(step):
+            raise TypeError(f"step must be callable, got {type(step).__name__}")
+        if isinstance(warmup, bool) or not isinstance(warmup, int):
+            raise TypeError(f"warmup must be an int, got {warmup!r}")
         if warmup < 1:
             raise ValueError(f"warmup must be at least 1, got {warmup}")
         _require_capturable(local)
@@ -107,6 +115,7 @@ class GraphedStep:
         self._settings: Any = None
         self._graphs: dict[Any, _Graph] = {}
         self._generation = 0
+        self._drops = 0  # of all graphs, in calls one after the other
         self.captures = 0
         """Captures so far."""
         for optimizer in local._optimizers:  # it replaces the tensors that a graph writes
@@ -123,8 +132,9 @@ class GraphedStep:
                 raise TypeError(f"inputs must be tensors, got {type(value).__name__} as number {i}")
         settings = (self._generation, *_held_fast(self._local))
         if settings != self._settings:
-            self._settings = settings
-            self._graphs.clear()
+            self._drop_graphs(settings)
+        else:
+            self._drops = 0
         key = (self._local.refreshing, *((x.shape, x.dtype, x.device, x.stride()) for x in inputs))
         graph = self._graphs.setdefault(key, _Graph())
         if graph.replay is not None:
@@ -144,6 +154,19 @@ class GraphedStep:
             graph.replay = replay
             outputs = replay()
         return tree_map_only(Tensor, lambda t: t.detach().clone(), outputs)
+
+    def _drop_graphs(self, settings: tuple[Any, ...]) -> None:
+        """For other ``settings``. Says once that it comes to that in every call."""
+        self._drops += 1
+        if self._drops == _DROPS and self.captures == 0:
+            warnings.warn(
+                f"no step was captured in a CUDA graph so far: {_difference(self._settings, settings)} changed in each of the last "
+                f"{_DROPS - 1} calls (an optimizer's hyper-parameter that does so should be a tensor, with fused=True)",
+                UserWarning,
+                stacklevel=3,
+            )
+        self._settings = settings
+        self._graphs.clear()
 
 
 def _require_capturable(local: LocalizedLearning) -> None:
@@ -171,6 +194,15 @@ def _held_fast(local: LocalizedLearning) -> tuple[Any, ...]:
     # What is folded is written anew here, in place where that can be: a replay would not see that it should be.
     folded = 0 if local._freeze is None else local._freeze.fold()
     return local._plan is None, local.boundary, local.model.training, local._loads, kept, folded, settings
+
+
+def _difference(before: tuple[Any, ...], now: tuple[Any, ...]) -> str:
+    """What of :func:`_held_fast` is not the same."""
+    for group, other in zip(before[-1], now[-1], strict=False):
+        for (name, value), (_, value_now) in zip(group, other, strict=False):
+            if value != value_now:
+                return f"{name} of an optimizer's parameter group ({value} to {value_now})"
+    return "boundary, mode, loaded state or what is frozen"
 
 
 def _require_written(local: LocalizedLearning) -> None:

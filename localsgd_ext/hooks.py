@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -82,6 +83,22 @@ def unchanged(module: nn.Module, base: type[nn.Module], *methods: str) -> bool:
 def is_ours(hook: object) -> bool:
     """Whether a hook is one of localized learning's."""
     return isinstance(hook, Hook) or hook is inert
+
+
+@contextmanager
+def set_aside(model: nn.Module) -> Iterator[None]:
+    """A context in which no hook of localized learning acts on ``model`` and its parts."""
+    hooked = [hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks) if hooks]
+    before = [(hooks, dict(hooks)) for hooks in hooked]
+    for hooks, those in before:
+        for key in [key for key, hook in those.items() if is_ours(hook)]:
+            del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, those in before:  # in their order
+            hooks.clear()
+            hooks.update(those)
 
 
 def in_backward() -> bool:

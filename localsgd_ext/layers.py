@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
 from .fold_pairs import NOT_SAVED, Foldable, FoldFinder
-from .hooks import unchanged
+from .hooks import set_aside, unchanged
 
 LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -107,7 +107,8 @@ class ExecutionPlan:
 def trace_layers(model: nn.Module, *args: Any, include: Patterns = None, skip: Patterns = None, **kwargs: Any) -> ExecutionPlan:
     """Run one training forward of ``model(*args, **kwargs)`` and return its :class:`ExecutionPlan`.
 
-    Parameters, buffers (BatchNorm's running statistics) and the random number generators are left as they were.
+    Parameters, buffers (BatchNorm's running statistics) and the random number generators are left as they were; hooks of
+    localized learning do not act.
 
     Args:
         include, skip: names or regular expressions (matched in full) of the modules that may be, may not be, layers.
@@ -132,7 +133,7 @@ def trace_as_it_is(
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     tracer = Tracer(model, include=include, skip=skip)
     try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad(), tracer.watching():
+        with set_aside(model), torch.random.fork_rng(devices=devices), torch.enable_grad(), tracer.watching():
             output = model(*args, **kwargs)
     finally:
         with torch.no_grad():
@@ -288,20 +289,24 @@ def report_left_out(plan: ExecutionPlan) -> None:
         )
 
 
-def select_names(model: nn.Module, include: Patterns = None, skip: Patterns = None) -> set[str]:
+def select_names(model: nn.Module, include: Patterns = None, skip: Patterns = None, *, argument: str = "include") -> set[str]:
     """Names of the convolution and linear modules that ``include`` and ``skip`` allow.
 
+    Args:
+        argument: what the user calls ``include``.
     Raises:
-        ValueError: a pattern matches none of them.
+        ValueError: a pattern matches none of them, or ``include`` is empty.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)]
-    selected = set(names) if include is None else _matching(names, include, "include")
+    selected = set(names) if include is None else _matching(names, include, argument)
     return selected if skip is None else selected - _matching(names, skip, "skip")
 
 
 def _matching(names: Sequence[str], patterns: Patterns, argument: str) -> set[str]:
     listed = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
     matched: set[str] = set()
+    if not listed and argument != "skip":
+        raise ValueError(f"{argument} must name at least one layer, got {patterns!r} (None: all of them)")
     for pattern in listed:
         if not isinstance(pattern, str | re.Pattern):
             raise TypeError(f"{argument} must be a name or regular expression, or several, got {pattern!r}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,6 +31,7 @@ from .wrappers import refuse_wrappers, unwrap
 
 __all__ = ["PRESETS", "LocalizedLearning"]
 
+_PRESENT: WeakKeyDictionary[nn.Module, weakref.ref[LocalizedLearning]] = WeakKeyDictionary()  # until remove()
 NOT_TRACED = "the order of the layers is not known before the first training forward: run one, or call trace()"
 
 
@@ -69,14 +72,14 @@ class LocalizedLearning:
             ``"paper"``: LoCal+SGD as printed, ``rule="hebbian"``, ``schedule="dynamic"``, ``l_max=0.75``, ``min_loss_drop=0``,
             ``refresh=None``, ``lr=0.01``. With the Hebbian rule :meth:`step` needs the loss.
         schedule: ``"dynamic"`` (Algorithm 1), ``"quadratic"``, ``"linear"``, ``"exponential"`` (static schedules), or a
-            :class:`ModeSelection`, beside which none of the next four arguments may be given: it holds them itself.
+            new :class:`ModeSelection`, beside which none of the next four arguments may be given: it holds them itself.
         alpha, t_shift: of the dynamic schedule, see :class:`DynamicModeSelection` (``None``: 0.95 and ``"auto"``).
         l_max, min_loss_drop: see :class:`ModeSelection`.
         rule: ``"hebbian"``, or ``"frozen"``: the same boundary, no local updates (with ``refresh=None`` the prefix does not
-            learn at all).
+            learn at all). With ``"frozen"`` what belongs to the updates has no effect; given without a rule it is refused.
         lr: local learning rate, a float or a callable of the epoch.
         lr_decay, lr_decay_every: a float ``lr`` is divided by ``lr_decay`` every so many epochs from the start of training.
-        supervision: ``"absolute"`` or ``"toggle"`` (Algorithm 2), a :class:`WeakSupervision`, or ``None`` for none. ``"auto"``:
+        supervision: ``"absolute"`` or ``"toggle"`` (Algorithm 2), a new :class:`WeakSupervision`, or ``None`` for none. ``"auto"``:
             ``"absolute"`` for the Hebbian rule; without it there is no sign to set.
         normalize, activation, momentum, sample, algorithm: see :class:`HebbianUpdater`.
         refresh: one in every so many mini-batches back-propagates through the whole network, and its optimizer step moves the
@@ -128,6 +131,9 @@ class LocalizedLearning:
         given_model = model
         model, self.replicas = unwrap(model)
         refuse_wrappers(model)
+        present = _PRESENT.get(model)
+        if present is not None and present() is not None:  # a notebook cell run twice
+            raise ValueError("model must not be under another LocalizedLearning: call remove() on that one first")
         choices = choose(
             epochs=epochs,
             preset=preset,
@@ -141,7 +147,11 @@ class LocalizedLearning:
             lr_decay=lr_decay,
             lr_decay_every=lr_decay_every,
             supervision=supervision,
+            normalize=normalize,
+            activation=activation,
+            momentum=momentum,
             sample=sample,
+            algorithm=algorithm,
             refresh=refresh,
             bn_stats=bn_stats,
             on_boundary_move=on_boundary_move,
@@ -155,7 +165,7 @@ class LocalizedLearning:
         self.schedule = choices.schedule
         self.supervision = choices.supervision
         self._rate = choices.rate
-        self._optimizers = as_optimizers(optimizer)
+        self._optimizers = as_optimizers(optimizer, model)
         if choices.refresh is not None:
             every = Refresh(choices.refresh)
             if not self._optimizers:
@@ -193,6 +203,7 @@ class LocalizedLearning:
         self._kept = 0  # calls of keep_frozen that stopped something
         self._first_forward = FirstForward(model, self.replicas, self._adopt, include=include, skip=skip)
         self._first_forward.watch()
+        _PRESENT[model] = weakref.ref(self)
 
     # ---------------------------------------------------------------- what can be asked
 
@@ -267,7 +278,13 @@ class LocalizedLearning:
     # ---------------------------------------------------------------- the run
 
     def trace(self, *example_args: Any, **example_kwargs: Any) -> ExecutionPlan:
-        """Find the order of the layers now, with one training forward that changes nothing, instead of in the first one."""
+        """Find the order of the layers now, with one training forward that changes nothing, instead of in the first one.
+
+        Raises:
+            RuntimeError: :meth:`remove` was called.
+        """
+        if self._removed:
+            raise RuntimeError("trace() was called after remove()")
         if self._plan is None:
             self._adopt(self._first_forward.trace(example_args, example_kwargs))
         return self.plan
@@ -283,19 +300,30 @@ class LocalizedLearning:
                 ``min_loss_drop`` does nothing without it.
         Raises:
             RuntimeError: no training forward was seen yet, or :meth:`remove` was called; the boundary would move and the
-                processes' replicas differ.
+                processes' replicas differ, in which case nothing has changed.
             ValueError: ``epoch_loss`` is missing or has more than one element, or a callable ``lr`` or schedule answers what cannot
-                be; nothing has changed then.
+                be; with several processes, one of them refused its loss. Nothing has changed then.
             TypeError: ``epoch_loss`` or one of these answers is no number; nor then.
             FloatingPointError: with ``nan_policy="raise"``, a loss, parameters or running statistics that are not finite.
         """
         if self._removed:
             raise RuntimeError("step() was called after remove()")
         freeze = self._prefix()
-        mine = loss = None if epoch_loss is None else number("epoch_loss", epoch_loss)
+        wrong: Exception | None = None
+        mine = loss = None
+        try:
+            mine = loss = None if epoch_loss is None else number("epoch_loss", epoch_loss)
+        except (TypeError, ValueError) as error:
+            if self.replicas is None:
+                raise
+            wrong = error
         norm = self._epoch_start.norm(self._transition_weight()) if self.schedule.needs_update_norm else None
         if self.replicas is not None:
-            loss, norm = self.replicas.agree(loss, norm)
+            loss, norm, refusing = self.replicas.agree(loss, norm, refused=wrong is not None)
+            if wrong is not None:
+                raise wrong
+            if refusing:  # or this one would wait for them
+                raise ValueError(f"epoch_loss was refused on rank {', '.join(map(str, refusing))}, whose error says why")
         if loss is None and self.supervision is not None:  # on no process: all of them raise, or the others would wait for one
             raise ValueError(
                 "epoch_loss must be the epoch's mean training loss, got None (it sets the sign; supervision=None does without)"
@@ -307,18 +335,29 @@ class LocalizedLearning:
         if self._updater is not None:
             self._rate.at(self.epoch + 1)
         told = {"loss": loss} if self.schedule.takes_loss else {}
+        before = self.schedule.state_dict()
         old, new = freeze.boundary, self.schedule.step(norm, **told)
+        if self.replicas is not None and old != new:
+            try:
+                self.replicas.check(self)  # whatever drifted would hardly be found later
+            except BaseException:
+                self.schedule.load_state_dict(before)
+                raise
         if self.supervision is not None and loss is not None:
             self.supervision.step(loss)
         self.epoch += 1
-        if self.replicas is not None and old != new:
-            self.replicas.check(self)  # whatever drifted would hardly be found later
         if self._updater is not None:
             self._updater.reset_counters()
         self._guard.reset()
         self._apply_boundary(new)
         if self.on_boundary_move is not None and old != new:
             self.on_boundary_move(old, new)
+        if self.epoch == self.epochs + 1:
+            warnings.warn(
+                f"step() ends an epoch and was called more than epochs={self.epochs} times: call it once in each",
+                UserWarning,
+                stacklevel=2,
+            )
         # After the first epoch, whose loss cannot have fallen yet, there is nothing to say.
         if self.schedule.waiting is not None and self.epoch > 1 and not self._said_waiting:
             self._said_waiting = True
@@ -334,6 +373,7 @@ class LocalizedLearning:
 
         Raises:
             TypeError: something that is not several parameters.
+            ValueError: one that is not the model's.
         """
         wanted = "parameters must be an iterable of torch.nn.Parameter"
         if isinstance(parameters, Tensor):  # it is an iterable, of its rows
@@ -344,6 +384,8 @@ class LocalizedLearning:
         for each in several:
             if not isinstance(each, nn.Parameter):
                 raise TypeError(f"{wanted}, got {type(each).__name__} in it")
+        if not set(several) <= set(self.model.parameters()):
+            raise ValueError("parameters must be the model's, got some that are not")
         self._kept += any(parameter.requires_grad for parameter in several)
         for parameter in several:
             parameter.requires_grad_(False)
@@ -370,6 +412,7 @@ class LocalizedLearning:
     def remove(self) -> None:
         """Take the hooks off and give the frozen parameters back to SGD; deferred updates are made first."""
         self._removed = True
+        _PRESENT.pop(self.model, None)
         self._first_forward.ignore()
         self._first_forward.abandon()
         if self._refresher is not None:
@@ -474,7 +517,8 @@ class LocalizedLearning:
         self.schedule.bind(len(plan), self.epochs, block)
         reason = self.schedule.never_moves()
         if reason is not None:
-            warnings.warn(f"no layer will ever learn locally in this run: {reason}", UserWarning, stacklevel=2)
+            what = "learn locally" if self.rule == "hebbian" else "be frozen"
+            warnings.warn(f"no layer will ever {what} in this run: {reason}", UserWarning, stacklevel=2)
         self._know(plan)
         self._set_freeze(self._freeze_for(plan))
         if self._updater is not None:

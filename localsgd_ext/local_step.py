@@ -27,11 +27,9 @@ class LocalStep:
     """
 
     def __init__(self, lr: float, *, normalize: bool, momentum: float) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         self.lr = check_lr(lr)
         self.normalize = normalize
-        self.momentum = momentum
+        self.momentum = check_momentum(momentum)
         self._lr_tensors: dict[torch.device, Tensor] = {}
         self._velocity: dict[str, Tensor] = {}
 
@@ -97,6 +95,20 @@ class LocalStep:
         """Restore :meth:`state_dict`, with each layer's momentum on its device in ``devices``."""
         self.set_lr(state["lr"])
         self._velocity = {name: saved.to(device=devices[name], copy=True) for name, saved in state["momentum"].items()}
+
+
+def check_momentum(momentum: object) -> float:
+    """``momentum`` as a float.
+
+    Raises:
+        ValueError: it is not in [0, 1).
+        TypeError: it is no number.
+    """
+    require_numbers(momentum=momentum)
+    value = float(momentum)  # type: ignore[arg-type]
+    if not 0 <= value < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    return value
 
 
 def check_lr(lr: object) -> float:

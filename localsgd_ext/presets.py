@@ -12,9 +12,9 @@ from typing import Any
 from .checks import answer
 from .freezing import BN_STATS
 from .refresh import Every
-from .sampling import check_sample
 from .selection import DynamicModeSelection, ModeSelection, StaticModeSelection
 from .supervision import WeakSupervision
+from .updater import Activation, check_update
 
 RULES = ("hebbian", "frozen")
 AUTO = "auto"
@@ -52,12 +52,12 @@ class LocalRate:
 
         Raises:
             TypeError: a callable's answer is no number.
-            ValueError: it is not finite.
+            ValueError: it is negative or not finite.
         """
         if callable(self._lr):
             rate = answer("lr", self._lr, epoch)
-            if not math.isfinite(rate):
-                raise ValueError(f"lr({epoch}) must be finite, got {rate}")
+            if not (rate >= 0 and math.isfinite(rate)):
+                raise ValueError(f"lr({epoch}) must be finite and at least 0, got {rate}")
             return rate
         return float(self._lr / self._decay ** (epoch // self._decay_every))
 
@@ -88,7 +88,11 @@ def choose(
     lr_decay: float,
     lr_decay_every: int,
     supervision: str | WeakSupervision | None,
+    normalize: bool,
+    activation: Activation | None,
+    momentum: float,
     sample: float,
+    algorithm: str,
     refresh: Every | str | None,
     bn_stats: str,
     on_boundary_move: Callable[[int, int], None] | None,
@@ -113,7 +117,26 @@ def choose(
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be None or one of {', '.join(PRESETS)}, got {preset!r}")
+    check_update(normalize=normalize, activation=activation, momentum=momentum, sample=sample, algorithm=algorithm)
     chosen = PRESETS[preset or "default"]
+    if rule is None and chosen["rule"] == "frozen":
+        of_the_rule = (
+            ("lr", lr, None),
+            ("lr_decay", lr_decay, 2.0),
+            ("lr_decay_every", lr_decay_every, 30),
+            ("normalize", normalize, True),
+            ("activation", activation, None),
+            ("momentum", momentum, 0.0),
+            ("sample", sample, 1.0),
+            ("algorithm", algorithm, "auto"),
+            ("supervision", supervision, None if supervision is None else AUTO),
+        )
+        for name, value, default in of_the_rule:
+            if value != default:
+                raise ValueError(
+                    f"{name} needs rule='hebbian', got {name}={value!r} and no rule, which is 'frozen' then (to leave {name} out of "
+                    "account give rule='frozen')"
+                )
     rule = chosen["rule"] if rule is None else rule
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
@@ -126,6 +149,8 @@ def choose(
         )
     if supervision == AUTO:
         supervision = "absolute" if rule == "hebbian" else None
+    if isinstance(supervision, WeakSupervision) and supervision.last_loss is not None:
+        raise ValueError(f"supervision must be new, got {supervision!r} of another run: make one, or give its name")
     hyperparameters = {"alpha": alpha, "l_max": l_max, "t_shift": t_shift, "min_loss_drop": min_loss_drop}
     every: Any = chosen["refresh"] if refresh == AUTO else refresh  # Refresh checks it
     return Choices(
@@ -134,13 +159,11 @@ def choose(
         schedule=_schedule(schedule, chosen, {name: value for name, value in hyperparameters.items() if value is not None}),
         supervision=WeakSupervision(supervision) if isinstance(supervision, str) else supervision,
         refresh=every,
-        sample=check_sample(sample),
+        sample=float(sample),
     )
 
 
-def _schedule(
-    schedule: str | ModeSelection | None, preset: Mapping[str, Any], given: Mapping[str, Any]
-) -> ModeSelection:
+def _schedule(schedule: str | ModeSelection | None, preset: Mapping[str, Any], given: Mapping[str, Any]) -> ModeSelection:
     """``schedule``, or the one of this name, of the hyper-parameters that are ``given`` and the preset's others."""
     if isinstance(schedule, ModeSelection):
         if given:
@@ -148,12 +171,17 @@ def _schedule(
             raise ValueError(
                 f"{name} must not be given beside a schedule that is a ModeSelection, got {value!r}: give it to {type(schedule).__name__}"
             )
+        if schedule.epoch > 0:
+            raise ValueError(
+                f"schedule must be new, got {schedule!r}, which has seen {schedule.epoch} epochs of another run: make one"
+            )
         return schedule
     kind = preset["schedule"] if schedule is None else schedule
     shared = {name: given.get(name, preset[name]) for name in ("l_max", "min_loss_drop")}
+    dynamic = DynamicModeSelection(**{name: given[name] for name in ("alpha", "t_shift") if name in given}, **shared)
     if kind == "dynamic":
-        return DynamicModeSelection(**{name: given[name] for name in ("alpha", "t_shift") if name in given}, **shared)
-    if kind in StaticModeSelection.KINDS:
+        return dynamic
+    if kind in StaticModeSelection.KINDS:  # the others' hyper-parameters have been checked
         return StaticModeSelection(kind=kind, **shared)
     known = ", ".join(("dynamic", *StaticModeSelection.KINDS))
     raise ValueError(f"schedule must be one of {known} or a ModeSelection, got {kind!r}")

@@ -29,10 +29,11 @@ class ModeSelection(ABC):
         num_layers: ``L``, the number of layers; may be given later through :meth:`bind` (``LocalizedLearning`` does).
         epochs: ``E_max``, the number of epochs of the run.
         l_max: fraction of the layers that may ever learn locally, in (0, 1]. At least one layer keeps learning by SGD.
-        min_loss_drop: share of the first epoch's loss by which the loss must have fallen, in [0, 1); 0: do not wait.
+        min_loss_drop: share of the first epoch's loss by which the loss must have fallen, in [0, 1); 0: do not wait, which is also done
+            where the first loss is not positive.
     Raises:
         ValueError: an argument out of its range.
-        TypeError: one that is no number.
+        TypeError: one that is no number, or no int.
     """
 
     needs_update_norm = False
@@ -51,7 +52,10 @@ class ModeSelection(ABC):
             raise ValueError(f"l_max must be in (0, 1], got {l_max}")
         if not 0 <= min_loss_drop < 1:
             raise ValueError(f"min_loss_drop must be in [0, 1), got {min_loss_drop}")
-        for name, value in (("num_layers", num_layers), ("epochs", epochs)):
+        given: tuple[tuple[str, Any], ...] = (("num_layers", num_layers), ("epochs", epochs))
+        for name, value in given:
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise TypeError(f"{name} must be an int, got {value!r}")
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.l_max = l_max
@@ -131,7 +135,7 @@ class ModeSelection(ABC):
         wanted = (1 - self.min_loss_drop) * first
         if first <= 0 or loss <= wanted:
             return None
-        was = f"it was {first:.4g} in the first epoch and must fall to {wanted:.4g}"
+        was = f"it was {first:.4g} at first and must fall to {wanted:.4g}"
         return f"the loss is {loss:.4g}, {was} (min_loss_drop=0 does not wait)"
 
     @staticmethod
@@ -269,7 +273,7 @@ class StaticModeSelection(ModeSelection):
         min_loss_drop: see :class:`ModeSelection`; not of a callable. After the wait the schedule, from its first move on, is run
             through in the epochs that are left.
     Raises:
-        ValueError: an unknown ``kind``, or ``l_max`` or ``min_loss_drop`` out of its range.
+        ValueError: an unknown ``kind``, or ``l_max``, ``min_loss_drop``, ``c1`` or ``c2`` out of its range.
         TypeError: ``l_max``, ``c1``, ``c2`` or ``min_loss_drop`` is no number.
     """
 
@@ -289,7 +293,11 @@ class StaticModeSelection(ModeSelection):
     ) -> None:
         if not callable(kind) and kind not in self.KINDS:
             raise ValueError(f"kind must be one of {', '.join(self.KINDS)} or a callable of the epoch, got {kind!r}")
-        require_numbers(**{name: value for name, value in (("c1", c1), ("c2", c2)) if value is not None})
+        for name, value in (("c1", c1), ("c2", c2)):
+            if value is not None:
+                require_numbers(**{name: value})
+                if not math.isfinite(value):
+                    raise ValueError(f"{name} must be finite, got {value}")
         if callable(kind) and min_loss_drop:
             raise ValueError(f"min_loss_drop must be 0 where kind is a callable, got {min_loss_drop}")
         self.kind = kind

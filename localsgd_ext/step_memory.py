@@ -42,7 +42,8 @@ class SavedMemory:
 
     The forward is one of ``inputs`` through a copy of the network, for each kind of step at the present boundary: it changes
     nothing, and takes the copy's memory for its time. Constant are parameters, buffers, gradients of what learns, and the
-    optimizers' state. What neither is (workspaces, the loss, gradients of activations) is not counted: leave room for it.
+    optimizers' state. What neither is (workspaces, the loss, gradients of activations, and activations that checkpointing computes anew in the
+    backward pass) is not counted: leave room for it.
     Where you train under autocast, call :meth:`BatchGrowth.step` under it.
 
     Args:

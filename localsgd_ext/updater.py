@@ -15,7 +15,7 @@ from . import ops
 from .hooks import CallHook, in_backward, under_checkpoint, under_transform
 from .layer_hook import LayerHook, parameter
 from .layers import Patterns, is_plain, select_names
-from .local_step import LocalStep, check_lr
+from .local_step import LocalStep, check_lr, check_momentum
 from .replicated_sums import ReplicatedSums
 from .sampling import check_sample, sampled, sampled_correlation
 from .wrappers import refuse_sharded, refuse_wrappers, unwrap
@@ -75,11 +75,8 @@ class HebbianUpdater:
         sample: float = 1.0,
         algorithm: str = "auto",
     ) -> None:
+        check_update(normalize=normalize, activation=activation, momentum=momentum, sample=sample, algorithm=algorithm)
         self._step = LocalStep(lr, normalize=normalize, momentum=momentum)
-        if algorithm not in ops.ALGORITHMS:
-            raise ValueError(f"algorithm must be one of {', '.join(ops.ALGORITHMS)}, got {algorithm!r}")
-        if activation is not None and not callable(activation):
-            raise TypeError(f"activation must be callable, got {type(activation).__name__}")
         model, self.replicas = unwrap(model)
         refuse_wrappers(model)
         if self.replicas is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -91,7 +88,7 @@ class HebbianUpdater:
             )
         self.model = model
         self.activation = activation
-        self.sample = check_sample(sample)
+        self.sample = float(sample)
         self.algorithm = algorithm
         self.forwards = 0
         """Training forwards of ``model`` since the last :meth:`reset_counters`, but for those while :attr:`paused`."""
@@ -106,7 +103,7 @@ class HebbianUpdater:
         self._turn = torch.full((), -1, dtype=torch.int64, device="cpu")
         self._pending: dict[str, Tensor] = {}
         modules = dict(model.named_modules())
-        names = select_names(model, layers)
+        names = select_names(model, layers, argument="layers")
         update = self._eager(self._update)
         self._hooks = {
             name: LayerHook(self, update, name, modules[name]) for name in modules if name in names and is_plain(modules[name])
@@ -152,7 +149,10 @@ class HebbianUpdater:
 
         Raises:
             ValueError: a name that has no hook.
+            TypeError: a single string.
         """
+        if isinstance(names, str):  # an iterable, of its letters
+            raise TypeError(f"names must be several names, got {names!r}: put it in a list")
         names, deferred = dict.fromkeys(names), set(deferred)
         unknown = sorted(names.keys() - self._hooks.keys())
         if unknown:
@@ -365,6 +365,23 @@ class HebbianUpdater:
         if summed:
             self._step.write_summed(summed)
             sums.clear()
+
+
+def check_update(*, normalize: object, activation: object, momentum: object, sample: object, algorithm: object) -> None:
+    """Check what :class:`HebbianUpdater` takes beside the learning rate.
+
+    Raises:
+        ValueError: an argument out of its range.
+        TypeError: one of another type.
+    """
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize must be a bool, got {normalize!r}")
+    if activation is not None and not callable(activation):
+        raise TypeError(f"activation must be callable, got {type(activation).__name__}")
+    check_momentum(momentum)
+    check_sample(sample)
+    if algorithm not in ops.ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ops.ALGORITHMS)}, got {algorithm!r}")
 
 
 def _refuse_capture(x: Tensor) -> None:

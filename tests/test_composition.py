@@ -275,6 +275,34 @@ def test_compiled(how, counters):
 
 
 @quiet
+def test_many_places_of_the_boundary_need_a_higher_limit(counters):
+    """torch.compile keeps so many variants of one function (8), then runs new ones uncompiled. A place is one in training and one in
+    evaluation, which does not know that it asks for no gradients anyway."""
+    path = tuple(range(11))
+    for limit, expected in ((64, 2 * len(path)), (4, 4)):
+        torch._dynamo.reset()
+        counters.clear()
+        model = seeded(lambda: Blocks(10))
+        optimizer = sgd(model)
+        schedule = StaticModeSelection(kind=lambda epoch: path[min(epoch, len(path) - 1)], l_max=1.0)
+        local = LocalizedLearning(model, optimizer, epochs=len(path), rule="frozen", schedule=schedule)
+        ((x, y),) = batches(1)
+        local.trace(x)
+        with torch._dynamo.config.patch(recompile_limit=limit):
+            compiled = torch.compile(model, backend="eager")
+            for boundary in path:
+                assert local.boundary == boundary
+                model.train()
+                F.cross_entropy(compiled(x), y).backward()
+                model.eval()
+                with torch.no_grad():
+                    compiled(x)
+                local.step()
+        local.remove()
+        assert counters["stats"]["unique_graphs"] == expected
+
+
+@quiet
 def test_a_layer_that_stays_silent_is_told_apart_from_one_in_a_compiled_block(counters):
     model = seeded(lambda: Blocks(2))
     optimizer = sgd(model)

@@ -38,7 +38,7 @@ def test_signs_and_boundaries_come_from_all_processes():
 def test_a_loss_that_only_one_process_knows_counts_for_all():
     """As where only the first one keeps a log; without a sign to set, the loss may be left out."""
     known = dist.get_rank() == 0
-    run = Run(replicated=True, preset=None, schedule="dynamic", alpha=100.0, t_shift=1, epochs=8)
+    run = Run(replicated=True, preset=None, rule="frozen", schedule="dynamic", alpha=100.0, t_shift=1, epochs=8)
     boundaries = []
     for number, loss in enumerate([4.0, 3.8, 3.7, 3.6, 3.6]):
         for x, y in batches(2, SIZE, seed=number, dtype=torch.float64):
@@ -68,6 +68,29 @@ def test_a_loss_that_only_one_process_knows_sets_the_sign_of_all():
     assert signs == [1, -1, -1, 1]
     assert run.local.epoch == 3
     check_replicas(run.local)
+
+
+@distributed_test(world_size=2)
+def test_the_largest_norm_decides():
+    run = Run(replicated=True)
+    loss, norm, refusing = run.model.agree((1.0, 3.0)[dist.get_rank()], (0.5, 0.25)[dist.get_rank()])
+    assert (loss, norm, refusing) == (2.0, 0.5, [])
+
+
+@distributed_test(world_size=2)
+def test_a_loss_that_one_process_refuses_raises_on_all_and_changes_nothing():
+    run = Run(replicated=True)
+    for x, y in batches(2, SIZE, dtype=torch.float64):
+        run.step(x, y)
+    before = run.local.state_dict()
+    wrong, error, message = [(1.0, ValueError, "refused on rank 1"), (torch.zeros(2), ValueError, "one element")][
+        dist.get_rank()
+    ]
+    with pytest.raises(error, match=message):
+        run.local.step(wrong)
+    assert run.local.state_dict() == before
+    run.local.step(1.0)
+    assert run.local.epoch == 1
 
 
 @pytest.mark.parametrize("build", [NoNorm, TwoBlockResNet])

@@ -132,12 +132,15 @@ def test_under_autocast_the_weight_is_the_rounded_one():
 @distributed_test(world_size=2)
 def test_resumes_bit_for_bit(options):
     """Also in an epoch whose boundary is that of the one before: what was agreed upon is in the state."""
-    boundaries = {"schedule": fixed(3)} if "refresh" not in options else {}
-    options = {"algorithm": "gram", **boundaries, **options}
-    whole = Run(Widening, replicated=True, **options)
+
+    def run():
+        boundaries = {"schedule": fixed(3)} if "refresh" not in options else {}
+        return Run(Widening, replicated=True, **{"algorithm": "gram", **boundaries, **options})
+
+    whole = run()
     saved = whole.run(stop=3).saved()
     whole.run(start=3)
-    resumed = Run(Widening, replicated=True, **options).load(saved)
+    resumed = run().load(saved)
     assert resumed.local._updater._sums.grams
     resumed.run(start=3)
     for ours, theirs in zip(resumed.network.state_dict().values(), whole.network.state_dict().values(), strict=True):

@@ -109,3 +109,13 @@ def test_drift_is_found_before_the_boundary_moves():
         run.network.fc.weight.data.mul_(1.5)
     message = raises_everywhere(RuntimeError, lambda: [run.epoch(number) for number in (2, 3)])
     assert "parameter" in message
+    assert run.local.boundary == run.local.schedule.boundary
+    assert run.local.epoch == run.local.schedule.epoch
+    for parameter in run.network.parameters():  # put right, the epoch ends as it would have
+        dist.broadcast(parameter.data, 0)
+    for state in run.optimizer.state.values():
+        dist.broadcast(state["momentum_buffer"], 0)
+    boundary, epoch = run.local.boundary, run.local.epoch
+    run.local.step(1.0)
+    assert run.local.boundary == run.local.schedule.boundary != boundary
+    assert run.local.epoch == epoch + 1

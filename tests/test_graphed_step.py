@@ -236,6 +236,33 @@ def test_arguments() -> None:
         run.train_step(batches(1)[0][0], 3)
     with pytest.raises(ValueError, match="warmup must be at least 1, got 0"):
         GraphedStep(run.local, run.step, warmup=0, recorder=run.recorder)
+    wrong: Any
+    for wrong, message in (
+        ((run.model, run.step, 1), "local must be a LocalizedLearning, got PlainCNN"),
+        ((run.local, None, 1), "step must be callable, got NoneType"),
+        ((run.local, run.step, 1.5), "warmup must be an int, got 1.5"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            GraphedStep(wrong[0], wrong[1], warmup=wrong[2], recorder=run.recorder)
+
+
+def test_a_step_that_is_never_captured_is_said_once() -> None:
+    run = Run(PlainCNN, (1,) * 2, True)
+    ((x, y),) = batches(1)
+
+    def steps() -> None:
+        for _ in range(60):
+            run.optimizer.param_groups[0]["lr"] *= 0.99
+            run.train_step(x, y)
+
+    message = r"no step was captured .*: lr of an optimizer's parameter group \(.*\) changed in each"
+    with pytest.warns(UserWarning, match=message) as said:
+        steps()
+    assert len(said) == 1
+    assert run.train_step.captures == 0
+    for _ in range(4):
+        run.train_step(x, y)
+    assert run.train_step.captures == 1
 
 
 def test_without_a_gpu_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,12 @@
 """What the constructor of LocalizedLearning and ``step`` take, and what they refuse."""
 
+import numpy as np
 import pytest
 import torch
-from models import PlainCNN, batches, run_epoch, seeded, with_boundary
+from models import PlainCNN, batches, changed, run_epoch, seeded, snapshot, with_boundary
 
-from localsgd_ext import LocalizedLearning, StaticModeSelection
+import localsgd_ext
+from localsgd_ext import HebbianUpdater, LocalizedLearning, StaticModeSelection, WeakSupervision, freeze_prefix, trace_layers
 
 
 def sgd(model):
@@ -39,7 +41,8 @@ def hooks(model):
         ({"algorithm": "fast"}, "algorithm"),
         ({"alpha": float("nan")}, "alpha"),
         ({"lr_decay": float("nan")}, "lr_decay"),
-        ({"lr": lambda epoch: float("nan")}, r"lr\(0\) must be finite, got nan"),
+        ({"lr": lambda epoch: float("nan")}, r"lr\(0\) must be finite and at least 0, got nan"),
+        ({"lr": lambda epoch: -0.1}, r"lr\(0\) must be finite and at least 0, got -0.1"),
         ({"include": "fc("}, r"include .*got 'fc\('"),
     ],
 )
@@ -135,3 +138,178 @@ def test_a_callable_that_answers_nonsense_later_changes_nothing(name, nonsense, 
     answers[1] = 1
     local.step(1.0)
     assert (local.epoch, local.schedule.epoch, local.boundary) == (1, 1, 1)
+
+
+HEBBIAN_ONLY = {
+    "lr": 0.5, "lr_decay": 3.0, "lr_decay_every": 7, "normalize": False, "activation": torch.relu, "momentum": 0.5, "sample": 0.5,
+    "algorithm": "direct", "supervision": "toggle",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEBBIAN_ONLY)
+def test_what_only_local_updates_use_needs_their_rule(name):
+    """The default does not learn locally: who gives a local learning rate and no rule expects something else."""
+    model, setting = seeded(PlainCNN), {name: HEBBIAN_ONLY[name]}
+    for preset in (None, "default", "refresh"):
+        with pytest.raises(ValueError, match=f"{name} needs rule='hebbian'"):
+            LocalizedLearning(model, sgd(model), epochs=20, preset=preset, **setting)
+    for options in ({"rule": "frozen"}, {"rule": "hebbian"}, {"preset": "paper"}):
+        LocalizedLearning(model, sgd(model), epochs=20, **options, **setting).remove()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"momentum": 7.0}, ValueError),
+        ({"sample": 0}, ValueError),
+        ({"algorithm": "fast"}, ValueError),
+        ({"normalize": "no"}, TypeError),
+    ],
+)
+def test_it_is_checked_without_local_updates_too(wrong, error):
+    model = seeded(PlainCNN)
+    with pytest.raises(error, match=next(iter(wrong))):
+        LocalizedLearning(model, sgd(model), epochs=20, rule="frozen", **wrong)
+
+
+@pytest.mark.parametrize(("wrong", "error"), [({"alpha": "x"}, TypeError), ({"t_shift": "banana"}, ValueError)])
+def test_what_a_static_schedule_does_not_use_is_checked_too(wrong, error):
+    model = seeded(PlainCNN)
+    with pytest.raises(error, match=next(iter(wrong))):
+        LocalizedLearning(model, sgd(model), epochs=20, schedule="linear", **wrong)
+
+
+def test_what_another_run_has_used_is_refused():
+    model, schedule, supervision = seeded(PlainCNN), StaticModeSelection(kind="linear"), WeakSupervision()
+    first = LocalizedLearning(model, sgd(model), epochs=3, rule="hebbian", schedule=schedule, supervision=supervision)
+    run_epoch(model, sgd(model), batches(1))
+    first.step(1.0)
+    first.remove()
+    model = seeded(PlainCNN)
+    with pytest.raises(ValueError, match=r"schedule must be new, .* has seen 1 epochs of another run"):
+        LocalizedLearning(model, sgd(model), epochs=3, schedule=schedule)
+    with pytest.raises(ValueError, match="supervision must be new"):
+        LocalizedLearning(model, sgd(model), epochs=3, rule="hebbian", supervision=supervision)
+
+
+@pytest.mark.parametrize("rule", ["hebbian", "frozen"])
+def test_a_model_has_one_at_a_time(rule):
+    model = seeded(PlainCNN)
+    first = LocalizedLearning(model, sgd(model), epochs=3, rule=rule)
+    with pytest.raises(ValueError, match="another LocalizedLearning: call remove"):
+        LocalizedLearning(model, sgd(model), epochs=3, rule=rule)
+    first.remove()
+    LocalizedLearning(model, sgd(model), epochs=3, rule=rule).remove()
+    assert hooks(model) == 0
+
+
+def test_an_optimizer_of_another_model_is_warned_of():
+    model, older = seeded(PlainCNN), seeded(PlainCNN)
+    with pytest.warns(UserWarning, match=r"the optimizer \(SGD\) has no parameter of the model"):
+        LocalizedLearning(model, sgd(older), epochs=3)
+
+
+def test_an_optimizer_given_twice_counts_once():
+    model = seeded(PlainCNN)
+    optimizer = sgd(model)
+    local = LocalizedLearning(
+        model, [optimizer, optimizer], epochs=9, schedule=StaticModeSelection(kind=lambda epoch: 2), refresh=2
+    )
+    local.trace(batches(1)[0][0])
+    seen = []
+    for x, y in batches(4):
+        seen.append(local.refreshing)
+        run_epoch(model, optimizer, [(x, y)])
+    assert seen == [False, True, False, True]
+
+
+def test_more_epochs_than_there_are_is_said_once():
+    """The likeliest mistake: called for every mini-batch."""
+    model = seeded(PlainCNN)
+    local = LocalizedLearning(model, sgd(model), epochs=2, schedule="linear", min_loss_drop=0)
+    run_epoch(model, sgd(model), batches(1))
+    local.step()
+    local.step()
+    with pytest.warns(UserWarning, match="called more than epochs=2 times: call it once in each"):
+        local.step()
+    local.step()
+
+
+def test_nothing_is_traced_after_remove():
+    model = seeded(PlainCNN)
+    local = LocalizedLearning(model, sgd(model), epochs=2)
+    local.remove()
+    with pytest.raises(RuntimeError, match=r"trace\(\) was called after remove\(\)"):
+        local.trace(batches(1)[0][0])
+
+
+def test_only_the_models_own_parameters_are_kept_frozen():
+    model, other = seeded(PlainCNN), seeded(PlainCNN)
+    local = LocalizedLearning(model, sgd(model), epochs=2)
+    with pytest.raises(ValueError, match="parameters must be the model's"):
+        local.keep_frozen(other.parameters())
+    assert all(p.requires_grad for p in other.parameters())
+
+
+def test_include_names_something():
+    model = seeded(PlainCNN)
+    with pytest.raises(ValueError, match="include must name at least one layer"):
+        LocalizedLearning(model, sgd(model), epochs=2, include=[])
+    LocalizedLearning(model, sgd(model), epochs=2, skip=[])
+
+
+def test_layers_and_names_of_an_updater():
+    model = seeded(PlainCNN)
+    with pytest.raises(ValueError, match=r"^layers must match"):
+        HebbianUpdater(model, "conv1")
+    updater = HebbianUpdater(model)
+    with pytest.raises(TypeError, match="names must be several names, got 'fc': put it in a list"):
+        updater.enable("fc")
+
+
+@pytest.mark.parametrize(
+    ("boundary", "error", "message"),
+    [
+        (1.5, ValueError, "index of a layer or a fraction in .0, 1., got 1.5"),
+        (1.0, ValueError, "got 1.0"),
+        (0.0, ValueError, "got 0.0"),
+        (float("nan"), ValueError, "got nan"),
+        (99, ValueError, "got 99"),
+        (-1, ValueError, "got -1"),
+        (True, TypeError, "boundary must be a number, got True"),
+        ("2", TypeError, "boundary must be a number, got '2'"),
+    ],
+)
+def test_boundaries_of_freeze_prefix(boundary, error, message):
+    model = seeded(PlainCNN)
+    with pytest.raises(error, match=message):
+        freeze_prefix(model, boundary, batches(1)[0][0])
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_boundaries_of_numpy_are_indices():
+    assert freeze_prefix(seeded(PlainCNN), np.int64(2), batches(1)[0][0]).boundary == 2
+
+
+def test_a_fraction_of_less_than_one_layer_is_said():
+    with pytest.warns(UserWarning, match="nothing is frozen: boundary=0.05 of 5 layers is less than one"):
+        assert freeze_prefix(seeded(PlainCNN), 0.05, batches(1)[0][0]).boundary == 0
+
+
+def test_tracing_leaves_layers_that_learn_locally_alone():
+    model = seeded(PlainCNN)
+    local = with_boundary(model, sgd(model), 3, lr=0.5)
+    before = snapshot(model)
+    forwards, order = local._updater.forwards, {id(m): list(m._forward_hooks) for m in model.modules()}
+    assert set(trace_layers(model, batches(1)[0][0]).layers) == set(local.layers) - set(local.local_layers)
+    assert not changed(model, before)
+    assert local._updater.forwards == forwards
+    assert {id(m): list(m._forward_hooks) for m in model.modules()} == order
+    model.train()(batches(1)[0][0])
+    assert changed(model, before)
+
+
+def test_the_benchmark_switch_is_a_bool():
+    with pytest.raises(TypeError, match="benchmark must be a bool, got 'off'"):
+        localsgd_ext.benchmark = "off"
+    assert localsgd_ext.benchmark is False

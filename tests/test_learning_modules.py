@@ -72,7 +72,7 @@ def test_left_out_with_one_warning_that_names_it(case):
     model = seeded(build)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        local = LocalizedLearning(model, sgd(model), epochs=20, preset="paper", schedule=at(1), t_shift=1)
+        local = LocalizedLearning(model, sgd(model), epochs=20, preset="paper", schedule=at(1))
         for _ in range(3):
             local.step(run_epoch(model, sgd(model), batches(2)))
     ours = [w for w in caught if issubclass(w.category, UserWarning) and any(name in str(w.message) for name in names)]
@@ -87,7 +87,7 @@ def test_supported_without_a_warning(build):
     model = seeded(build)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        local = LocalizedLearning(model, sgd(model), epochs=20, preset="paper", schedule=at(2), t_shift=1, lr=0.01)
+        local = LocalizedLearning(model, sgd(model), epochs=20, preset="paper", schedule=at(2), lr=0.01)
         optimizer = sgd(model)
         local.step(run_epoch(model, optimizer, batches(2)))
     before = snapshot(model)

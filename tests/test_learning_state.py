@@ -183,9 +183,7 @@ def test_another_format_is_refused():
 def test_the_state_of_other_options_is_refused(kwargs, message):
     state = fresh().state_dict()
     model = seeded(PlainCNN)
-    local = LocalizedLearning(
-        model, torch.optim.SGD(model.parameters(), lr=0.05), epochs=20, preset="paper", **{"t_shift": 1, **kwargs}
-    )
+    local = LocalizedLearning(model, torch.optim.SGD(model.parameters(), lr=0.05), epochs=20, preset="paper", **kwargs)
     with pytest.raises(ValueError, match=message):
         local.load_state_dict(state)
 
@@ -201,7 +199,7 @@ def test_the_state_of_a_run_of_another_length_is_refused():
 def test_the_state_of_a_run_with_a_refresh_is_not_loaded_without_one():
     def made(**kwargs):
         model = seeded(PlainCNN)
-        return LocalizedLearning(model, torch.optim.SGD(model.parameters(), lr=0.05), epochs=20, t_shift=1, **kwargs)
+        return LocalizedLearning(model, torch.optim.SGD(model.parameters(), lr=0.05), epochs=20, **kwargs)
 
     state = made(preset="refresh").state_dict()
     with pytest.raises(ValueError, match="refresh"):

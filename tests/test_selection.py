@@ -146,7 +146,7 @@ def test_why_it_waits_can_be_asked():
         reasons.append(selection.waiting)
     assert reasons == [
         None,
-        "the loss is 3.5, it was 4 in the first epoch and must fall to 3 (min_loss_drop=0 does not wait)",
+        "the loss is 3.5, it was 4 at first and must fall to 3 (min_loss_drop=0 does not wait)",
         *[None] * 4,
     ]
 

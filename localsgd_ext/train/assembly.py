@@ -26,13 +26,14 @@ def localized_learning(
     as_printed = config.method == "local-paper" or config.preset == "paper"
     schedule: dict[str, Any] = {
         "schedule": config.schedule,
-        "alpha": config.alpha,
         "l_max": config.l_max,
-        "t_shift": config.t_shift,
         "min_loss_drop": 0.0 if config.min_loss_drop is None and as_printed else config.min_loss_drop,
     }
     if config.schedule == "local-first":
         schedule = {"schedule": local_first(config)}
+    elif config.schedule == "dynamic":
+        schedule |= {"alpha": config.alpha, "t_shift": config.t_shift}
+    supervised = config.method in HEBBIAN and config.supervision != "none"
     return LocalizedLearning(
         model,
         optimizer,
@@ -44,7 +45,7 @@ def localized_learning(
         lr_decay_every=config.local_lr_decay_every,
         sample=config.sample,
         refresh=config.refresh or None,
-        supervision=None if config.supervision == "none" else config.supervision,
+        supervision=config.supervision if supervised else None,
         bn_stats=config.bn_stats,
         nan_policy=config.nan_policy,
         on_boundary_move=on_boundary_move,

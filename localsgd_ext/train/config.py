@@ -118,7 +118,9 @@ class RunConfig:
         _require(self, "refresh", self.refresh >= 0, "at least 0")
         _require(self, "min_loss_drop", self.min_loss_drop is None or 0 <= self.min_loss_drop < 1, "in [0, 1)")
         if self.schedule == "local-first" and self.min_loss_drop:
-            raise ValueError(f"--min-loss-drop {self.min_loss_drop} cannot wait with --schedule local-first, which begins with local layers")
+            raise ValueError(
+                f"--min-loss-drop {self.min_loss_drop} cannot wait with --schedule local-first, which begins with local layers"
+            )
         _require(self, "survival", 0 < self.survival <= 1, "in (0, 1]")
         _require(self, "lasso_ratio", 0 < self.lasso_ratio < 1, "in (0, 1)")
         _require(self, "l_max", 0 < self.l_max < 1, "in (0, 1)")

@@ -30,6 +30,7 @@ from localsgd_ext.train.prunetrain import GroupLasso
 from localsgd_ext.train.rundir import SUMMARY, RunDirectory
 from localsgd_ext.train.stochastic_depth import ResidualBranches
 
+_NAMED = 5  # pictures on the screen; the log has all
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,6 +61,7 @@ class Trainer:
         self.world = world
         self.epoch = 0
         self.metrics: list[dict[str, Any]] = []
+        self._logged: set[str] = set()  # unreadable pictures
         processes.check(config, world)
         self._device = torch.device(config.device)
         assembly.set_determinism(config, self._device)
@@ -176,6 +178,10 @@ class Trainer:
         }
         if unreadable:
             self.say(f"epoch {number}: {_unreadable(unreadable, repeated)}")
+            if len(unreadable) > _NAMED:
+                for path in sorted(unreadable.keys() - self._logged):
+                    self.directory.log(f"{path} could not be read: {unreadable[path]}")
+            self._logged |= unreadable.keys()
         if not math.isfinite(loss):
             self.say(f"epoch {number}: the training loss is not finite ({loss}); a smaller --lr or --local-lr may help")
         self.epoch = number
@@ -393,10 +399,10 @@ def _size(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _unreadable(reasons: dict[str, str], repeated: int, named: int = 5) -> str:
+def _unreadable(reasons: dict[str, str], repeated: int) -> str:
     """All of them counted, the first few named; and the shares of mini-batches that were repeated for want of a readable picture."""
-    listed = "; ".join(f"{path} ({why})" for path, why in sorted(reasons.items())[:named])
-    more = f"; and {len(reasons) - named} more" if len(reasons) > named else ""
+    listed = "; ".join(f"{path} ({why})" for path, why in sorted(reasons.items())[:_NAMED])
+    more = f"; and {len(reasons) - _NAMED} more, in the log" if len(reasons) > _NAMED else ""
     again = f" ({repeated} times a whole share of a mini-batch, another of which was repeated)" if repeated else ""
     return f"{len(reasons)} pictures could not be read and were left out{again}: {listed}{more}"
 

@@ -474,8 +474,9 @@ def test_damaged_pictures_of_every_process_are_named(folders: Path, tmp_path: Pa
     log = (tmp_path / "run" / rundir.LOG).read_text()
     again = "(4 times a whole share of a mini-batch, another of which was repeated)"
     assert f"epoch 1: 6 pictures could not be read and were left out {again}: " in log
-    assert sum(f"{path} ({why})" in log for path, why in damaged.items()) == 5
-    assert "; and 1 more\n" in log
+    assert sum(f"{path} ({why})" in output for path, why in damaged.items()) == 5
+    assert "; and 1 more, in the log\n" in output
+    assert all(f" {path} could not be read: {why}\n" in log for path, why in damaged.items())
 
 
 def test_an_error_of_the_second_node_alone_is_said_there(folders: Path, tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-# By every command but doctor; the method prunetrain needs torch_pruning besides, and says so.
-_NEEDED = ("typer", "rich", "torchvision", "tensorboard", "matplotlib", "sklearn", "fontTools")
+# By every command but doctor. The method prunetrain needs torch_pruning besides, and says so; without tensorboard its curves are
+# left out.
+_NEEDED = ("typer", "rich", "torchvision", "matplotlib", "sklearn", "fontTools")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib.util
 import os
 import socket
 import time
@@ -94,6 +95,9 @@ class RunDirectory:
         for key in ("torch", "cpu", "gpu", "threads", "localsgd_ext", "compiled_kernels"):
             if before.get(key) != here[key]:
                 self.log(f"environment: {key} was {before.get(key)}, is {here[key]}: results may differ in the last bits")
+        self._has_tensorboard = importlib.util.find_spec("tensorboard") is not None
+        if not self._has_tensorboard:
+            self.log("tensorboard is not installed: no curves are written for it")
         write_json(path / ENVIRONMENT, here)
 
     def log(self, line: str) -> None:
@@ -113,8 +117,10 @@ class RunDirectory:
         return kept
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
-        """Record an epoch, in the JSON lines and for TensorBoard."""
+        """Record an epoch, in the JSON lines and for TensorBoard if there is one."""
         append_json_line(self.path / METRICS, metrics)
+        if not self._has_tensorboard:
+            return
         epoch = metrics["epoch"]
         with naming(self.path / "tensorboard"):
             if self._events is None:

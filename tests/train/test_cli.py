@@ -137,7 +137,7 @@ def test_only_prunetrain_needs_torch_pruning(
     found = entry.importlib.util.find_spec
     monkeypatch.setattr(entry.importlib.util, "find_spec", lambda name: None if name == "torch_pruning" else found(name))
     monkeypatch.setitem(sys.modules, "torch_pruning", None)  # importing it now raises
-    options = "--data fake --device cpu --epochs 1 --train-size 64 --test-size 32 --image-size 16".split()
+    options = ["--data=fake", "--device=cpu", "--epochs=1", "--train-size=64", "--test-size=32", "--image-size=16"]
     assert main([*command.split(), *options, "--out", str(tmp_path / "pruned")]) == 2
     assert "--method prunetrain needs torch_pruning: pip install torch-pruning" in capsys.readouterr().err
     assert not (tmp_path / "pruned").exists()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +52,19 @@ def test_tensorboard_has_the_curves(tmp_path: Path, tiny: Callable[..., RunConfi
     accuracy = [(e.step, e.value) for e in events.Scalars("test_accuracy")]
     assert accuracy == [(m["epoch"], pytest.approx(m["test_accuracy"])) for m in metrics]
     assert {f"step_ms/{phase}" for phase in PHASES} <= set(events.Tags()["scalars"])
+
+
+def test_without_tensorboard_all_else_is_there(
+    tmp_path: Path, tiny: Callable[..., RunConfig], trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else found(name))
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # importing it now raises
+    _run(trainer(tiny("local")))
+    run = tmp_path / "run"
+    assert not (run / "tensorboard").exists()
+    assert "tensorboard is not installed: no curves are written for it" in (run / "log.txt").read_text()
+    assert len(read_json_lines(run / "metrics.jsonl")) == 4
 
 
 def test_memory_falls_where_the_boundary_moves_and_only_there(

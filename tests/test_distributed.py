@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from models import TwoBlockResNet, batches, snapshot
 from processes import distributed_test
-from replicated import SIZE, NoNorm, Run, assert_equal, fixed, share
+from replicated import EPOCHS, SIZE, NoNorm, Run, assert_equal, fixed, share
 from torch.utils.checkpoint import checkpoint
 
 from localsgd_ext import GraphedStep
@@ -36,6 +36,19 @@ def test_equals_one_process_with_the_whole_batch(variant, world_size):
     assert many.moves == one.moves
     assert_equal(one, many, rtol=1e-12, atol=1e-12)
     check_replicas(many.local)
+
+
+@distributed_test(world_size=2)
+def test_algorithm_1_moves_the_boundary_as_in_one_process():
+    """By the norms that come out, at an alpha with which they hold it back where it might move."""
+    boundaries = []
+    for replicated in (True, False):
+        run, path = Run(replicated=replicated, schedule="dynamic", t_shift=1, alpha=1.4, l_max=0.8), []
+        for number in range(EPOCHS):
+            run.epoch(number)
+            path.append(run.local.boundary)
+        boundaries.append(path)
+    assert boundaries == [[0, 0, 1, 1, 1, 2]] * 2
 
 
 @pytest.mark.parametrize("to_none", [True, False])

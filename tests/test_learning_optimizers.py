@@ -189,25 +189,46 @@ def test_several_parameter_groups():
     run_epoch(model, optimizer, batches(1))
 
 
+def by_hand(model, lr):
+    """Localized learning of ``features`` as a loop of one's own would have it: frozen, and each layer updated after its forward."""
+    model.features.requires_grad_(False)
+
+    @torch.no_grad()
+    def update(module, args, output):
+        d = torch.nn.grad.conv2d_weight(args[0], module.weight.shape, output, padding=1)
+        module.weight += lr * d / d.norm()
+
+    for name in PlainCNN.LAYERS[:4]:
+        model.get_submodule(name).register_forward_hook(update)
+
+
 def test_several_optimizers():
-    model = seeded(PlainCNN)
-    convs = torch.optim.SGD(model.features.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
-    head = torch.optim.AdamW(model.fc.parameters(), lr=1e-2)
-    local = LocalizedLearning(model, [convs, head], epochs=6, preset="paper", schedule=at(4), lr=0.01)
+    """Beside a loop that does the same without the library: the prefix by hand, the head by its own optimizer."""
+    model, plain = seeded(PlainCNN).double(), seeded(PlainCNN).double()
+    pairs = []
+    for each in (model, plain):
+        convs = torch.optim.SGD(each.features.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+        pairs.append((each, convs, torch.optim.AdamW(each.fc.parameters(), lr=1e-2)))
+    local = LocalizedLearning(model, pairs[0][1:], epochs=6, preset="paper", schedule=at(4), lr=0.01)
     for epoch in range(3):
         before = snapshot(model)
-        for x, y in batches(2):
-            loss = F.cross_entropy(model(x), y)
-            for optimizer in (convs, head):
-                optimizer.zero_grad()
-            loss.backward()
-            for optimizer in (convs, head):
-                optimizer.step()
+        for network, *optimizers in pairs:
+            for x, y in batches(2, dtype=torch.float64):
+                loss = F.cross_entropy(network(x), y)
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                loss.backward()
+                for optimizer in optimizers:
+                    optimizer.step()
         moved = changed(model, before) & parameters_of(model)
         if epoch:
             assert moved == {f"{name}.weight" for name in PlainCNN.LAYERS} | {"fc.bias"}
-            assert not convs.state
+            assert not pairs[0][1].state
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-10, atol=1e-12)
         local.step(1.0)
+        if epoch == 0:
+            by_hand(plain, 0.01)
 
 
 # With operands in bfloat16 "auto" may take PyTorch's own weight gradient, which rounds D to bfloat16: 2**-9 for each element.
@@ -225,9 +246,10 @@ def test_autocast_and_gradient_scaler(scaler, dtype, algorithm, tolerance):
             lambda module, args, output, name=name: captured.update({name: (args[0], output)})
         )
     for x, y in batches(2):
-        before = snapshot(model)
+        before, plain = snapshot(model), copy.deepcopy(model)  # whose hooks are dead
         with torch.autocast("cpu", dtype):
             loss = F.cross_entropy(model(x), y)
+            without = F.cross_entropy(plain(x), y)
         for name in local.local_layers:
             module, (layer_input, output) = model.get_submodule(name), captured[name]
             assert output.dtype == dtype
@@ -239,6 +261,10 @@ def test_autocast_and_gradient_scaler(scaler, dtype, algorithm, tolerance):
             assert error <= tolerance * torch.linalg.vector_norm(step), name
         optimizer.zero_grad()
         scale.scale(loss).backward()
+        scale.scale(without).backward()
+        for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):  # no hook is in their way
+            assert (ours.grad is None) == (theirs.grad is None) == (not ours.requires_grad), name
+            assert ours.grad is None or torch.equal(ours.grad, theirs.grad), name
         scale.step(optimizer)
         scale.update()
         weights = {f"{name}.weight" for name in local.local_layers}

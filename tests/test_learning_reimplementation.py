@@ -14,6 +14,7 @@ RESTARTS = (4, 5)  # epochs with a larger learning rate, so that the norm of the
 VARIANTS = {
     "small lr": ({"lr": 1e-4}, {}),
     "larger lr": ({"lr": 0.003}, {"local_lr": 0.003}),
+    "channels_last": ({"lr": 0.003}, {"local_lr": 0.003}),
     "paper": ({}, {"local_lr": 0.01}),
     "frozen": ({"rule": "frozen", "supervision": "absolute"}, {"rule": "frozen", "local_lr": 0.01}),
     "momentum": ({"lr": 0.003, "momentum": 0.9}, {"local_lr": 0.003, "local_momentum": 0.9}),
@@ -53,7 +54,8 @@ def test_agrees_epoch_by_epoch(variant, operations, monkeypatch):
     elif not ops.is_compiled():
         pytest.skip("the compiled module is not built")
     package_options, paper_options = VARIANTS[variant]
-    model = seeded(TwoBlockResNet).double()
+    layout = torch.channels_last if variant == "channels_last" else torch.contiguous_format
+    model = seeded(TwoBlockResNet).double().to(memory_format=layout)
     paper = StraightLine({n: t.detach().clone() for n, t in model.state_dict().items()}, epochs=EPOCHS, **paper_options)
     optimizer = torch.optim.SGD(model.parameters(), lr=sgd_lr(0), momentum=0.9, weight_decay=5e-4)
     local = LocalizedLearning(model, optimizer, epochs=EPOCHS, preset="paper", **{"t_shift": 1, **package_options})
@@ -65,7 +67,7 @@ def test_agrees_epoch_by_epoch(variant, operations, monkeypatch):
         lr = paper.local_lr / paper.lr_decay ** (epoch // paper.lr_decay_every)
         assert local.current_lr == pytest.approx(lr, rel=1e-12), f"epoch {epoch}"
         assert local.epoch == epoch
-        loss = run_epoch(model, optimizer, epoch_data(epoch))
+        loss = run_epoch(model, optimizer, [(x.to(memory_format=layout), y) for x, y in epoch_data(epoch)])
         expected = paper.run_epoch(epoch_data(epoch), sgd_lr(epoch))
         local.step(loss)
         held = held or paper.since_move > max(1, int(EPOCHS * paper.t_shift / 5.25))  # the norm alone held the boundary back
@@ -78,6 +80,7 @@ def test_agrees_epoch_by_epoch(variant, operations, monkeypatch):
         boundaries.append(local.boundary)
         signs.append(local.sign)
 
+    assert model.block1.conv1.weight.is_contiguous(memory_format=layout)
     assert tuple(local.layers) == LAYERS
     assert tuple(local.local_layers) == LAYERS[: local.boundary]
     # The run must have exercised what it is here for.

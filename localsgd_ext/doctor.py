@@ -197,6 +197,9 @@ def covers(compiled: list[str], major: int, minor: int) -> bool:
     return False
 
 
+_SOME_NEED = {"torch-pruning": "`localsgd train --method prunetrain` needs", "tensorboard": "Curves of a run for TensorBoard need"}
+
+
 def report_extras(report: Report) -> None:
     report.section("Packages of the command line (extra [train])")
     try:
@@ -209,8 +212,10 @@ def report_extras(report: Report) -> None:
     missing = [name for name in names if not _version(name)]
     for name in names:
         report.line(name, _version(name) or "missing")
-    if missing:
-        report.advice.append(f'`localsgd train` and `compare` need {", ".join(missing)}: `pip install "localsgd_ext[train]"`.')
+    install = '`pip install "localsgd_ext[train]"`'
+    if needed := [name for name in missing if name not in _SOME_NEED]:
+        report.advice.append(f"`localsgd train` and `compare` need {', '.join(needed)}: {install}.")
+    report.advice += [f"{_SOME_NEED[name]} {name}: {install}." for name in missing if name in _SOME_NEED]
 
 
 # ---- self-test ---------------------------------------------------------------------------------------------------------

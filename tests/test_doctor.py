@@ -133,12 +133,11 @@ def test_a_cpu_build_of_torch_is_not_told_to_get_nvcc(
 
 def test_missing_packages_of_the_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     right = doctor.metadata.version
-    monkeypatch.setattr(
-        doctor.metadata, "requires", lambda _: ["torch>=2.10", 'typer>=0.12; extra == "train"', "rich; extra == 'train'"]
-    )
+    extra = [f"{name}; extra == 'train'" for name in ("typer>=0.12", "rich", "torch-pruning>=1.6")]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: ["torch>=2.10", *extra])
 
     def version(name: str) -> str:
-        if name == "typer":
+        if name in ("typer", "torch-pruning"):
             raise doctor.metadata.PackageNotFoundError(name)
         return right(name)
 
@@ -148,6 +147,7 @@ def test_missing_packages_of_the_command_line(capsys: pytest.CaptureFixture[str]
     assert re.search(r"typer +missing", out)
     assert 'need typer: `pip install "localsgd_ext[train]"`' in out
     assert "need typer, rich" not in out
+    assert '`localsgd train --method prunetrain` needs torch-pruning: `pip install "localsgd_ext[train]"`' in out
 
 
 def test_module_of_another_torch_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

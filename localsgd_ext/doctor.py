@@ -197,7 +197,10 @@ def covers(compiled: list[str], major: int, minor: int) -> bool:
     return False
 
 
-_SOME_NEED = {"torch-pruning": "`localsgd train --method prunetrain` needs", "tensorboard": "Curves of a run for TensorBoard need"}
+_SOME_NEED = {
+    "torch-pruning": "`localsgd train --method prunetrain` needs",
+    "tensorboard": "Curves of a run for TensorBoard need",
+}
 
 
 def report_extras(report: Report) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
 FOUND = 9
 """What the sanitizer is told to return if it found something; Python and the script have other exit statuses."""
 TRAIN = ("--data", "glyphs", "--methods", "sgd,freeze,refresh,local", "--seeds", "1", "--epochs", "4", "--train-size", "4000")
+LEAST_SETUPTOOLS = 77
 MOST_NAMED = 50  # rows at fault that the summary names
 START = 20.0  # seconds that a script takes besides what its own --budget bounds: imports, the last row, tables
 
@@ -106,6 +108,9 @@ def row_by_row(request: Request, stage: str) -> list[str]:
 
 
 def build(_request: Request) -> list[Command]:
+    version = metadata.version("setuptools")
+    if int(version.partition(".")[0]) < LEAST_SETUPTOOLS:
+        raise Unavailable(f"setuptools is {version}, pyproject.toml needs {LEAST_SETUPTOOLS}: put a newer one on PYTHONPATH")
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     environment = {"LOCALSGD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
     return [Command("build_ext", python("setup.py", "build_ext", "--inplace"), environment)]

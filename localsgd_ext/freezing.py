@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from . import stale_graphs
 from .checks import require_numbers
 from .folding import Fold
 from .hooks import CallHook
@@ -92,6 +93,7 @@ class PrefixFreeze:
         if not 0 <= boundary < len(self.plan):
             raise ValueError(f"boundary must be in [0, {len(self.plan) - 1}], got {boundary}")
         self.set_open(False)
+        before = dict(self._frozen)
         self.boundary = boundary
         prefix = set(self.plan.prefix(self.plan.parameters, boundary))
         for name in [name for name in self._frozen if name not in prefix]:
@@ -115,6 +117,8 @@ class PrefixFreeze:
                     module.register_forward_hook(hook.leave, always_call=True),
                 ]
         self._install_folds()
+        if self._frozen != before:
+            stale_graphs.drop()
 
     def set_open(self, is_open: bool, *, keep_gradients_of: Collection[Optimizer] = ()) -> None:
         """Let gradients through what is frozen here, or stop them again; they are dropped then.
@@ -125,6 +129,7 @@ class PrefixFreeze:
         if is_open == self.is_open:
             return
         self.is_open = is_open
+        stale_graphs.drop()
         if is_open:
             self._install_folds()
             for parameter in self._frozen.values():

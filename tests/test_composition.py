@@ -8,7 +8,7 @@ from models import PlainCNN, TwoBlockResNet, at, batches, changed, run_epoch, se
 from torch import nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from localsgd_ext import LocalizedLearning, StaticModeSelection, correlation, hebbian_update_
+from localsgd_ext import LocalizedLearning, StaticModeSelection, correlation, hebbian_update_, stale_graphs
 
 
 def sgd(model):
@@ -300,6 +300,35 @@ def test_many_places_of_the_boundary_need_a_higher_limit(counters):
                 local.step()
         local.remove()
         assert counters["stats"]["unique_graphs"] == expected
+
+
+@quiet
+def test_older_graphs_are_dropped_where_they_do_not_notice(counters, monkeypatch):
+    """As with PyTorch before 2.13: after each move and at both ends of a refresh, not in between, and not before anything was compiled."""
+    resets = []
+    monkeypatch.setattr(stale_graphs, "NOTICED", False)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(local.boundary))
+    stale_graphs._say_once.cache_clear()
+    path = (0, 2, 2, 3)
+    model = seeded(lambda: Blocks(2))
+    optimizer = sgd(model)
+    schedule = StaticModeSelection(kind=lambda epoch: path[min(epoch, 3)])
+    local = LocalizedLearning(model, optimizer, epochs=4, schedule=schedule)
+    local.trace(batches(1)[0][0])
+    local.step()
+    assert not resets
+    torch.compile(model, backend="eager")(batches(1)[0][0])
+    local.step()
+    with pytest.warns(UserWarning, match=r"torch\.compile of PyTorch .* takes no notice of what is frozen") as said:
+        local.step()
+    assert resets == [3]
+    local._freeze.set_open(True)
+    local._freeze.set_open(True)
+    local._freeze.set_open(False)
+    assert len(resets) == 3
+    assert len(said) == 1
+    local.remove()
+    assert len(resets) == 4
 
 
 @quiet

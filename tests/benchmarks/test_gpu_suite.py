@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -142,6 +143,14 @@ def test_a_tool_that_is_absent_is_no_pass(
     assert gpu_suite.main(["--out", str(tmp_path), "--stages", "sanitizer"]) == 4
     assert "not passed: sanitizer (unavailable)" in capsys.readouterr().out
     assert summary(tmp_path)["not_passed"]["sanitizer"].startswith("unavailable: compute-sanitizer is neither")
+
+
+def test_setuptools_that_cannot_read_pyproject_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert f"setuptools>={stages.LEAST_SETUPTOOLS}" in required
+    monkeypatch.setattr(stages.metadata, "version", lambda _: "65.5.0")
+    with pytest.raises(stages.Unavailable, match=r"setuptools is 65.5.0, pyproject.toml needs 77"):
+        stages.build(Request(tmp_path, 1.0))
 
 
 def test_sanitizer_findings_are_failures_and_refusals_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-NOTICED = torch.__version__ >= (2, 13)
+NOTICED = torch.__version__ >= "2.13"  # a TorchVersion, which compares numbers
 """Whether ``torch.compile`` looks at the ``requires_grad`` of parameters. Before PyTorch 2.13 it does not
 (https://github.com/pytorch/pytorch/issues/139476)."""
 

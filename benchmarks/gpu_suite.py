@@ -145,10 +145,10 @@ class Suite:
             stages.forget(self.out, stage)  # of a run that this summary does not know
         start = time.monotonic()
         result: Result = {"status": "stopped", "note": "the suite ended before this stage did", "seconds": 0.0}
-        result |= {"arguments": asked, "commands": []}
+        result |= {"arguments": asked, "commands": [c for c in before.get("commands", []) if c["status"] == "passed"]}
         if why := self.obstacle(stage):
             result["status"], result["note"] = why
-            if before and result["status"] == "stopped":  # nothing new about it
+            if before.get("status", "passed") != "passed" and result["status"] == "stopped":  # nothing new about it
                 return before
         else:
             self.results[stage] = result
@@ -182,13 +182,16 @@ class Suite:
         except stages.Unavailable as why:
             result |= {"status": "unavailable", "note": str(why)}
             return
-        passed = {c["name"]: c for c in before.get("commands", []) if c["status"] == "passed" and len(plan) > 1}
+        if len(plan) == 1:
+            result["commands"] = []
+        done = {c["name"]: c for c in result["commands"]}
         for command in plan:
-            if command.name in passed:
-                result["commands"].append(passed[command.name])
+            if command.name in done:
                 continue
-            result["commands"].append(self.command(command))
+            done[command.name] = self.command(command)
+            result["commands"] = [done[c.name] for c in plan if c.name in done]
             self.save()
+        result["commands"] = [done[c.name] for c in plan]
         result["status"] = min((c["status"] for c in result["commands"]), key=WORST_FIRST.index)
         result["note"] = "; ".join(
             f"{c['name']} {c['status']}: {c['note']}" for c in result["commands"] if c["status"] != "passed"

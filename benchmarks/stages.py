@@ -108,7 +108,10 @@ def row_by_row(request: Request, stage: str) -> list[str]:
 
 
 def build(_request: Request) -> list[Command]:
-    version = metadata.version("setuptools")
+    try:
+        version = metadata.version("setuptools")
+    except metadata.PackageNotFoundError:
+        raise Unavailable("setuptools is not installed") from None
     if int(version.partition(".")[0]) < LEAST_SETUPTOOLS:
         raise Unavailable(f"setuptools is {version}, pyproject.toml needs {LEAST_SETUPTOOLS}: put a newer one on PYTHONPATH")
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)

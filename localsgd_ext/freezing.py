@@ -277,7 +277,7 @@ def freeze_prefix(
 
 
 def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None, model: nn.Module) -> tuple[Optimizer, ...]:
-    """One optimizer, several or none as a tuple, each once. One that has no parameter of ``model`` is warned of.
+    """One optimizer, several or none as a tuple, each once. Warns if they have no parameter of ``model``.
 
     Raises:
         TypeError: something that is not an optimizer.
@@ -285,17 +285,18 @@ def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None, model: nn.M
     """
     if optimizer is None:
         return ()
-    optimizers = tuple(dict.fromkeys(optimizer)) if isinstance(optimizer, Iterable) else (optimizer,)
-    parameters = set(model.parameters())
+    optimizers = tuple(optimizer) if isinstance(optimizer, Iterable) else (optimizer,)
     for each in optimizers:
         if not isinstance(each, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or several, got {type(each).__name__}")
         if isinstance(each, torch.optim.LBFGS):
             raise ValueError("optimizer must keep its state per parameter, LBFGS does not")
-        if parameters.isdisjoint(parameter for group in each.param_groups for parameter in group["params"]):
-            warnings.warn(
-                f"the optimizer ({type(each).__name__}) has no parameter of the model: was it made for another, or an older copy?",
-                UserWarning,
-                stacklevel=3,
-            )
-    return optimizers
+    theirs = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
+    if theirs and set(theirs).isdisjoint(model.parameters()):
+        warnings.warn(
+            f"optimizer ({', '.join(type(each).__name__ for each in optimizers)}) has no parameter of the model: was it made for another, "
+            "or an older copy?",
+            UserWarning,
+            stacklevel=3,
+        )
+    return tuple(dict.fromkeys(optimizers))

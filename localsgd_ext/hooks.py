@@ -69,6 +69,28 @@ class OwnForward:
         return getattr, (self.module, "forward")  # when this is loaded, the module's own attributes are not yet there
 
 
+class Owner(Hook):
+    """Marks a model, but none of its copies, as one that ``owner`` acts on."""
+
+    NAME = "_localized_learning"
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Any:
+        """Who acts on ``model``, or ``None``."""
+        mark = vars(model).get(cls.NAME)
+        return mark.owner if isinstance(mark, cls) else None
+
+    def put_on(self, model: nn.Module) -> None:
+        vars(model)[self.NAME] = self
+
+    @classmethod
+    def take_off(cls, model: nn.Module) -> None:
+        vars(model).pop(cls.NAME, None)
+
+
 def unchanged(module: nn.Module, base: type[nn.Module], *methods: str) -> bool:
     """Whether ``module``, an instance of ``base``, calls the same ``methods`` as any other."""
 
@@ -96,9 +118,13 @@ def set_aside(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for hooks, those in before:  # in their order
+        for (
+            hooks,
+            those,
+        ) in before:  # in their order; others may have come, or taken themselves off, as those of lazy modules do
+            now = dict(hooks)
             hooks.clear()
-            hooks.update(those)
+            hooks.update({key: hook for key, hook in those.items() if is_ours(hook) or key in now} | now)
 
 
 def in_backward() -> bool:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,6 +16,7 @@ from .checks import number
 from .epoch_report import EpochReport
 from .first_forward import FirstForward
 from .freezing import PrefixFreeze, as_optimizers
+from .hooks import Owner
 from .layers import ExecutionPlan, Patterns, recurring_block_size, report_left_out, select_names
 from .learning_state import STATE_FORMAT, checked_plan
 from .nonfinite import NonFiniteGuard
@@ -31,7 +30,6 @@ from .wrappers import refuse_wrappers, unwrap
 
 __all__ = ["PRESETS", "LocalizedLearning"]
 
-_PRESENT: WeakKeyDictionary[nn.Module, weakref.ref[LocalizedLearning]] = WeakKeyDictionary()  # until remove()
 NOT_TRACED = "the order of the layers is not known before the first training forward: run one, or call trace()"
 
 
@@ -131,9 +129,11 @@ class LocalizedLearning:
         given_model = model
         model, self.replicas = unwrap(model)
         refuse_wrappers(model)
-        present = _PRESENT.get(model)
-        if present is not None and present() is not None:  # a notebook cell run twice
-            raise ValueError("model must not be under another LocalizedLearning: call remove() on that one first")
+        if Owner.of(model) is not None:  # a notebook cell run twice
+            raise ValueError(
+                "model must not be under another LocalizedLearning: call remove() on that one first (which "
+                f"model.{Owner.NAME}.owner is, too)"
+            )
         choices = choose(
             epochs=epochs,
             preset=preset,
@@ -173,12 +173,13 @@ class LocalizedLearning:
                     f"refresh={choices.refresh} needs the optimizer, whose steps it counts, got optimizer=None (refresh=None does without)"
                 )
         self._bn_stats = bn_stats
-        self._guard = NonFiniteGuard(model, self._optimizers, nan_policy)
         self._include, self._skip = include, skip
         self._plan: ExecutionPlan | None = None
         self._freeze: PrefixFreeze | None = None
         self._epoch_start = UpdateNorm()
         selected = select_names(model, include, skip)
+        if not selected:
+            raise ValueError(f"include and skip must leave a layer, got include={include!r} and skip={skip!r}")
         self._updater: HebbianUpdater | None = None
         if self.rule == "hebbian":
             self._updater = HebbianUpdater(
@@ -191,6 +192,12 @@ class LocalizedLearning:
                 sample=choices.sample,
                 algorithm=algorithm,
             )
+        try:
+            self._guard = NonFiniteGuard(model, self._optimizers, nan_policy)
+        except BaseException:
+            if self._updater is not None:
+                self._updater.remove()
+            raise
         self._refresher: Refresher | None = None
         if choices.refresh is not None:
             self._refresher = Refresher(
@@ -203,7 +210,7 @@ class LocalizedLearning:
         self._kept = 0  # calls of keep_frozen that stopped something
         self._first_forward = FirstForward(model, self.replicas, self._adopt, include=include, skip=skip)
         self._first_forward.watch()
-        _PRESENT[model] = weakref.ref(self)
+        Owner(self).put_on(model)
 
     # ---------------------------------------------------------------- what can be asked
 
@@ -412,7 +419,7 @@ class LocalizedLearning:
     def remove(self) -> None:
         """Take the hooks off and give the frozen parameters back to SGD; deferred updates are made first."""
         self._removed = True
-        _PRESENT.pop(self.model, None)
+        Owner.take_off(self.model)
         self._first_forward.ignore()
         self._first_forward.abandon()
         if self._refresher is not None:
@@ -481,7 +488,7 @@ class LocalizedLearning:
         self.schedule.load_state_dict(state["schedule"])  # may refuse the state, so before anything is changed
         if self._updater is not None:
             self._updater.discard()  # deferred updates of the weights that the loaded ones replace
-        if self.supervision is not None:
+        if self.supervision is not None and state["supervision"] is not None:
             self.supervision.load_state_dict(state["supervision"])
         if self._refresher is not None and state.get("refresh") is not None:
             self._refresher.refresh.load_state_dict(state["refresh"])

@@ -47,7 +47,7 @@ def checked_plan(
             f"the state is of a run of epochs={of_the_run}, this is of epochs={epochs}: give epochs={of_the_run}, "
             "beyond which step() may go on"
         )
-    if (state["supervision"] is not None) != supervised:
+    if rule == "hebbian" and (state["supervision"] is not None) != supervised:  # otherwise there is nothing that it turns round
         raise ValueError("the state and this object differ in whether there is weak supervision")
     if state.get("refresh") is not None and not refreshed:  # the other way round nothing is lost: a refresh begins to count
         raise ValueError(

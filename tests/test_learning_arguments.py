@@ -1,9 +1,14 @@
 """What the constructor of LocalizedLearning and ``step`` take, and what they refuse."""
 
+import gc
+import pickle
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from models import PlainCNN, batches, changed, run_epoch, seeded, snapshot, with_boundary
+from torch import nn
 
 import localsgd_ext
 from localsgd_ext import HebbianUpdater, LocalizedLearning, StaticModeSelection, WeakSupervision, freeze_prefix, trace_layers
@@ -203,10 +208,53 @@ def test_a_model_has_one_at_a_time(rule):
     assert hooks(model) == 0
 
 
-def test_an_optimizer_of_another_model_is_warned_of():
+def test_one_that_nobody_holds_any_more_is_still_there():
+    """Whether or not the garbage collector has been by: what it froze is frozen."""
+    model = seeded(PlainCNN)
+
+    def train():
+        local = LocalizedLearning(model, sgd(model), epochs=3, schedule=StaticModeSelection(kind=lambda epoch: 2))
+        local.trace(batches(1)[0][0])
+
+    train()
+    gc.collect()
+    with pytest.raises(ValueError, match=r"model\._localized_learning\.owner"):
+        train()
+    model._localized_learning.owner.remove()
+    assert all(p.requires_grad for p in model.parameters())
+    train()
+    other = pickle.loads(pickle.dumps(model))
+    LocalizedLearning(other, sgd(other), epochs=3).remove()
+
+
+def test_what_fails_leaves_no_hooks_anywhere():
+    model = seeded(PlainCNN)
+    optimizer = sgd(model)
+    for wrong in ({"include": "nope"}, {"skip": ".*"}, {"rule": "hebbian", "lr": -1.0}, {"refresh": 0}):
+        with pytest.raises(ValueError):  # noqa: PT011  # what each says is tested elsewhere
+            LocalizedLearning(model, optimizer, epochs=3, nan_policy="skip", **wrong)
+    with pytest.raises(ValueError, match="nan_policy"):
+        LocalizedLearning(model, optimizer, epochs=3, rule="hebbian", nan_policy="never")
+    assert hooks(model) == 0
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    LocalizedLearning(model, optimizer, epochs=3, nan_policy="skip")
+
+
+@pytest.mark.parametrize("rule", ["hebbian", "frozen"])
+def test_some_layer_must_be_left(rule):
+    model = seeded(PlainCNN)
+    with pytest.raises(ValueError, match=r"include and skip must leave a layer, got include=None and skip='\.\*'"):
+        LocalizedLearning(model, sgd(model), epochs=3, rule=rule, skip=".*")
+
+
+def test_optimizers_of_another_model_are_warned_of():
     model, older = seeded(PlainCNN), seeded(PlainCNN)
-    with pytest.warns(UserWarning, match=r"the optimizer \(SGD\) has no parameter of the model"):
-        LocalizedLearning(model, sgd(older), epochs=3)
+    with pytest.warns(UserWarning, match=r"optimizer \(SGD\) has no parameter of the model"):
+        LocalizedLearning(model, sgd(older), epochs=3).remove()
+    with warnings.catch_warnings():  # one of the criterion's parameters beside the model's
+        warnings.simplefilter("error")
+        LocalizedLearning(model, [sgd(model), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)], epochs=3)
 
 
 def test_an_optimizer_given_twice_counts_once():
@@ -307,6 +355,21 @@ def test_tracing_leaves_layers_that_learn_locally_alone():
     assert {id(m): list(m._forward_hooks) for m in model.modules()} == order
     model.train()(batches(1)[0][0])
     assert changed(model, before)
+
+
+def test_tracing_leaves_hooks_that_come_and_go_alone():
+    """Those of lazy modules take themselves off in the forward."""
+    x = batches(1)[0][0]
+    for trace in (trace_layers, lambda m, x: LocalizedLearning(m, None, epochs=9, rule="hebbian").trace(x)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+        calls = []
+        handle = model[1].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        trace(model, x)
+        model(x)
+        assert len(calls) == 2
+        handle.remove()
+        assert not model[0]._forward_pre_hooks
 
 
 def test_the_benchmark_switch_is_a_bool():

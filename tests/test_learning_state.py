@@ -188,6 +188,19 @@ def test_the_state_of_other_options_is_refused(kwargs, message):
         local.load_state_dict(state)
 
 
+def test_a_frozen_run_goes_on_from_a_state_with_supervision_or_without():
+    """It had one in ``localsgd train`` once, and nothing that it turns round."""
+    states = []
+    for supervision in ("absolute", None):
+        model = seeded(PlainCNN)
+        local = LocalizedLearning(model, None, epochs=20, rule="frozen", supervision=supervision)
+        for state in states:
+            local.load_state_dict(state)
+        states.append(local.state_dict())
+        local.load_state_dict(states[0])
+        states.append(local.state_dict())
+
+
 def test_the_state_of_a_run_of_another_length_is_refused():
     model = seeded(PlainCNN)
     local = LocalizedLearning(model, None, epochs=30, preset="paper", t_shift=1)

@@ -233,8 +233,8 @@ def _slow_starts(runs: Mapping[int, Result]) -> str:
 EQUAL_COST = (
     "At equal cost: minus the frontier of SGD with fewer epochs, and that of all other rows that only freeze (less than half of whose "
     "runs are the same ones); SGD is an end of both, unless a row dominates it. A frontier has the rows that finished all of the "
-    "method's seeds and that no other one dominates by the means over these; a seed's reference is interpolated linearly between its own points "
-    "there. Seeds whose cost these "
+    "method's seeds and that no other one dominates by the means over these; a seed's reference is interpolated linearly between its own "
+    "points there. Seeds whose cost these "
     "do not reach have none; where that is so, the seeds left are counted. Chosen by the very runs that are compared, the frontiers look "
     "a little better than they are. Dominated by: a row that costs no more and is no less accurate, by the means over common seeds "
     f"(- with fewer than {student.LEAST}). No p is corrected for the number of rows."

@@ -167,11 +167,7 @@ def measure(args: argparse.Namespace) -> int:
         records.add(key, {**described(case, dtype, layout, timer.device), **row})
         print(one_line(records.rows[key]), file=sys.stderr, flush=True)
     print(report(records.content), end="")
-    bad = {key for key in todo if key in records.rows and records.rows[key]["status"] != "ok"}
-    if records.left:
-        print(f"{len(todo) - len(records.left)} of {len(todo)} done: go on with --resume", file=sys.stderr)
-        return 1 if bad - set(records.left) else 3
-    return int(bool(bad))
+    return records.exit_status(todo)
 
 
 def predict(args: argparse.Namespace) -> int:

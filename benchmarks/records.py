@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,14 @@ class Records:
         self.rows[key] = dict(row)
         if time.monotonic() - self._saved >= every:
             self.save()
+
+    def exit_status(self, planned: Collection[str]) -> int:
+        """Of a command whose rows these are: 0: all of ``planned`` are good; 1: one is not; 3: none of them, but some are left."""
+        bad = {key for key in planned if key in self.rows and not self.done(key)}
+        if self.left:
+            print(f"{len(planned) - len(self.left)} of {len(planned)} done: go on with --resume", file=sys.stderr)
+            return 1 if bad - set(self.left) else 3
+        return int(bool(bad))
 
     def save(self) -> None:
         if self.path is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tiny import TINY
 
 from localsgd_ext.train import data
@@ -46,3 +47,14 @@ def trainer(tmp_path: Path) -> Callable[..., Trainer]:
         return made
 
     return make
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Two classes of 12 training and 7 test pictures, each of one colour."""
+    for split, count in (("train", 12), ("val", 7)):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (12, 12), (20 * i, 9, 120 if name == "dog" else 0)).save(tmp_path / split / name / f"{i}.png")
+    return tmp_path

@@ -30,7 +30,7 @@ at::Tensor library_gradient(const Layer& layer) {
         padding.assign(g.dims, 0);
     }
     auto stride = tail(g.stride);
-    if (g.pointwise() && g.pad == Triple{0, 0, 0}) {
+    if (x.is_cpu() && g.pointwise() && g.pad == Triple{0, 0, 0}) {
         // Outputs read every stride-th element and no other. oneDNN (torch 2.14, AVX-512) writes past its buffers where it
         // gathers those itself: channels_last fp32, x [2, 6, 10, 10], K = 6, stride 2.
         for (int i = 3 - g.dims; i < 3; ++i)

@@ -341,7 +341,7 @@ def cost(
         unit = _gram_unit(x, z, tf32)
         channels = geometry.weight[1]
         triangle = geometry.groups * geometry.positions * channels * (channels + 1)
-        product = Product(2 * elements * channels, *_product(unit, weight if weight.itemsize <= z.itemsize else z))
+        product = Product(2 * elements * channels, *_product(unit, weight if weight.itemsize <= z.itemsize else z, z))
         partial = geometry.groups * channels * (channels + 1) // 2
         return Cost(read_x + write, triangle, unit, _workspace(partial, splits) + _workspace(elements, 1), product)
     if algorithm == "library":
@@ -368,11 +368,11 @@ def _gram_unit(x: torch.dtype, z: torch.dtype, tf32: bool) -> str:
     return _LOWER[x] if x in _LOWER else _unit(x, z, tf32)
 
 
-def _product(unit: str, weight: torch.dtype) -> tuple[str, int]:
+def _product(unit: str, weight: torch.dtype, z: torch.dtype) -> tuple[str, int]:
     """The unit of ``W·G`` and its pairs of parts, for a Gram matrix made by ``unit`` and ``W``'s dtype in the forward: as
     ``parts_of`` in csrc/kernels/gram.cu."""
     if unit == "bf16":
-        return "bf16", 3 if weight == torch.bfloat16 else 7
+        return "bf16", 7 if weight != torch.bfloat16 else 2 if z == torch.bfloat16 else 3
     if unit == "fp16":  # a sum soon exceeds its range
         return "tf32", 2 if weight in _LOWER else 3
     return (unit, 2) if unit == "tf32" else (unit, 1)

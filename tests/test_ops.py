@@ -61,6 +61,9 @@ def test_agrees_with_fp64(case: Case, algorithm: str, layout: str) -> None:
             seen = z_dtype if z.element_size() < weight.element_size() else weight.dtype
             w, b = weight.to(seen), None if bias is None else bias.to(seen)
             error, limit = relative_error(d, exact(case, x, None, w, b)), bound(case, x, None, w, b, dtype)
+            # Emulated: G in two parts of bf16.
+            if getattr(ops._C, "gpu", None) == "cpu" and x_dtype == z_dtype == torch.bfloat16:
+                limit = max(limit, 2**-17)
         else:
             error, limit = relative_error(d, exact(case, x, z, weight, bias)), bound(case, x, z, weight, bias, dtype)
         assert error <= limit, f"x {x_dtype}, z {z_dtype}: error {error:.2e}, allowed {limit:.2e}"

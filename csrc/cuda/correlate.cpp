@@ -217,12 +217,12 @@ void apply_update(const std::vector<at::Tensor>& weights, const std::vector<at::
         const at::Tensor& weight = weights[i];
         dense[i] = weight.is_non_overlapping_and_dense() ? weight : weight.contiguous(); // a slice: through a dense copy
         ds[i] = correlations[i];
-        if (ds[i].scalar_type() != at::kFloat || !same_order(ds[i], dense[i])) { // e.g. a channels_last weight
+        if (ds[i].scalar_type() == at::kDouble || !same_order(ds[i], dense[i])) { // e.g. a channels_last weight
             ds[i] = at::empty_like(dense[i], correlations[i].options().dtype(at::kFloat));
             ds[i].copy_(correlations[i]);
         }
-        items.push_back(
-            {dense[i].mutable_data_ptr(), element_of(kind_of(weight)), ds[i].const_data_ptr<float>(), dense[i].numel()});
+        items.push_back({dense[i].mutable_data_ptr(), element_of(kind_of(weight)), ds[i].const_data_ptr(),
+                         element_of(kind_of(ds[i])), dense[i].numel()});
     }
     const int count = static_cast<int>(items.size());
     const Stream stream = current_stream(where);

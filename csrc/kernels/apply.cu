@@ -42,7 +42,7 @@ cudaError_t apply_update(const ApplyItem* items, int count, const Step& step, in
         int64 chunks = 0;
         for (int i = 0; i < p.count; ++i) {
             const ApplyItem& item = items[first + i];
-            p.tensors[i] = {item.weight, item.d, item.count, static_cast<int>(chunks), item.element};
+            p.tensors[i] = {item.weight, item.d, item.count, static_cast<int>(chunks), item.element, item.d_element};
             chunks += chunks_of(item.count);
         }
         if (chunks > 0x7fffffff - chip.blocks) return cudaErrorInvalidValue; // 2^43 elements

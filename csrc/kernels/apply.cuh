@@ -23,36 +23,60 @@ LOCALSGD_DEVICE int tensor_of(const ApplyParams& p, int chunk) {
 
 LOCALSGD_DEVICE bool is_aligned(const void* p, int bytes) { return reinterpret_cast<uint64>(p) % bytes == 0; }
 
-// Memory-bound: 16-byte accesses where both tensors are aligned for them, which tensors of the framework's allocator are.
-LOCALSGD_DEVICE double chunk_squares(const float* d, int count) {
+LOCALSGD_DEVICE int size_of(Element element) { return element == Element::f32 ? 4 : 2; }
+
+// Memory-bound: four neighbours at a time where both tensors are aligned for them, which tensors of the framework's allocator
+// are; and several such loads in flight.
+constexpr int kApplyStep = 4 * kApplyThreads, kApplyBatch = kChunk / kApplyStep;
+
+LOCALSGD_DEVICE double chunk_squares(const ApplyTensor& t, int64 begin, int count) {
+    const auto square = [](float v) { return static_cast<double>(v) * v; };
     double sum = 0;
     int done = 0;
-    if (is_aligned(d, 16)) {
+    if (is_aligned(t.d, 4 * size_of(t.d_element))) {
         done = count / 4 * 4;
-        for (int i = static_cast<int>(threadIdx.x) * 4; i < done; i += kApplyThreads * 4) {
-            const float4 v = quad(d + i);
-            sum += static_cast<double>(v.x) * v.x + static_cast<double>(v.y) * v.y + static_cast<double>(v.z) * v.z +
-                   static_cast<double>(v.w) * v.w;
+        uint4 bits[kApplyBatch];
+#pragma unroll
+        for (int j = 0; j < kApplyBatch; ++j) {
+            const int i = static_cast<int>(threadIdx.x) * 4 + j * kApplyStep;
+            bits[j] = i < done ? load_bits4(t.d, begin + i, t.d_element) : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int j = 0; j < kApplyBatch; ++j) {
+            const float4 v = widen4(bits[j], t.d_element);
+            sum += square(v.x) + square(v.y) + square(v.z) + square(v.w);
         }
     }
-    for (int i = done + static_cast<int>(threadIdx.x); i < count; i += kApplyThreads) sum += static_cast<double>(d[i]) * d[i];
+    for (int i = done + static_cast<int>(threadIdx.x); i < count; i += kApplyThreads)
+        sum += square(widen(load_bits(t.d, begin + i, t.d_element), t.d_element));
     return sum;
 }
 
 LOCALSGD_DEVICE void chunk_write(const ApplyTensor& t, int64 begin, int count, double scale) {
-    const float* d = t.d + begin;
     int done = 0;
-    if (t.element == Element::f32 && is_aligned(t.d, 16) && is_aligned(t.weight, 16)) {
+    if (t.element == Element::f32 && is_aligned(t.d, 4 * size_of(t.d_element)) && is_aligned(t.weight, 16)) {
         done = count / 4 * 4;
         float* w = static_cast<float*>(t.weight) + begin;
-        for (int i = static_cast<int>(threadIdx.x) * 4; i < done; i += kApplyThreads * 4) {
-            const float4 v = quad(d + i), old = quad(w + i);
-            quad(w + i) = make_float4(add_scaled(old.x, scale, v.x), add_scaled(old.y, scale, v.y),
-                                      add_scaled(old.z, scale, v.z), add_scaled(old.w, scale, v.w));
+        uint4 bits[kApplyBatch];
+        float4 old[kApplyBatch];
+#pragma unroll
+        for (int j = 0; j < kApplyBatch; ++j) {
+            const int i = static_cast<int>(threadIdx.x) * 4 + j * kApplyStep;
+            if (i >= done) break;
+            bits[j] = load_bits4(t.d, begin + i, t.d_element);
+            old[j] = quad(w + i);
+        }
+#pragma unroll
+        for (int j = 0; j < kApplyBatch; ++j) {
+            const int i = static_cast<int>(threadIdx.x) * 4 + j * kApplyStep;
+            if (i >= done) break;
+            const float4 v = widen4(bits[j], t.d_element);
+            quad(w + i) = make_float4(add_scaled(old[j].x, scale, v.x), add_scaled(old[j].y, scale, v.y),
+                                      add_scaled(old[j].z, scale, v.z), add_scaled(old[j].w, scale, v.w));
         }
     }
     for (int i = done + static_cast<int>(threadIdx.x); i < count; i += kApplyThreads)
-        add_scaled_at(t.weight, begin + i, t.element, scale, d[i]);
+        add_scaled_at(t.weight, begin + i, t.element, scale, widen(load_bits(t.d, begin + i, t.d_element), t.d_element));
 }
 
 __global__ void __launch_bounds__(kApplyThreads) apply_kernel(const ApplyParams p) {
@@ -61,7 +85,7 @@ __global__ void __launch_bounds__(kApplyThreads) apply_kernel(const ApplyParams 
             const ApplyTensor& t = p.tensors[tensor_of(p, chunk)];
             const int64 begin = static_cast<int64>(chunk - t.first_chunk) * kChunk;
             const double sum =
-                block_sum<kApplyThreads>(chunk_squares(t.d + begin, static_cast<int>(min(t.count - begin, int64{kChunk}))));
+                block_sum<kApplyThreads>(chunk_squares(t, begin, static_cast<int>(min(t.count - begin, int64{kChunk}))));
             if (threadIdx.x == 0) p.workspace.squares[chunk] = sum;
         }
     }

@@ -11,7 +11,8 @@ namespace localsgd::cuda {
 struct ApplyItem {
     void* weight;
     Element element;
-    const float* d; // [count], in the order of the weight's memory
+    const void* d; // [count], in the order of the weight's memory
+    Element d_element;
     int64 count;
 };
 

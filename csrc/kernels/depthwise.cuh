@@ -2,13 +2,11 @@
 // element to be worth a matrix product: what counts is to read x and z once, and to add up all taps while they are at hand.
 #pragma once
 
-#include "geometry.cuh"
+#include "depthwise_walk.cuh"
 #include "norm_apply.cuh"
 
 namespace localsgd::cuda {
 
-constexpr int kSlice = 32; // output channels of a unit: one for each lane
-constexpr int kDepthwiseWarps = 8, kDepthwiseThreads = 32 * kDepthwiseWarps;
 // Floats between neighbouring positions of a tile in shared memory: odd, so that lanes on channels and lanes on positions both
 // meet 32 different banks.
 constexpr int kPitch = kSlice + 1;
@@ -153,9 +151,28 @@ LOCALSGD_DEVICE float* partial_row(const DepthwiseParams& p, int taps, int split
     return p.workspace.partials + (static_cast<int64>(split) * p.slices * p.tap_chunks * taps + row) * kSlice;
 }
 
+// The sums of a block's warps, those of channel `channel` of the slice in this lane, to a place in the partial sums.
+template <int kR, int kS>
+LOCALSGD_DEVICE void store_sums(const float (&sum)[kR][kS], float* memory, int channel, float* to) {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    // A row of taps at a time.
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+        __syncthreads();
+#pragma unroll
+        for (int s = 0; s < kS; ++s) memory[(warp * kS + s) * kSlice + channel] = sum[r][s];
+        __syncthreads();
+        for (int i = static_cast<int>(threadIdx.x); i < kS * kSlice; i += kDepthwiseThreads) {
+            float total = 0;
+#pragma unroll
+            for (int w = 0; w < kDepthwiseWarps; ++w) total += memory[w * kS * kSlice + i];
+            to[r * kS * kSlice + i] = total;
+        }
+    }
+}
+
 template <int kR, int kS>
 LOCALSGD_DEVICE void depthwise_tiles(const DepthwiseParams& p, float* memory) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     for (int unit = static_cast<int>(blockIdx.x); unit < p.units; unit += static_cast<int>(gridDim.x)) {
         auto split = static_cast<unsigned>(unit);
         const unsigned place = divide(split, p.by_splits);
@@ -168,21 +185,21 @@ LOCALSGD_DEVICE void depthwise_tiles(const DepthwiseParams& p, float* memory) {
             for (int s = 0; s < kS; ++s) sum[r][s] = 0;
         const int first = static_cast<int>(split) * p.split_tiles;
         depthwise_unit<kR, kS>(sum, p, memory, static_cast<int>(slice), chunk, first, min(first + p.split_tiles, p.tiles));
-        float* to = partial_row(p, kR * kS, static_cast<int>(split), static_cast<int>(place) * kR * kS);
-        // Over the warps, a row of taps at a time.
-#pragma unroll
-        for (int r = 0; r < kR; ++r) {
-            __syncthreads();
-#pragma unroll
-            for (int s = 0; s < kS; ++s) memory[(warp * kS + s) * kSlice + lane] = sum[r][s];
-            __syncthreads();
-            for (int i = static_cast<int>(threadIdx.x); i < kS * kSlice; i += kDepthwiseThreads) {
-                float total = 0;
-#pragma unroll
-                for (int w = 0; w < kDepthwiseWarps; ++w) total += memory[w * kS * kSlice + i];
-                to[r * kS * kSlice + i] = total;
-            }
-        }
+        store_sums<kR, kS>(sum, memory, static_cast<int>(threadIdx.x) % 32,
+                           partial_row(p, kR * kS, static_cast<int>(split), static_cast<int>(place) * kR * kS));
+    }
+}
+
+template <Element kElement, int kStride>
+LOCALSGD_DEVICE void walk_tiles(const DepthwiseParams& p, float* memory) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    for (int unit = static_cast<int>(blockIdx.x); unit < p.units; unit += static_cast<int>(gridDim.x)) {
+        auto split = static_cast<unsigned>(unit);
+        const int slice = static_cast<int>(divide(split, p.by_splits)), first = static_cast<int>(split) * p.split_tiles;
+        float sum[3][3];
+        walk_unit<kElement, kStride>(sum, p, slice, first, min(first + p.split_tiles, p.tiles));
+        store_sums<3, 3>(sum, memory, lane % kWalkerLanes * 2 + lane / kWalkerLanes,
+                         partial_row(p, 9, static_cast<int>(split), slice * 9));
     }
 }
 
@@ -251,15 +268,27 @@ constexpr int kDepthwiseBlocks = kR * kS > 25  ? 1
                                  : kR * kS > 9 ? 2
                                                : 3;
 
-template <int kR, int kS>
-__global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<kR, kS>) depthwise_kernel(const DepthwiseParams p) {
-    LOCALSGD_DYNAMIC_SHARED(dynamic);
-    auto* const memory = reinterpret_cast<float*>(dynamic);
-    if (p.first == kCorrelate) depthwise_tiles<kR, kS>(p, memory);
+// `tiles` fills the partial sums; then the phases that follow.
+template <int kR, int kS, class Tiles>
+LOCALSGD_DEVICE void depthwise_phases(const DepthwiseParams& p, float* memory, const Tiles& tiles) {
+    if (p.first == kCorrelate) tiles(p, memory);
     if (p.first < kReduce && p.last >= kReduce) grid_barrier(p.workspace.barrier);
     if (p.first <= kReduce && p.last >= kReduce) depthwise_reduce<kR, kS>(p, memory);
     if (p.first < kWrite && p.last >= kWrite) grid_barrier(p.workspace.barrier);
     if (p.last >= kWrite) depthwise_write<kR, kS>(p);
+}
+
+template <int kR, int kS>
+__global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<kR, kS>) depthwise_kernel(const DepthwiseParams p) {
+    LOCALSGD_DYNAMIC_SHARED(dynamic);
+    depthwise_phases<kR, kS>(p, reinterpret_cast<float*>(dynamic), depthwise_tiles<kR, kS>);
+}
+
+// Two blocks a multiprocessor: 128 registers a thread, so that enough bytes are on their way.
+template <Element kElement, int kStride>
+__global__ void __launch_bounds__(kDepthwiseThreads, 2) depthwise_walk_kernel(const DepthwiseParams p) {
+    LOCALSGD_DYNAMIC_SHARED(dynamic);
+    depthwise_phases<3, 3>(p, reinterpret_cast<float*>(dynamic), walk_tiles<kElement, kStride>);
 }
 
 } // namespace localsgd::cuda

@@ -14,7 +14,7 @@ struct DepthwiseProblem {
     Operand x, z;
 };
 
-constexpr int kDepthwiseKernels = 6;
+constexpr int kDepthwiseKernels = 12;
 
 // What the choice depends on besides the problem.
 struct DepthwiseChip {
@@ -24,7 +24,7 @@ struct DepthwiseChip {
 };
 
 struct DepthwiseConfig {
-    int kernel = 0; // which of the tap chunks
+    int kernel = 0; // which of the tap chunks, or of the walkers
     int chunk_rows = 1, chunk_columns = 1, tap_chunks = 1;
     int tile_rows = 1, tile_columns = 1; // of the output
     int tiles = 0;                       // of all images

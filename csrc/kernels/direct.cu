@@ -72,6 +72,7 @@ DirectParams params_of(const DirectProblem& problem, const DirectConfig& c, cons
                        c.sharers);
     p.workspace = lay_out(workspace, static_cast<size_t>(c.blocks));
     p.target = target;
+    p.target.in_quads = takes_quads(target, p.x, g);
     return p;
 }
 

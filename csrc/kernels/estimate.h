@@ -9,7 +9,10 @@
 
 namespace localsgd::cuda {
 
-constexpr double kBarrierClocks = 2500; // a grid barrier
+// A sum over more positions than that in one go would lose too much to the rounding of fp32.
+constexpr int64_t kMostSummed = 16384;
+
+constexpr double kBarrierClocks = 6000; // a grid barrier, and fetching the instructions of the phase behind it
 
 // A main loop on a chip. Of the tile's two strips of operands, the first has kM columns, the second kN.
 struct MainLoop {
@@ -52,10 +55,11 @@ inline double multiplies(Core core, int compute) {
 }
 
 // Clocks of the busiest multiprocessor. Counted: multiply-adds (of which a good kernel gets 85 %, from matrix units 60 %, less
-// with few warps), reading the operands from the second-level cache (32 bytes a clock) where it is not hidden, for matrix units
-// also the instructions that gather operands (some 16 a load, 128 lanes a clock), partial tiles out and in.
+// with few warps), reading the operands from the second-level cache (32 bytes a clock) where it is not hidden, the instructions
+// that gather operands (some 16 a load, 128 lanes a clock; element by element it is latency that counts, as measured on an
+// H200), partial tiles out and in.
 inline double estimate(const MainLoop& l, const Split& s) {
-    constexpr double kBytesPerClock = 32, kUnitClocks = 1500, kLoadClocks = 16.0 / 128;
+    constexpr double kBytesPerClock = 32, kUnitClocks = 1500, kLoadClocks = 16.0 / 128, kScalarClocks = 0.75;
     const double length = double(s.positions), first = l.tile_m * l.first_share, second = l.tile_n;
     const double each = std::max<double>(1, double(ceil_div(s.units(), l.multiprocessors)));
     const double alive = std::min<double>(each, l.resident);
@@ -63,10 +67,10 @@ inline double estimate(const MainLoop& l, const Split& s) {
     const double multiply = length * l.tile_m * l.tile_n / multiplies(l.core, l.compute) / share;
     const double element = l.core == Core::mma_bf16 || l.core == Core::mma_f16 ? 2 : 4;
     const double read = length * (first + second) * element / kBytesPerClock;
-    const auto width = [&](Access access) {
-        return access == Access::scalar ? 1 : access == Access::chunks16 ? 16 / element : 4;
+    const auto load = [&](Access access) { // of an element
+        return access == Access::scalar ? kScalarClocks : kLoadClocks / (access == Access::chunks16 ? 16 / element : 4);
     };
-    const double gather = l.core == Core::ffma ? 0 : length * (first / width(l.first) + second / width(l.second)) * kLoadClocks;
+    const double gather = length * (first * load(l.first) + second * load(l.second));
     const double partials = double(s.units()) * l.tile_m * l.tile_n * 4 * 2 / (kBytesPerClock * l.multiprocessors);
     const double most = std::max(std::max(multiply, read), gather), rest = std::min(multiply, std::max(read, gather));
     return each * (most + 0.25 * rest + kUnitClocks / alive) + partials;
@@ -76,11 +80,13 @@ inline Split best_split(const MainLoop& l, int64_t tiles, int64_t length) {
     const int64_t steps = ceil_div(length, l.step);
     // One, two or three rounds of blocks at most: further ones only add partial tiles.
     const int64_t rounds = 3 * int64_t{l.multiprocessors} * l.resident;
-    const int64_t most = std::max<int64_t>(1, std::min(steps, tiles ? ceil_div(rounds, tiles) : 1));
+    const int64_t least = std::max<int64_t>(1, ceil_div(length, kMostSummed));
+    const int64_t most = std::max(least, std::min(steps, tiles ? ceil_div(rounds, tiles) : 1));
     Split best{tiles, 1, 0, std::numeric_limits<double>::infinity()};
-    for (int64_t splits = 1; splits <= most; ++splits) {
-        const int64_t split_steps = std::max<int64_t>(1, ceil_div(steps, splits));
-        if (splits > 1 && ceil_div(steps, split_steps) != splits) continue; // the last ones would be empty
+    for (int64_t wanted = least; wanted <= most; ++wanted) {
+        const int64_t split_steps = std::max<int64_t>(1, ceil_div(steps, wanted));
+        const int64_t splits = std::max<int64_t>(1, ceil_div(steps, split_steps)); // fewer where the last ones would be empty
+        if (splits != wanted && wanted != least) continue;
         Split s{tiles, splits, split_steps * l.step, 0};
         s.clocks = estimate(l, s);
         if (s.clocks < best.clocks) best = s;
@@ -92,7 +98,7 @@ inline Split best_split(const MainLoop& l, int64_t tiles, int64_t length) {
 inline int sharers_of(int64_t tile_elements, int64_t tiles, int64_t splits, int64_t threads) {
     const int64_t quads = tiles * tile_elements / 4;
     int sharers = 1;
-    while (sharers < 16 && sharers * 2 <= splits && quads * sharers * 2 <= threads) sharers *= 2;
+    while (sharers < 32 && sharers * 2 <= splits && quads * sharers * 2 <= threads) sharers *= 2;
     return sharers;
 }
 

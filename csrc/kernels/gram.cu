@@ -86,7 +86,7 @@ PartCounts parts_of(const GramProblem& p, Core core, Core product) {
     const Kind weight = kind_size(p.z_kind) < kind_size(p.weight_kind) ? p.z_kind : p.weight_kind; // as the forward used it
     switch (product) {
     case Core::mma_bf16:
-        if (weight == Kind::bf16) return {1, 3, 3};
+        if (weight == Kind::bf16) return p.z_kind == Kind::bf16 ? PartCounts{1, 2, 2} : PartCounts{1, 3, 3};
         return {3, 3, 7};
     case Core::mma_tf32:
         if (weight != Kind::f32 || core == Core::mma_tf32) return {1, 2, 2};
@@ -135,6 +135,7 @@ Patches parts_patches(const void* data, int parts, const PartCounts& counts, int
     p.image = fast_div(std::max(1, counts.matrix * inner));
     p.plane = p.row = fast_div(std::max(1, inner));
     p.flat = counts.matrix == 1;
+    p.in_place = counts.weight == 1 && (!outer || counts.pairs == 1);
     p.channels_fastest = true;
     p.column_inner = fast_div(std::max(1, columns));
     p.tap_plane = p.tap_row = fast_div(1);
@@ -166,6 +167,7 @@ GramParams params_of(const GramProblem& problem, const GramConfig& c, const Targ
     p.weights = parts_patches(weights, parts.weight, parts, p.inner, p.rows, true);
     p.matrix = parts_patches(matrix, parts.matrix, parts, p.inner, p.pitch, false);
     p.weight_parts = parts.weight;
+    p.matrix_parts = parts.matrix;
     p.by_pitch = fast_div(std::max(1, p.pitch));
     p.by_row_quads = fast_div(std::max(1, p.rows / 4));
     p.by_inner_octets = fast_div(std::max(1, p.inner / 8));
@@ -178,6 +180,7 @@ GramParams params_of(const GramProblem& problem, const GramConfig& c, const Targ
     p.weight_rounding = rounding_of(problem.weight_kind, problem.z_kind);
     p.bias_rounding = rounding_of(problem.bias_kind, problem.z_kind);
     p.target = target;
+    p.target.in_quads = takes_quads(target, p.x, g);
     return p;
 }
 

@@ -103,33 +103,38 @@ template <class T, class P>
 LOCALSGD_DEVICE void write_matrix(const GramParams& p) {
     using Value = typename P::Value;
     const auto row_of = [&](unsigned group, int part, unsigned row) {
-        return static_cast<Value*>(p.matrix_data) + ((static_cast<int64>(group) * P::kCount + part) * p.inner + row) * p.pitch;
+        return static_cast<Value*>(p.matrix_data) +
+               ((static_cast<int64>(group) * p.matrix_parts + part) * p.inner + row) * p.pitch;
     };
-    const auto write = [&](const float4*, const float4& sum, int64 row, int n, int) {
-        auto m = static_cast<unsigned>(row);
+    const auto write = [&](const OwnedQuad& quad, const float4& sum) {
+        auto m = static_cast<unsigned>(quad.k);
         const unsigned group = divide(m, p.by_pitch);
         float rest[4] = {sum.x, sum.y, sum.z, sum.w};
+        const bool mirrored = static_cast<int>(m) / T::kM != quad.n / T::kN; // on the diagonal a tile holds both halves
 #pragma unroll
         for (int part = 0; part < P::kCount; ++part) {
-            const Four<Value> quad = take4<P>(rest);
-            put(row_of(group, part, m) + n, quad);
-            if (static_cast<int>(m) / T::kM == n / T::kN) continue; // the tile holds both halves
+            if (part >= p.matrix_parts) break;
+            const Four<Value> four = take4<P>(rest);
+            put(row_of(group, part, m) + quad.n, four);
+            if (!mirrored) continue;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) row_of(group, part, static_cast<unsigned>(n + i))[m] = quad.value[i];
+            for (int i = 0; i < 4; ++i) row_of(group, part, static_cast<unsigned>(quad.n + i))[m] = four.value[i];
         }
     };
-    for_owned_quads<GramTile<T>, true>(p.workspace, p.gram, p.pitch, p.pitch, write);
+    const OwnedQuads<GramTile<T>> owned{p.workspace, p.gram, p.pitch, p.pitch};
+    owned.for_sums(write);
     if (!p.bias) return;
     const unsigned threads = gridDim.x * T::kThreads, columns = static_cast<unsigned>(p.gram.groups * p.pitch);
     for (unsigned i = blockIdx.x * T::kThreads + threadIdx.x; i < columns; i += threads) {
         float sum = 0;
-#pragma unroll 4
+#pragma unroll 8
         for (int row = 0; row < p.gram.splits * MaybeDiagonal<T>::kShares; ++row)
             sum += __ldcg(p.sum_partials + static_cast<int64>(row) * columns + i);
         unsigned c = i;
         const unsigned group = divide(c, p.by_pitch);
 #pragma unroll
         for (int part = 0; part < P::kCount; ++part) {
+            if (part >= p.matrix_parts) break;
             const Value value = P::take(sum);
             for (int row = 0; row < 8; ++row)
                 row_of(group, part, static_cast<unsigned>(p.pitch + row))[c] = row < P::kCount ? value : Value(0);
@@ -137,35 +142,86 @@ LOCALSGD_DEVICE void write_matrix(const GramParams& p) {
     }
 }
 
-// W in parts, transposed, so that the summed index lies outermost as it does in x. A thread takes 4 output channels of one
-// input channel; the 32 of a warp read 8 neighbours of W and write 16, whole sectors of 32 bytes in either.
+// W in parts, transposed, so that the summed index lies outermost as it does in x; then rows of b, of which each part has a
+// channel of its own.
+template <class P>
+struct PartsOfWeights {
+    using Value = typename P::Value;
+    const GramParams& p;
+
+    LOCALSGD_DEVICE Value* row(int64 group, int part, int c) const {
+        return static_cast<Value*>(p.weights_data) +
+               ((group * p.weight_parts + part) * p.inner + c) * static_cast<int64>(p.rows);
+    }
+
+    LOCALSGD_DEVICE void put_parts(int64 group, int c, int k, float (&rest)[4]) const {
+        for (int part = 0; part < p.weight_parts; ++part) put(row(group, part, c) + k, take4<P>(rest));
+    }
+
+    // The 4 output channels from k on.
+    LOCALSGD_DEVICE void load(float (&to)[4], int64 group, int c, int k) const {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int64 out = group * p.outputs + k + j;
+            const bool exists = k + j < p.outputs && c < p.x.columns;
+            to[j] = exists ? load_weight(p, out * p.weight_out_stride + c * p.weight_channel_stride) : 0.0f;
+        }
+    }
+
+    LOCALSGD_DEVICE float bias_part(int64 group, int k, int part) const {
+        if (k >= p.outputs || part >= P::kCount) return 0;
+        float rest = rounded(widen(load_bits(p.bias, group * p.outputs + k, p.bias_element), p.bias_element), p.bias_rounding);
+        for (int i = 0; i < part; ++i) P::take(rest);
+        return rest;
+    }
+};
+
+constexpr int kWeightBatch = 2; // what 128 registers hold
+
+// A thread takes 4 output channels of one input channel, a batch of those at a time; the 32 of a warp read 8 neighbours of W
+// and write 16, whole sectors of 32 bytes in either.
 template <class P, int kThreads>
 LOCALSGD_DEVICE void write_weights(const GramParams& p) {
-    using Value = typename P::Value;
-    const auto value_at = [&](int64 k, int c) -> float {
-        if (c < p.x.columns)
-            return rounded(load_weight(p, k * p.weight_out_stride + c * p.weight_channel_stride), p.weight_rounding);
-        if (c < p.pitch || c >= p.pitch + P::kCount) return 0; // beyond the pitch there is something only with a bias
-        float rest = rounded(widen(load_bits(p.bias, k, p.bias_element), p.bias_element), p.bias_rounding);
-        for (int part = p.pitch; part < c; ++part) P::take(rest);
-        return rest;
-    };
+    const PartsOfWeights<P> weights{p};
     const unsigned quads = static_cast<unsigned>(p.gram.groups * p.inner) * static_cast<unsigned>(p.rows / 4);
-    for (unsigned i = blockIdx.x * kThreads + threadIdx.x; i < quads; i += gridDim.x * kThreads) {
+    const unsigned step = gridDim.x * kThreads, first = blockIdx.x * kThreads + threadIdx.x;
+    int64 group;
+    int c, k;
+    const auto place = [&](unsigned i) {
         unsigned quad = i / 8, octet = divide(quad, p.by_row_quads);
-        const int64 group = divide(octet, p.by_inner_octets);
-        const int c = static_cast<int>(octet * 8 + i % 8), k = static_cast<int>(quad * 4);
+        group = divide(octet, p.by_inner_octets);
+        c = static_cast<int>(octet * 8 + i % 8);
+        k = static_cast<int>(quad * 4);
+    };
+#pragma unroll 1
+    for (unsigned base = first; base < quads; base += kWeightBatch * step) {
+        float rest[kWeightBatch][4];
+#pragma unroll
+        for (int b = 0; b < kWeightBatch; ++b) {
+            if (base + b * step >= quads) break;
+            place(base + b * step);
+            weights.load(rest[b], group, c, k);
+        }
+#pragma unroll
+        for (int b = 0; b < kWeightBatch; ++b) {
+            if (base + b * step >= quads) break;
+            place(base + b * step);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) rest[b][j] = rounded(rest[b][j], p.weight_rounding);
+            if (c < p.pitch) weights.put_parts(group, c, k, rest[b]);
+        }
+    }
+    if (!p.bias) return;
+#pragma unroll 1
+    for (unsigned i = first; i < quads; i += step) {
+        place(i);
+        if (c < p.pitch) continue;
         float rest[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) rest[j] = k + j < p.outputs ? value_at(group * p.outputs + k + j, c) : 0.0f;
+#pragma unroll 1
         for (int part = 0; part < p.weight_parts; ++part) {
-            auto* row = static_cast<Value*>(p.weights_data) +
-                        ((group * p.weight_parts + part) * p.inner + c) * static_cast<int64>(p.rows);
-            const Four<Value> parts = take4<P>(rest);
-            put(row + k, parts);
-            if (c < p.pitch) continue;
 #pragma unroll
-            for (int j = 0; j < 4; ++j) rest[j] = 0; // of b each part has a channel of its own
+            for (int j = 0; j < 4; ++j) rest[j] = part == 0 ? weights.bias_part(group, k + j, c - p.pitch) : 0.0f;
+            put(weights.row(group, part, c) + k, take4<P>(rest));
         }
     }
 }

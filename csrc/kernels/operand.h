@@ -110,6 +110,7 @@ inline Patches patches_of(const Operand& o, const Geometry& geometry) {
     p.plane = fast_div(std::max<int64_t>(1, g.output[1] * g.output[2]));
     p.row = fast_div(std::max<int64_t>(1, g.output[2]));
     p.flat = g.output[0] == 1 && g.output[1] == 1;
+    p.in_place = p.flat && g.batch == 1 && g.taps() == 1 && g.stride[2] == 1 && g.pad == Triple{0, 0, 0} && g.input == g.output;
     p.channels_fastest = s.channel == 1 || s.channel <= s.space[2] || g.taps() == 1;
     p.column_inner = fast_div(std::max<int64_t>(1, p.channels_fastest ? g.in_per_group() : g.taps()));
     p.tap_plane = fast_div(std::max<int64_t>(1, g.kernel[1] * g.kernel[2]));
@@ -122,6 +123,29 @@ inline Patches patches_of(const Operand& o, const Geometry& geometry) {
         p.input[d] = static_cast<int>(g.input[d]);
     }
     return p;
+}
+
+// Whether `target` takes whole quads of the columns of x.
+inline bool takes_quads(const Target& target, const Patches& x, const Geometry& g) {
+    if (target.element != Element::f32 || reinterpret_cast<uintptr_t>(target.data) % 16 != 0 || x.columns % 4 != 0)
+        return false;
+    if (g.out_channels > 1 && target.out_stride % 4 != 0) return false;
+    int64_t expected = 1;
+    const auto follows = [&](int64_t size, int64_t stride) {
+        const bool yes = size == 1 || stride == expected;
+        expected *= size;
+        return yes;
+    };
+    const bool channels_last = x.channels_fastest && g.in_per_group() > 1;
+    if (channels_last && (target.channel_stride != 1 || !multiple_of_4(g.in_per_group()))) return false;
+    if (channels_last) {
+        for (int d = 0; d < 3; ++d)
+            if (g.kernel[d] > 1 && target.tap_stride[d] % 4 != 0) return false;
+        return true;
+    }
+    for (int d = 2; d >= 0; --d)
+        if (!follows(g.kernel[d], target.tap_stride[d])) return false;
+    return follows(g.in_per_group(), target.channel_stride);
 }
 
 inline bool fits(const Operand& o, const Geometry& geometry) {

@@ -40,6 +40,7 @@ struct Patches {
     // position -> (image, p0, p1, p2); with `flat` there is a single spatial dimension
     FastDiv image, plane, row;
     bool flat;
+    bool in_place; // position p lies at p * space_stride[2]: one image without gaps, a single tap, no stride and no padding
     // column -> (tap, channel) if `channels_fastest`, so that neighbouring columns are neighbours in NHWC; else (channel, tap)
     FastDiv column_inner, tap_plane, tap_row;
     bool channels_fastest;
@@ -52,7 +53,7 @@ struct TileGrid {
     int splits, split_positions;
     int units; // tiles * splits
     // Lanes that share the sum of a quad over the splits, each a run of them: with few tiles and many splits a single lane
-    // would be a long chain of loads. A power of two, at most 16.
+    // would be a long chain of loads. A power of two, at most 32.
     int sharers;
     FastDiv by_splits, by_tiles_n, by_tiles_m;
 };
@@ -63,6 +64,7 @@ struct Target {
     Element element;
     int64 out_stride; // of the output channels
     int64 channel_stride, tap_stride[3];
+    bool in_quads = false; // fp32 whose 4 columns of D from a multiple of 4 on are 16 aligned bytes
 };
 
 struct Workspace {
@@ -113,7 +115,7 @@ struct GramParams {
     float* sum_partials; // of x: [splits][shares of a slice][groups][pitch]; only with a bias
     int outputs, rows;   // output channels per group; rounded up
     int pitch, inner;    // input channels per group, rounded up; with a bias 8 more
-    int weight_parts;
+    int weight_parts, matrix_parts;
     FastDiv by_pitch, by_row_quads, by_inner_octets;
     const void* weight;
     Element weight_element;
@@ -166,10 +168,10 @@ constexpr int kChunk = 4096; // elements of one tensor that a block takes at a t
 
 struct ApplyTensor {
     void* weight;
-    const float* d;
+    const void* d;
     int64 count;
     int first_chunk;
-    Element element;
+    Element element, d_element;
 };
 
 struct ApplyParams {

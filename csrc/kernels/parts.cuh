@@ -6,7 +6,8 @@
 //   tf32 (p = 11): 1 part 2e-4, 2 parts 4e-8.
 // Not fp16: a sum over positions soon exceeds 65504, and small elements would lose bits to its exponent.
 // A product is a main loop of its own, whose tf32 multiplies half as fast as bf16:
-//   W is exact in bf16 (bf16 under autocast): 3 products in bf16 beat 2 in tf32;
+//   W is exact in bf16, and so is z (autocast): 2 products in bf16 are enough beside operands of 8 bits;
+//   W is exact in bf16, z is not: 3 products in bf16 beat 2 in tf32;
 //   W is fp16, which tf32 holds, but bf16 only in two parts: 2 products in tf32 beat 5 in bf16;
 //   x and W are fp32 and rounded to tf32 as in the forward: W is rounded the same, G in 2 parts.
 // A W of more parts (fp32 that the forward did not round) takes those pairs of parts that count: of (W's, G's) in the order

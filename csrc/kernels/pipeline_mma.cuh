@@ -28,10 +28,20 @@ struct ChunkCopy {
     }
 
     static LOCALSGD_DEVICE void issue(MmaSlice<T, kPositions, kColumns>& to, const Patches& patches, const Columns& columns,
-                                      const Rows& rows) {
+                                      const Rows& rows, int position, int end) {
         const int chunk = static_cast<int>(threadIdx.x) % kChunks;
         const PatchColumn column = columns[chunk];
         const auto* from = static_cast<const typename T::Value*>(patches.data);
+        if (patches.in_place) { // nothing to look up
+            const int first = static_cast<int>(threadIdx.x) / kChunks;
+            from += column.offset + static_cast<int64>(position + first) * patches.space_stride[2];
+            const int left = column.t0 == 0 ? end - position - first : 0;
+#pragma unroll
+            for (int i = 0; i < kPositions / kDown; ++i)
+                cp_async16(&to[first + i * kDown][chunk * kWidth],
+                           from + static_cast<int64>(i * kDown) * patches.space_stride[2], i * kDown < left);
+            return;
+        }
 #pragma unroll
         for (int i = 0; i < kPositions / kDown; ++i) {
             const int down = static_cast<int>(threadIdx.x) / kChunks + i * kDown;
@@ -46,7 +56,7 @@ struct ChunkCopy {
 
 // A ring of kStages slices, each 32 positions deep (16 in tf32); kStages - 1 of them are on their way while one is multiplied.
 // Finding a position takes three divisions, and each is needed by 8 to 32 threads: 2 warps find a step's positions while the
-// copies of the step before are issued.
+// copies of the step before are issued. Of an operand that is read in place nothing has to be found.
 template <class T>
 struct PipelinedMma {
     using Tile = T;
@@ -70,14 +80,16 @@ struct PipelinedMma {
         const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
         if (lane >= kPositions) return;
         const int position = begin + step * kPositions + lane;
-        if (warp == 0) shared.z_rows[step % 2][lane] = patch_row(z, position, end);
-        if (warp == 1) shared.x_rows[step % 2][lane] = patch_row(x, position, end);
+        if (warp == 0 && !z.in_place) shared.z_rows[step % 2][lane] = patch_row(z, position, end);
+        if (warp == 1 && !x.in_place) shared.x_rows[step % 2][lane] = patch_row(x, position, end);
     }
 
     template <class Strips>
-    static LOCALSGD_DEVICE void issue(Storage& shared, const Patches& z, const Patches& x, int step, const Strips& strips) {
-        if (!strips.same()) ZCopy::issue(shared.z[step % kStages], z, shared.z_columns, shared.z_rows[step % 2]);
-        XCopy::issue(shared.x[step % kStages], x, shared.x_columns, shared.x_rows[step % 2]);
+    static LOCALSGD_DEVICE void issue(Storage& shared, const Patches& z, const Patches& x, int step, int begin, int end,
+                                      const Strips& strips) {
+        const int position = begin + step * kPositions;
+        if (!strips.same()) ZCopy::issue(shared.z[step % kStages], z, shared.z_columns, shared.z_rows[step % 2], position, end);
+        XCopy::issue(shared.x[step % kStages], x, shared.x_columns, shared.x_rows[step % 2], position, end);
     }
 
     template <class Strips = TwoStrips>
@@ -88,19 +100,16 @@ struct PipelinedMma {
         ZCopy::tabulate(shared.z_columns, z, group, first_m);
         XCopy::tabulate(shared.x_columns, x, group, first_n);
         find_rows(shared, z, x, 0, begin, end);
-        for (int step = 0; step < kStages - 1; ++step) {
-            __syncthreads(); // the step's rows have been found, and the last ones read
-            if (step < steps) issue(shared, z, x, step, strips);
-            cp_async_commit(); // a group a step, empty or not: waiting counts groups
-            find_rows(shared, z, x, step + 1, begin, end);
-        }
-        for (int step = 0; step < steps; ++step) {
+        // The first turns only fill the ring: by the same instructions, since fetching those takes longer than a short loop.
+#pragma unroll 1
+        for (int step = 1 - kStages; step < steps; ++step) {
             cp_async_wait<kStages - 2>(); // this thread's part of the step has arrived,
-            __syncthreads();              // everybody's has, and everybody is done with the slices of the step before
+            __syncthreads(); // everybody's has, everybody is done with the slices of the step before, and rows have been found
             const int ahead = step + kStages - 1;
-            if (ahead < steps) issue(shared, z, x, ahead, strips);
-            cp_async_commit();
+            if (ahead < steps) issue(shared, z, x, ahead, begin, end, strips);
+            cp_async_commit(); // a group a step, empty or not: waiting counts groups
             find_rows(shared, z, x, ahead + 1, begin, end);
+            if (step < 0) continue;
             const auto& x_slice = shared.x[step % kStages];
             multiply_slices<T, kPositions>(sum, first_slice(strips, shared.z[step % kStages], x_slice), x_slice);
             strips.template visit<Holds>(x_slice);
@@ -119,9 +128,12 @@ struct MmaPathOf<T, Access::chunks16, Access::chunks16> {
     using Type = PipelinedMma<T>;
 };
 
-// 512 threads on a multiprocessor leave 128 registers for each; gathering element by element takes more, which 384 have.
+// 512 threads on a multiprocessor leave 128 registers for each; gathering element by element takes more, which 384 have. The
+// sums of a 64 x 64 warp are 128 registers alone: 256 threads.
 template <class T, Access kZ, Access kX>
-constexpr int kMmaResidentBlocks =
-    (kZ == Access::scalar || (T::kThreads == 128 && kX == Access::scalar) ? 384 : 512) / T::kThreads;
+constexpr int kMmaResidentBlocks = (T::kM == 128 && T::kN == 128                                           ? 256
+                                    : kZ == Access::scalar || (T::kThreads == 128 && kX == Access::scalar) ? 384
+                                                                                                           : 512) /
+                                   T::kThreads;
 
 } // namespace localsgd::cuda

@@ -17,6 +17,26 @@
 
 namespace localsgd::cuda {
 
+// Through the read-only cache; in place, so that nothing is copied where nothing is loaded.
+LOCALSGD_DEVICE void load_if(unsigned& bits, const void* from, unsigned condition) {
+#if defined(LOCALSGD_EMULATION)
+    if (condition) bits = __ldg(static_cast<const unsigned*>(from));
+#else
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %2, 0;\n\t@p ld.global.nc.b32 %0, [%1];\n\t}"
+                 : "+r"(bits)
+                 : "l"(from), "r"(condition));
+#endif
+}
+LOCALSGD_DEVICE void load_if(uint2& bits, const void* from, unsigned condition) {
+#if defined(LOCALSGD_EMULATION)
+    if (condition) bits = __ldg(static_cast<const uint2*>(from));
+#else
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %3, 0;\n\t@p ld.global.nc.v2.b32 {%0, %1}, [%2];\n\t}"
+                 : "+r"(bits.x), "+r"(bits.y)
+                 : "l"(from), "r"(condition));
+#endif
+}
+
 #if LOCALSGD_ARCH >= 750
 
 #if !defined(LOCALSGD_EMULATION)

@@ -87,45 +87,91 @@ LOCALSGD_DEVICE int64 target_offset(const Target& target, const Patches& x, int6
            tap[1] * target.tap_stride[1] + tap[2] * target.tap_stride[2];
 }
 
-// Calls visit(quad in the workspace, sums over the splits or not, out channel, first column, columns) for the quads that this
-// thread owns: the same ones in every phase, so what it left in the workspace needs no barrier. Warp-uniform loop: lanes
-// meet in the shuffles.
-template <class T, bool kSum, class Visit>
-LOCALSGD_DEVICE void for_owned_quads(const Workspace& w, const TileGrid& grid, int m_size, int n_size, const Visit& visit) {
-    const int lane = static_cast<int>(threadIdx.x) % 32,
-              warp = static_cast<int>(blockIdx.x * (T::kThreads / 32) + threadIdx.x / 32);
-    const int warps = static_cast<int>(gridDim.x) * (T::kThreads / 32);
-    const int quads_a_warp = 32 / grid.sharers, sharer = lane / quads_a_warp;
-    constexpr int kTileQuads = T::kElements / 4;
-    const int64 quads = static_cast<int64>(grid.groups) * grid.tiles_m * grid.tiles_n * kTileQuads;
-    const int run = (grid.splits + grid.sharers - 1) / grid.sharers;
-    const int first_split = min(sharer * run, grid.splits), last_split = min(first_split + run, grid.splits);
-    for (int64 base = static_cast<int64>(warp) * quads_a_warp; base < quads; base += static_cast<int64>(warps) * quads_a_warp) {
-        const int64 quad = base + lane % quads_a_warp;
+// A quad of neighbouring columns of D: where its sums lie in the workspace, and which elements they are.
+struct OwnedQuad {
+    float4* first; // of the first split
+    int64 k;       // out channel
+    int n, count;  // first column, and how many there are: none beyond the matrix
+};
+
+// The quads that a thread owns, a batch at a time: the same ones in every phase, so what it left in the workspace needs no
+// barrier. A batch's loads are in flight together; where splits are added up, those of several splits as well.
+constexpr int kBatch = 4, kSumBatch = 2;
+
+template <class T>
+struct OwnedQuads {
+    const Workspace& workspace;
+    const TileGrid& grid;
+    int m_size, n_size;
+
+    LOCALSGD_DEVICE int quads_a_warp() const { return 32 / grid.sharers; }
+    LOCALSGD_DEVICE int sharer() const { return static_cast<int>(threadIdx.x) % 32 / quads_a_warp(); }
+    LOCALSGD_DEVICE int64 size() const {
+        return static_cast<int64>(grid.groups) * grid.tiles_m * grid.tiles_n * (T::kElements / 4);
+    }
+    // The warp's quads are base .. base + quads_a_warp(), then those `step` further on. Warp-uniform: lanes meet in shuffles.
+    LOCALSGD_DEVICE int64 begin() const {
+        return static_cast<int64>(blockIdx.x * (T::kThreads / 32) + threadIdx.x / 32) * quads_a_warp();
+    }
+    LOCALSGD_DEVICE int64 step() const { return static_cast<int64>(gridDim.x) * (T::kThreads / 32) * quads_a_warp(); }
+
+    LOCALSGD_DEVICE OwnedQuad at(int64 base) const {
+        constexpr int kTileQuads = T::kElements / 4;
+        const int64 wanted = base + static_cast<int>(threadIdx.x) % 32 % quads_a_warp();
+        const int64 quad = wanted < size() ? wanted : 0;
         const unsigned tile = static_cast<unsigned>(quad / kTileQuads);
         const int within = static_cast<int>(quad % kTileQuads), slot = within / T::kThreads, thread = within % T::kThreads;
-        float4* first = partial_quad<T>(w, grid, tile, 0, slot, thread);
-        float4 sum = make_float4(0, 0, 0, 0);
-        if constexpr (kSum) {
-            const float4* p = partial_quad<T>(w, grid, tile, first_split, slot, thread);
-#pragma unroll 4
-            for (int split = first_split; split < last_split; ++split, p += kTileQuads) {
-                const float4 v = __ldcg(p);
-                sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
-            }
-            for (int apart = quads_a_warp; apart < 32; apart *= 2) {
-                sum.x += __shfl_xor_sync(0xffffffffu, sum.x, apart);
-                sum.y += __shfl_xor_sync(0xffffffffu, sum.y, apart);
-                sum.z += __shfl_xor_sync(0xffffffffu, sum.z, apart);
-                sum.w += __shfl_xor_sync(0xffffffffu, sum.w, apart);
-            }
-        }
-        if (sharer != 0) continue;
         const TilePlace place = place_of<T>(grid, tile);
         const int m = place.m + T::m_of(thread, slot), n = place.n + T::n_of(thread, slot);
-        if (m < m_size && n < n_size) visit(first, sum, static_cast<int64>(place.group) * m_size + m, n, min(4, n_size - n));
+        const bool exists = wanted < size() && m < m_size && n < n_size;
+        return {partial_quad<T>(workspace, grid, tile, 0, slot, thread), static_cast<int64>(place.group) * m_size + m, n,
+                exists ? min(4, n_size - n) : 0};
     }
-}
+
+    // Over the splits. With sharers each adds a run of them, and all get the sum. What does not exist is added up as well: its
+    // place in the workspace does, and without branches more loads are in flight.
+    LOCALSGD_DEVICE void add_splits(float4 (&sum)[kSumBatch], const OwnedQuad (&quads)[kSumBatch]) const {
+        constexpr int kTileQuads = T::kElements / 4;
+        const int run = (grid.splits + grid.sharers - 1) / grid.sharers;
+        const int first = min(sharer() * run, grid.splits), last = min(first + run, grid.splits);
+#pragma unroll
+        for (int j = 0; j < kSumBatch; ++j) sum[j] = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+        for (int split = first; split < last; ++split) {
+#pragma unroll
+            for (int j = 0; j < kSumBatch; ++j) {
+                const float4 v = __ldcg(quads[j].first + static_cast<int64>(split) * kTileQuads);
+                sum[j] = make_float4(sum[j].x + v.x, sum[j].y + v.y, sum[j].z + v.z, sum[j].w + v.w);
+            }
+        }
+#pragma unroll 1
+        for (int apart = quads_a_warp(); apart < 32; apart *= 2) {
+#pragma unroll
+            for (int j = 0; j < kSumBatch; ++j) {
+                sum[j].x += __shfl_xor_sync(0xffffffffu, sum[j].x, apart);
+                sum[j].y += __shfl_xor_sync(0xffffffffu, sum[j].y, apart);
+                sum[j].z += __shfl_xor_sync(0xffffffffu, sum[j].z, apart);
+                sum[j].w += __shfl_xor_sync(0xffffffffu, sum[j].w, apart);
+            }
+        }
+    }
+
+    // Calls visit(quad, sum over the splits) for those that exist.
+    template <class Visit>
+    LOCALSGD_DEVICE void for_sums(const Visit& visit) const {
+        for (int64 base = begin(); base < size(); base += kSumBatch * step()) {
+            OwnedQuad quads[kSumBatch];
+            float4 sum[kSumBatch];
+#pragma unroll
+            for (int j = 0; j < kSumBatch; ++j) quads[j] = at(base + j * step());
+            add_splits(sum, quads);
+            if (sharer() != 0) continue;
+#pragma unroll
+            for (int j = 0; j < kSumBatch; ++j)
+                if (quads[j].count > 0) visit(quads[j], sum[j]);
+        }
+    }
+};
 
 LOCALSGD_DEVICE float component(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
@@ -135,16 +181,19 @@ LOCALSGD_DEVICE float component(const float4& v, int i) { return i == 0 ? v.x : 
 template <class T>
 LOCALSGD_DEVICE void reduce_partials(const Workspace& w, const TileGrid& grid, int rows, const Patches& x, const Target& target,
                                      bool to_target) {
+    const OwnedQuads<T> owned{w, grid, rows, x.columns};
     double squares = 0;
-    for_owned_quads<T, true>(w, grid, rows, x.columns, [&](float4* quad, const float4& sum, int64 k, int n, int count) {
+    owned.for_sums([&](const OwnedQuad& q, const float4& sum) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (i >= count) break;
-            const float d = component(sum, i);
-            squares += static_cast<double>(d) * static_cast<double>(d);
-            if (to_target) static_cast<float*>(target.data)[target_offset(target, x, k, n + i)] = d;
+        for (int i = 0; i < 4; ++i)
+            if (i < q.count) squares += static_cast<double>(component(sum, i)) * static_cast<double>(component(sum, i));
+        if (!to_target) {
+            *q.first = sum;
+            return;
         }
-        if (!to_target) *quad = sum;
+#pragma unroll 1 // few instructions: fetching them takes longer than a short loop
+        for (int i = 0; i < q.count; ++i)
+            static_cast<float*>(target.data)[target_offset(target, x, q.k, q.n + i)] = component(sum, i);
     });
     if (to_target) return;
     squares = block_sum<T::kThreads>(squares);
@@ -160,13 +209,38 @@ LOCALSGD_DEVICE void norm_and_write(const Workspace& w, const TileGrid& grid, in
         return;
     }
     const double scale = step_scale(step, squares);
-    for_owned_quads<T, false>(w, grid, rows, x.columns, [&](const float4* quad, const float4&, int64 k, int n, int count) {
-        const float4 d = __ldcg(quad);
+    const OwnedQuads<T> owned{w, grid, rows, x.columns};
+    if (owned.sharer() != 0) return;
+    if (!target.in_quads) {
+#pragma unroll 1
+        for (int64 base = owned.begin(); base < owned.size(); base += owned.step()) {
+            const OwnedQuad q = owned.at(base);
+            const float4 d = __ldcg(q.first);
+#pragma unroll 1
+            for (int i = 0; i < q.count; ++i)
+                add_scaled_at(target.data, target_offset(target, x, q.k, q.n + i), target.element, scale, component(d, i));
+        }
+        return;
+    }
+    float* const data = static_cast<float*>(target.data);
+#pragma unroll 1
+    for (int64 base = owned.begin(); base < owned.size(); base += kBatch * owned.step()) {
+        float* at[kBatch];
+        float4 d[kBatch], old[kBatch];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (i < count)
-                add_scaled_at(target.data, target_offset(target, x, k, n + i), target.element, scale, component(d, i));
-    });
+        for (int j = 0; j < kBatch; ++j) {
+            const OwnedQuad q = owned.at(base + j * owned.step());
+            at[j] = q.count > 0 ? data + target_offset(target, x, q.k, q.n) : nullptr;
+            if (!at[j]) continue;
+            d[j] = __ldcg(q.first);
+            old[j] = quad(at[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j)
+            if (at[j])
+                quad(at[j]) = make_float4(add_scaled(old[j].x, scale, d[j].x), add_scaled(old[j].y, scale, d[j].y),
+                                          add_scaled(old[j].z, scale, d[j].z), add_scaled(old[j].w, scale, d[j].w));
+    }
 }
 
 } // namespace localsgd::cuda

@@ -51,17 +51,18 @@ LOCALSGD_DEVICE float4 fragment_quad(const float (&d)[4]) {
     return odd ? make_float4(first, second, d[2], d[3]) : make_float4(d[0], d[1], first, second);
 }
 
-// kM x kN of D for a block; a warp computes 64 x 32 of it, of a 64x64 tile 32 x 32, so that 4 warps hide latencies there too.
-// From global memory a tile takes 2 kM kN flops for (kM + kN) operands: 128x128 64 flop/B in 16 bits (32 in tf32), 128x64 and
-// 64x128 43 (21), 64x64 32 (16). From shared memory a warp reads 64 + 32 operands a position for 64 * 32 multiply-adds: 21
-// flop/B in 16 bits, where an A100's matrix units ask for 16 and its second-level cache for some 60.
+// kM x kN of D for a block; a warp computes 64 x 64 of a 128x128 tile, 64 x 32 of an oblong one, of a 64x64 tile 32 x 32, so
+// that 4 warps hide latencies there too. From global memory a tile takes 2 kM kN flops for (kM + kN) operands: 128x128 64
+// flop/B in 16 bits (32 in tf32), 128x64 and 64x128 43 (21), 64x64 32 (16). From shared memory a warp reads 64 + 64 operands a
+// position for 64 * 64 multiply-adds: 32 flop/B in 16 bits, with 64 + 32 21, where an A100's matrix units ask for 16 and an
+// H200's for 32.
 template <Core kCore_, int kM_, int kN_>
 struct MmaTile {
     static constexpr Core kCore = kCore_;
     using Operand = MmaOperand<kCore>;
     using Value = typename Operand::Holds::Value;
     static constexpr int kM = kM_, kN = kN_;
-    static constexpr int kWarpM = kM == 64 && kN == 64 ? 32 : 64, kWarpN = 32;
+    static constexpr int kWarpM = kM == 64 && kN == 64 ? 32 : 64, kWarpN = kM == 128 && kN == 128 ? 64 : 32;
     static constexpr int kWarpsM = kM / kWarpM, kWarpsN = kN / kWarpN;
     static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
     static constexpr int kElements = kM * kN;

@@ -32,6 +32,19 @@ def test_parity_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.Capt
     assert rows["depthwise3x3|bf16|contiguous"]["parity"].keys() == {"depthwise", "direct", "library", "update"}
 
 
+def test_parity_in_several_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.json"
+    argv = ["--device", "cpu", "--out", str(file), "--cases", "^linear$"]
+    assert gpu_parity.main([*argv, "--jobs", "2"]) == 0
+    together = json.loads(file.read_text())["rows"]
+    file.unlink()
+    assert gpu_parity.main(argv) == 0
+    assert json.loads(file.read_text())["rows"] == together
+    with pytest.raises(SystemExit):
+        gpu_parity.main([*argv, "--jobs", "0"])
+    assert "--jobs must be positive, got 0" in capsys.readouterr().err
+
+
 def test_parity_that_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, asked = tmp_path / "rows.json", list[str]()
     argv = ["--device", "cpu", "--out", str(file), "--cases", "^linear$"]

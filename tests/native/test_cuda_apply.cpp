@@ -15,26 +15,33 @@ using namespace localsgd::cuda;
 using emulation::Flush;
 using emulation::Guarded;
 
+Element element_of(Kind kind) { return kind == Kind::f32 ? Element::f32 : kind == Kind::bf16 ? Element::bf16 : Element::f16; }
+
+// Every pair of a weight's and a correlation's dtype among any nine tensors; the first few correlations are fp32.
 struct Weights {
-    std::vector<std::unique_ptr<layers::Tensor>> weights;
-    std::vector<std::unique_ptr<Guarded<float>>> correlations;
+    std::vector<std::unique_ptr<layers::Tensor>> weights, correlations;
     std::vector<ApplyItem> items;
-    int weight_shift;
+    int weight_shift, shift;
 
     // Weights and correlations begin so many elements into their buffers, which then are not aligned to 16 bytes.
-    explicit Weights(const std::vector<int64_t>& sizes, int weight_shift_ = 0, int shift = 0) : weight_shift(weight_shift_) {
+    explicit Weights(const std::vector<int64_t>& sizes, int weight_shift_ = 0, int shift_ = 0)
+        : weight_shift(weight_shift_), shift(shift_) {
         const Kind kinds[] = {Kind::f32, Kind::bf16, Kind::f16};
         for (size_t i = 0; i < sizes.size(); ++i) {
-            const Kind kind = kinds[i % 3];
+            const Kind kind = kinds[i % 3], d_kind = kinds[i / 3 % 3];
             const Flush flush = i % 2 ? Flush::end : Flush::begin;
-            weights.push_back(std::make_unique<layers::Tensor>(layers::Shape{sizes[i] + weight_shift, 1, 1, 1, 1}, kind,
-                                                               layers::Layout::nchw, flush, i));
-            correlations.push_back(std::make_unique<Guarded<float>>(layers::random(sizes[i] + shift, 100 + i), flush));
-            const Element element = kind == Kind::f32 ? Element::f32 : kind == Kind::bf16 ? Element::bf16 : Element::f16;
+            const auto tensor = [&](int64_t size, Kind of, unsigned seed) {
+                return std::make_unique<layers::Tensor>(layers::Shape{size, 1, 1, 1, 1}, of, layers::Layout::nchw, flush, seed);
+            };
+            weights.push_back(tensor(sizes[i] + weight_shift, kind, static_cast<unsigned>(i)));
+            correlations.push_back(tensor(sizes[i] + shift, d_kind, static_cast<unsigned>(100 + i)));
             auto* weight = static_cast<unsigned char*>(weights[i]->data()) + weight_shift * kind_size(kind);
-            items.push_back({weight, element, correlations[i]->data() + shift, sizes[i]});
+            auto* d = static_cast<unsigned char*>(correlations[i]->data()) + shift * kind_size(d_kind);
+            items.push_back({weight, element_of(kind), d, element_of(d_kind), sizes[i]});
         }
     }
+
+    double d(size_t i, int64_t j) const { return correlations[i]->at(j + shift); }
 
     bool intact() const {
         for (size_t i = 0; i < items.size(); ++i)
@@ -44,7 +51,7 @@ struct Weights {
 
     double norm(size_t i) const {
         double sum = 0;
-        for (int64 j = 0; j < items[i].count; ++j) sum += double(items[i].d[j]) * items[i].d[j];
+        for (int64 j = 0; j < items[i].count; ++j) sum += d(i, j) * d(i, j);
         return std::sqrt(sum);
     }
 };
@@ -58,7 +65,7 @@ void run(const std::vector<int64_t>& sizes, unsigned seed, bool cooperative, boo
     emulation::options().cooperative = cooperative;
     Weights w(sizes, weight_shift, shift);
     const int count = static_cast<int>(sizes.size());
-    if (bad >= 0) (*w.correlations[bad])[sizes[bad] / 2 + shift] = seed % 2 ? std::nanf("") : -HUGE_VALF;
+    if (bad >= 0) w.correlations[bad]->set(static_cast<size_t>(sizes[bad] / 2 + shift), seed % 2 ? std::nanf("") : -HUGE_VALF);
     ApplyChip chip;
     CHECK(query_chip(chip) == cudaSuccess && chip.cooperative == cooperative && chip.blocks > 0);
     Guarded<unsigned char> workspace(apply_workspace_bytes(w.items.data(), count));
@@ -84,7 +91,8 @@ void run(const std::vector<int64_t>& sizes, unsigned seed, bool cooperative, boo
             double worst = 0;
             for (size_t j = 0; j < static_cast<size_t>(sizes[i]); ++j) {
                 const size_t at = j + weight_shift;
-                const double expected = before[i][at] + (good ? rate[0] * w.items[i].d[j] / (normalize ? norm : 1) : 0);
+                const double expected =
+                    before[i][at] + (good ? rate[0] * w.d(i, static_cast<int64_t>(j)) / (normalize ? norm : 1) : 0);
                 worst = std::max(worst, std::fabs(after[at] - expected) / std::max(std::fabs(expected), 0.01));
             }
             CHECK(good ? worst <= 1.001 * unit(w.items[i].element) : after == before[i]);
@@ -97,7 +105,7 @@ void test_extreme_norms() {
     emulation::options().seed = 0;
     for (const float size : {3e38f, 1e-38f, 1e-45f}) {
         Weights w({129});
-        for (size_t j = 0; j < 129; ++j) (*w.correlations[0])[j] = size;
+        w.correlations[0]->fill(size);
         const std::vector<float> before = w.weights[0]->floats();
         ApplyChip chip;
         CHECK(query_chip(chip) == cudaSuccess);
@@ -116,7 +124,7 @@ void test_extreme_norms() {
 // One counter for all tensors, of which several are skipped.
 void test_shared_counter() {
     Weights w({5, 0, 7, 3});
-    for (int j = 0; j < 7; ++j) (*w.correlations[2])[j] = 0;
+    w.correlations[2]->fill(0);
     ApplyChip chip;
     CHECK(query_chip(chip) == cudaSuccess);
     Guarded<unsigned char> workspace(apply_workspace_bytes(w.items.data(), 4));

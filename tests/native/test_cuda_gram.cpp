@@ -210,7 +210,7 @@ void test_choice() {
         CHECK(choose(wide(h, h, channels_last), 80).product == Core::mma_tf32);
         CHECK(choose(wide(h, h, channels_last), 80).product_pairs == 2);
         CHECK(choose(wide(b, b, channels_last), 80).product == Core::mma_bf16);
-        CHECK(choose(wide(b, b, channels_last), 80).product_pairs == 3);
+        CHECK(choose(wide(b, b, channels_last), 80).product_pairs == 2);
         CHECK(choose(wide(b, f, channels_last), 80).product_pairs == 7);
         CHECK(choose(wide(h, f, channels_last), 80).product_pairs == 3);
         CHECK(choose(wide(f, f, channels_last), 80, true).product_pairs == 2);

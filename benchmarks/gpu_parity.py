@@ -1,6 +1,6 @@
 """Every case of tests/cases.py x algorithm x dtypes x layout: at most twice the error of PyTorch's own operation, against fp64.
 
-python benchmarks/gpu_parity.py --device cuda --out parity.json [--resume] [--budget SECONDS] [--cases REGEX]
+python benchmarks/gpu_parity.py --device cuda --out parity.json [--resume] [--budget SECONDS] [--cases REGEX] [--jobs PROCESSES]
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import argparse
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,9 @@ DTYPES = {
     "fp32-bf16": (torch.float32, torch.bfloat16, False),
     "fp16-fp32": (torch.float16, torch.float32, False),
 }
+
+
+Planned = dict[str, tuple[Case, str, str]]
 
 
 def todo(pattern: str = "") -> Iterator[tuple[str, Case, str, str]]:
@@ -76,6 +81,31 @@ def row(case: Case, dtype: str, layout: str, device: str) -> dict[str, Any]:
     }
 
 
+def quietly(case: Case, dtype: str, layout: str, device: str) -> dict[str, Any]:
+    warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
+    return row(case, dtype, layout, device)
+
+
+def rows(keys: Iterable[str], planned: Planned, device: str, jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of ``keys``, which are taken as processes get free: most of a row is waiting for small kernels."""
+    if jobs == 1:
+        for key in keys:
+            yield key, quietly(*planned[key], device)
+        return
+    running: dict[Future[dict[str, Any]], str] = {}
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:  # CUDA does not survive a fork
+        for key in keys:
+            running[pool.submit(quietly, *planned[key], device)] = key
+            if len(running) >= 2 * jobs:
+                yield from _finished(running, FIRST_COMPLETED)
+        yield from _finished(running, "ALL_COMPLETED")
+
+
+def _finished(running: dict[Future[dict[str, Any]], str], when: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for future in wait(running, return_when=when).done:
+        yield running.pop(future), future.result()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """0: all agree; 1: some do not; 2: wrong arguments, or no such device; 3: the budget ran out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,8 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on with --out; what failed is tried again")
     parser.add_argument("--budget", type=float, metavar="SECONDS")
     parser.add_argument("--cases", default="", metavar="REGEX", help="only cases whose name matches")
+    parser.add_argument("--jobs", type=int, default=1, metavar="PROCESSES", help="that share the device")
     args = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
+    if args.jobs < 1:
+        parser.error(f"--jobs must be positive, got {args.jobs}")
     if args.device == "cuda" and (why := gpu.missing()):
         print(f"--device cuda: {why}", file=sys.stderr)
         return 2
@@ -95,11 +127,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     planned = {key: (case, dtype, layout) for key, case, dtype, layout in todo(args.cases)}
-    for key in records.todo(planned, args.budget):
-        records.add(key, row(*planned[key], args.device), every=SAVE_EVERY)
-        if not records.done(key):
-            print(key, records.rows[key], file=sys.stderr, flush=True)
-    records.save()
+    try:
+        for key, result in rows(records.todo(planned, args.budget), planned, args.device, args.jobs):
+            records.add(key, result, every=SAVE_EVERY)
+            if not records.done(key):
+                print(key, records.rows[key], file=sys.stderr, flush=True)
+    finally:  # a process that dies ends this one
+        records.save()
     print(f"{sum(map(records.done, planned))} of {len(planned)} agree with fp64")
     return records.exit_status(planned)
 

@@ -104,7 +104,11 @@ class Judge:
 
     def pick(self) -> str:
         """What ``auto`` takes for the layer's own output."""
+        plan = self.plan()
+        return "reference" if plan is None else str(plan.pick)
+
+    def plan(self) -> Any:
+        """Of ``auto``; None where the reference runs."""
         if ops.obstacle(self.weight, self.x, self.z):
-            return "reference"
-        plan = ops.plan(self.x, self.z, self.weight, bias=self.bias, z_is_output=True, **self.case.arguments)
-        return str(plan.pick)
+            return None
+        return ops.plan(self.x, self.z, self.weight, bias=self.bias, z_is_output=True, **self.case.arguments)

@@ -28,6 +28,7 @@ FOUND = 9
 """What the sanitizer is told to return if it found something; Python and the script have other exit statuses."""
 TRAIN = ("--data", "glyphs", "--methods", "sgd,freeze,refresh,local", "--seeds", "1", "--epochs", "4", "--train-size", "4000")
 LEAST_SETUPTOOLS = 77
+PARITY_JOBS = max(1, min(10, (os.cpu_count() or 1) - 2))
 MOST_NAMED = 50  # rows at fault that the summary names
 START = 20.0  # seconds that a script takes besides what its own --budget bounds: imports, the last row, tables
 
@@ -120,7 +121,8 @@ def build(_request: Request) -> list[Command]:
 
 
 def parity(request: Request) -> list[Command]:
-    argv = script("gpu_parity.py", "--device", request.device, *row_by_row(request, "parity"))
+    jobs = str(PARITY_JOBS if request.device == "cuda" else 1)
+    argv = script("gpu_parity.py", "--device", request.device, "--jobs", jobs, *row_by_row(request, "parity"))
     return [Command("parity", argv, meanings={3: "stopped"})]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -48,7 +49,10 @@ def cpu_name() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this package's source tree, with ``+`` if it has changes; ``None`` for an installed package."""
+    """The commit of this package's source tree, with ``+`` if it has changes; ``None`` for an installed package. For a copy of
+    the tree without its ``.git``, ``LOCALSGD_COMMIT`` in the environment names it."""
+    if named := os.environ.get("LOCALSGD_COMMIT"):
+        return named
     source = Path(__file__).resolve().parents[2]
     if not (source / ".git").exists():  # or a package installed into somebody else's repository would report theirs
         return None

@@ -1,7 +1,7 @@
 """All that needs a GPU, in stages, those first that are worth most; run from a source tree, without a network.
 
 python benchmarks/gpu_suite.py --out results --stages build,parity,pytest,graph    # first: is it right?
-python benchmarks/gpu_suite.py --out results --resume                              # then what has not passed: kernels, sanitizer, train
+python benchmarks/gpu_suite.py --out results --resume                              # then what has not passed: kernels, sanitizer, steps, train
 python benchmarks/gpu_suite.py --out results --resume --stages kernels -- --networks mobilenet_v2 --layouts nhwc
 
 build      the module with the CUDA kernels; without it nothing else runs
@@ -10,6 +10,7 @@ pytest     tests/gpu, a process for each file, less what parity does
 graph      hundreds of updates in a captured CUDA graph give the bits of eager mode
 kernels    times of real networks' layers; what follows -- goes to benchmarks/kernels.py, here and in compiled
 sanitizer  compute-sanitizer's tools on our kernels
+step       whole training steps of SGD, a frozen and a local prefix: autocast, with and without torch.compile and CUDA graphs
 train      a small comparison of training methods
 compiled   the kernels in bf16 and channels_last again, beside what torch.compile makes of a user's code
 
@@ -17,7 +18,7 @@ compiled   the kernels in bf16 and channels_last again, beside what torch.compil
 where they were; a fresh machine only builds again. Without it the results of --out are removed first.
 
 DIRECTORY gets at most seven files: summary.json with every stage's status, seconds, last lines and what its results come to, and where
-all that was; log.txt with all output; the rows of parity, graph, kernels and compiled.
+all that was; log.txt with all output; the rows of parity, graph, kernels, step and compiled.
 
 Exit status: 0 if all stages that were asked for have passed, 1 if one failed, 2 for wrong arguments or no GPU, 3 if the time was up,
 4 if one cannot run here.

@@ -28,13 +28,12 @@ from benchmarks.baselines import DTYPES, LAYOUTS, algorithms, functions, operand
 from benchmarks.networks import DEFAULT_NETWORKS, NETWORKS, kind, layers
 from benchmarks.parity import Judge
 from benchmarks.predict import costs, predicted_row, rooflines
-from benchmarks.records import Records
+from benchmarks.records import Records, exit_status, show
 from benchmarks.tables import report
 from benchmarks.timing import Timer, timer_for
 from localsgd_ext import roofline
 from localsgd_ext._precision import tf32
 from localsgd_ext.train import environment
-from localsgd_ext.train.files import read_json
 
 # An fp64 oracle in a tenth of a second on an H200's fp64 units, in a second or two on two cores.
 PARITY_FLOPS = {"cuda": 1e12, "cpu": 4e9}
@@ -156,6 +155,8 @@ def one_line(row: dict[str, Any]) -> str:
 
 
 def measure(args: argparse.Namespace) -> int:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no GPU (--device cpu, or --predict DEVICE)")
     networks, todo = work(args)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -190,18 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 1: a layer failed; 2: wrong arguments, or no such device; 3: the budget ran out."""
     args = arguments(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if args.table:
-            print(report(read_json(args.table)), end="")
-            return 0
-        if args.predict:
-            return predict(args)
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: PyTorch sees no GPU (--device cpu, or --predict DEVICE)")
-        return measure(args)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    return exit_status(lambda: show(args.table, report) if args.table else predict(args) if args.predict else measure(args))
 
 
 if __name__ == "__main__":

@@ -72,14 +72,22 @@ class Records:
         self._saved = time.monotonic()
 
 
-def exit_status(work: Callable[[], Records | None]) -> int:
-    """Of a command that does ``work``: 0: done; 2: wrong arguments or file, said on standard error; 3: rows are left."""
+def exit_status(work: Callable[[], Records | int | None]) -> int:
+    """Of a command that does ``work``: 0: done; 2: wrong arguments or file, said on standard error; 3: rows are left; or what it returns."""
     try:
         records = work()
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
+    if isinstance(records, int):
+        return records
     if records and records.left:
         print(f"{len(records.left)} runs are left: go on with --resume", file=sys.stderr)
         return 3
+    return 0
+
+
+def show(path: Path, report: Callable[[Any], str]) -> int:
+    """Prints the tables of a results file; returns exit status 0."""
+    print(report(read_json(path)), end="")
     return 0

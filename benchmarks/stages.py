@@ -189,6 +189,11 @@ def sanitizer(_request: Request) -> list[Command]:
     ]
 
 
+def step(request: Request) -> list[Command]:
+    """Whole training steps; rows of dresses that take no compilation first."""
+    return [Command("step", script("gpu_step.py", *row_by_row(request, "step")), meanings={3: "stopped"})]
+
+
 def find_sanitizer() -> str | None:
     homes = [Path(home) for home in (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda") if home]
     places = [home / where / "compute-sanitizer" for home in homes for where in ("bin", "compute-sanitizer")]
@@ -213,6 +218,7 @@ STAGES: dict[str, Callable[[Request], list[Command]]] = {
     "graph": graph,
     "kernels": kernels,
     "sanitizer": sanitizer,
+    "step": step,
     "train": train,
     "compiled": compiled,
 }

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # in the place of this directory, whose modules are 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.records import Records
+from benchmarks.records import Records, exit_status, show
 from benchmarks.step_tables import report
 from benchmarks.step_variants import (
     ALLOWED,
@@ -45,7 +45,6 @@ from benchmarks.step_variants import (
 from benchmarks.timing import CpuTimer
 from localsgd_ext import HebbianUpdater, trace_layers
 from localsgd_ext.train import environment
-from localsgd_ext.train.files import read_json
 
 FRACTIONS = (0.25, 0.5, 0.75)
 LEAST_ROUNDS = 5
@@ -197,24 +196,14 @@ def measure(args: argparse.Namespace) -> int:
             records.add(key, measured_row(args, name, layout, fraction, timer))
         print(f"{key}: {records.rows[key]['status']}", file=sys.stderr, flush=True)
     print(report(records.content), end="")
-    if records.left:
-        print(f"{len(todo) - len(records.left)} of {len(todo)} done: go on with --resume", file=sys.stderr)
-        return 3
-    return int(any(records.rows[key]["status"] != "ok" for key in todo))
+    return records.exit_status(todo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 1: a step was wrong; 2: wrong arguments or file; 3: the budget ran out."""
     args = arguments(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if args.table:
-            print(report(read_json(args.table)), end="")
-            return 0
-        return measure(args)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    return exit_status(lambda: show(args.table, report) if args.table else measure(args))
 
 
 if __name__ == "__main__":

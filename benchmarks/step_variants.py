@@ -139,8 +139,8 @@ class NaiveHook(Hook):
         weight.add_(d * (self.lr / torch.linalg.vector_norm(d)))
 
 
-def make(name: str, start: nn.Module, x: Tensor, boundary: int, lr: float = LOCAL_LR) -> Variant:
-    """``start`` copied, with ``boundary`` layers treated as ``name`` (one of ``VARIANTS``) says."""
+def make(name: str, start: nn.Module, x: Tensor, boundary: int, lr: float = LOCAL_LR, *, timed: bool = True) -> Variant:
+    """``start`` copied, with ``boundary`` layers treated as ``name`` (one of ``VARIANTS``) says. ``timed``: hooks look at the clock."""
     model = copy.deepcopy(start)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     variant = Variant(name, model, optimizer)
@@ -160,7 +160,7 @@ def make(name: str, start: nn.Module, x: Tensor, boundary: int, lr: float = LOCA
         bn_stats=BN_STATS.get(name, "update"),
     )
     variant.learning.trace(x)
-    if local:
+    if local and timed:
         updater: Any = variant.learning._updater
         for hook in updater._hooks.values():
             hook.update = variant.timed(hook.update)
@@ -222,8 +222,8 @@ def kernel(call: Call, sample: float) -> Callable[[], None]:
     """The update of one layer alone, of the first turn's images."""
     module = call.module
     x, z = sampled(module.weight, call.x, call.z, sample, 0)
-    lr = torch.full((), LOCAL_LR, dtype=torch.float64)
-    skipped = torch.zeros((), dtype=torch.int64)
+    lr = torch.full((), LOCAL_LR, dtype=torch.float64, device=x.device)
+    skipped = torch.zeros((), dtype=torch.int64, device=x.device)
     arguments = {"bias": module.bias, "z_is_output": True, "skipped": skipped, **geometry(module)}
     return lambda: ops.hebbian_update_(module.weight.detach(), x, z, lr, **arguments)
 

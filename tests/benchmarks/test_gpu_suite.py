@@ -53,7 +53,7 @@ def test_without_a_gpu_one_line_and_status_2(tmp_path: Path, capsys: pytest.Capt
     [
         (
             ["--stages", "build,fly"],
-            "--stages must be of build, parity, pytest, graph, kernels, sanitizer, train, compiled, got fly",
+            "--stages must be of build, parity, pytest, graph, kernels, sanitizer, step, train, compiled, got fly",
         ),
         (["--device", "cpu"], "--device cpu needs --stages parity"),
         (["--stages", "build,parity", "--", "--networks", "resnet50"], "for the stages kernels and compiled, got --stages build,parity"),

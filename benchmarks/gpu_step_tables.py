@@ -70,9 +70,9 @@ def _name(row: Row) -> str:
 
 
 def _reason(row: Row) -> str:
-    errors = ", ".join(f"{which} {error:.1e}" for which, error in row.get("parity", {}).items())
+    errors = ", ".join(f"{which} {error:.1e} of {row['allowed'][which]:.1e}" for which, error in row.get("parity", {}).items())
     said = row.get("failed") or row.get("why") or ""
-    return f"{said} (errors: {errors}; allowed {row['allowed']})" if errors else said
+    return f"{said} (errors: {errors} allowed)" if errors else said
 
 
 def limit_ms(row: Row, depth: str) -> float:

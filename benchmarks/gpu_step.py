@@ -60,8 +60,8 @@ ALLOWED = {
     "bf16": {"update": 1e-2, "prefix": 1e-1, "rest": 0.5},
     "fp32": {"update": 2e-4, "prefix": 2e-3, "rest": 2e-3},
 }
-"""What :func:`parity` may find. Compiled code rounds to bf16 elsewhere, which gradients show most: by 0.06 to 0.28 on a CPU, where those
-of nothing would be off by 1."""
+"""What :func:`parity` may find. Compiled code rounds to bf16 elsewhere, which gradients show most. A network that
+did not learn would be off by 1."""
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

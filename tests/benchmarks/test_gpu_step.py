@@ -86,7 +86,10 @@ def test_a_wrong_step_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (row,) = json.loads(file.read_text())["rows"].values()
     assert (row["status"], row["failed"]) == ("FAILED", "wrong: update")
     assert "ms" not in row
-    assert "FAILED, not timed: resnet18 8 px b2 bf16 eager: wrong: update (errors: update 5.0e-02 of 1.0e-02," in capsys.readouterr().out
+    assert (
+        "FAILED, not timed: resnet18 8 px b2 bf16 eager: wrong: update (errors: update 5.0e-02 of 1.0e-02,"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(

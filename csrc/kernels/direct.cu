@@ -134,7 +134,7 @@ DirectConfig get_best_config(const DirectProblem& problem, const Chip& chip) {
         const MainLoop loop{v.core, v.tile_m, v.tile_n,        v.threads, v.step_positions, v.z,
                             v.x,    1,        multiprocessors, resident,  chip.compute};
         const int64_t tiles = g.groups * ceil_div(g.out_per_group(), v.tile_m) * ceil_div(g.patch(), v.tile_n);
-        const Split split = best_split(loop, tiles, g.positions());
+        const Split split = best_split(loop, tiles, g.positions(), kBarrierClocks);
         if (split.clocks >= best.estimated_clocks) continue;
         best.estimated_clocks = split.clocks;
         best.kernel = i;
@@ -149,7 +149,7 @@ DirectConfig get_best_config(const DirectProblem& problem, const Chip& chip) {
         best.split_positions = static_cast<int>(split.positions);
         best.blocks = static_cast<int>(std::clamp<int64_t>(split.units(), 1, int64_t{multiprocessors} * resident));
     }
-    best.estimated_clocks += 2 * kBarrierClocks;
+    best.estimated_clocks += kBarrierClocks;
     best.cooperative = chip.cooperative;
     best.sharers = sharers_of(best.tile_m * best.tile_n, best.tiles, best.splits, int64_t{best.blocks} * best.threads);
     return best;

@@ -9,9 +9,13 @@ namespace localsgd::cuda {
 // What follows the main loop, in this launch or in one of its own.
 template <class T>
 LOCALSGD_DEVICE void finish_direct(const DirectParams& p) {
-    if (p.first < kReduce && p.last >= kReduce) grid_barrier(p.workspace.barrier);
-    if (p.first <= kReduce && p.last >= kReduce)
-        reduce_partials<T>(p.workspace, p.grid, p.z.columns, p.x, p.target, p.to_target);
+    if (is_whole(p.grid, p.to_target)) {
+        if (p.first == kCorrelate) put_squares_of_units<T>(p.workspace, p.grid);
+    } else {
+        if (p.first < kReduce && p.last >= kReduce) grid_barrier(p.workspace.barrier);
+        if (p.first <= kReduce && p.last >= kReduce)
+            reduce_partials<T>(p.workspace, p.grid, p.z.columns, p.x, p.target, p.to_target);
+    }
     if (p.first < kWrite && p.last >= kWrite) grid_barrier(p.workspace.barrier);
     if (p.last >= kWrite) norm_and_write<T>(p.workspace, p.grid, p.z.columns, p.x, p.target, p.step);
 }

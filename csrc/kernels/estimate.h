@@ -76,7 +76,8 @@ inline double estimate(const MainLoop& l, const Split& s) {
     return each * (most + 0.25 * rest + kUnitClocks / alive) + partials;
 }
 
-inline Split best_split(const MainLoop& l, int64_t tiles, int64_t length) {
+// `adding`: clocks of a phase that is only there to add up the splits' partial tiles.
+inline Split best_split(const MainLoop& l, int64_t tiles, int64_t length, double adding) {
     const int64_t steps = ceil_div(length, l.step);
     // One, two or three rounds of blocks at most: further ones only add partial tiles.
     const int64_t rounds = 3 * int64_t{l.multiprocessors} * l.resident;
@@ -88,7 +89,7 @@ inline Split best_split(const MainLoop& l, int64_t tiles, int64_t length) {
         const int64_t splits = std::max<int64_t>(1, ceil_div(steps, split_steps)); // fewer where the last ones would be empty
         if (splits != wanted && wanted != least) continue;
         Split s{tiles, splits, split_steps * l.step, 0};
-        s.clocks = estimate(l, s);
+        s.clocks = estimate(l, s) + (splits > 1 ? adding : 0);
         if (s.clocks < best.clocks) best = s;
     }
     return best;

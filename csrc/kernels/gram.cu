@@ -264,8 +264,8 @@ GramConfig get_best_config(const GramProblem& problem, const GramChip& chip) {
         const Access parts = v.product == Core::ffma ? Access::channels4 : Access::chunks16;
         const MainLoop product_loop{v.product, v.product_m, v.product_n,     v.threads, v.product_step, parts,
                                     parts,     1,           multiprocessors, resident,  chip.compute};
-        const Split gram = best_split(loop, c.tiles, g.positions());
-        const Split product = best_split(product_loop, c.product_tiles, c.product_pairs * inner_of(problem));
+        const Split gram = best_split(loop, c.tiles, g.positions(), 0); // G is put together anyhow
+        const Split product = best_split(product_loop, c.product_tiles, c.product_pairs * inner_of(problem), kBarrierClocks);
         c.estimated_clocks = gram.clocks + product.clocks;
         if (c.estimated_clocks >= best.estimated_clocks) continue;
         c.splits = static_cast<int>(gram.splits);
@@ -276,7 +276,7 @@ GramConfig get_best_config(const GramProblem& problem, const GramChip& chip) {
         c.blocks = static_cast<int>(std::clamp<int64_t>(units, 1, int64_t{multiprocessors} * resident));
         best = c;
     }
-    best.estimated_clocks += 4 * kBarrierClocks;
+    best.estimated_clocks += 3 * kBarrierClocks;
     best.cooperative = chip.cooperative;
     const int64_t threads = int64_t{best.blocks} * best.threads;
     best.sharers = sharers_of(int64_t{best.tile} * best.tile, best.tiles, best.splits, threads);

@@ -261,10 +261,14 @@ __global__ void __launch_bounds__(Paths::Gram::Tile::kThreads, Paths::kResident)
             write_matrix<T, Parts<kProductCore>>(p);
             write_weights<Parts<kProductCore>, T::kThreads>(p);
         }
-        if (begin_phase(p, kGramProduct))
+        const bool whole = is_whole(p.product, p.to_target);
+        if (begin_phase(p, kGramProduct)) {
             correlate_units<Product>(p.workspace, p.product, p.weights, p.matrix,
                                      *reinterpret_cast<typename Product::Storage*>(shared));
-        if (begin_phase(p, kGramReduce)) reduce_partials<D>(p.workspace, p.product, p.outputs, p.x, p.target, p.to_target);
+            if (whole) put_squares_of_units<D>(p.workspace, p.product);
+        }
+        if (!whole && begin_phase(p, kGramReduce))
+            reduce_partials<D>(p.workspace, p.product, p.outputs, p.x, p.target, p.to_target);
         if (begin_phase(p, kGramWrite)) norm_and_write<D>(p.workspace, p.product, p.outputs, p.x, p.target, p.step);
     }
 }

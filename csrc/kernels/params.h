@@ -87,7 +87,8 @@ struct Step {
 };
 
 // A kernel runs the phases from `first` to `last`: all of them in one cooperative launch with grid barriers between, or one a
-// launch, whose order in the stream is then the barrier. Both give the same bits.
+// launch, whose order in the stream is then the barrier. Both give the same bits. Where a tile is not split there is nothing to
+// reduce: that phase is left out.
 enum Phase : int { kCorrelate, kReduce, kWrite };
 
 struct DirectParams {

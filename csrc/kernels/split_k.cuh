@@ -65,6 +65,22 @@ LOCALSGD_DEVICE void store_partial(const Workspace& w, const TileGrid& grid, uns
         *partial_quad<T>(w, grid, tile, split, slot, threadIdx.x) = T::quad_of(sum, slot);
 }
 
+LOCALSGD_DEVICE float component(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+LOCALSGD_DEVICE double squares_of(const float4& v, int count) {
+    double sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (i < count) sum += static_cast<double>(component(v, i)) * static_cast<double>(component(v, i));
+    return sum;
+}
+
+template <class T>
+LOCALSGD_DEVICE void put_squares(const Workspace& w, double squares) {
+    squares = block_sum<T::kThreads>(squares);
+    if (threadIdx.x == 0) w.squares[blockIdx.x] = squares;
+}
+
 // The main loop of the units that fall to this block; their partial tiles go to the workspace.
 template <class Path>
 LOCALSGD_DEVICE void correlate_units(const Workspace& w, const TileGrid& grid, const Patches& z, const Patches& x,
@@ -78,6 +94,22 @@ LOCALSGD_DEVICE void correlate_units(const Workspace& w, const TileGrid& grid, c
         const unsigned tile = divide(again, grid.by_splits);
         store_partial<typename Path::Tile>(w, grid, tile, static_cast<int>(again), sum);
     }
+}
+
+// Whether the phase that adds up partial tiles has nothing to do.
+LOCALSGD_DEVICE bool is_whole(const TileGrid& grid, bool to_target) { return grid.splits == 1 && !to_target; }
+
+// That phase's other half, where units are tiles of D: each thread reads back what it has written itself, as in the main loop
+// even one number more to keep may be spilled. Beyond the matrix a tile is 0, or not finite where some of D is not either.
+template <class T>
+LOCALSGD_DEVICE void put_squares_of_units(const Workspace& w, const TileGrid& grid) {
+    double squares = 0;
+    for (unsigned unit = blockIdx.x; unit < static_cast<unsigned>(grid.units); unit += gridDim.x) {
+#pragma unroll 8
+        for (int slot = 0; slot < T::kSlots; ++slot)
+            squares += squares_of(__ldcg(partial_quad<T>(w, grid, unit, 0, slot, threadIdx.x)), 4);
+    }
+    put_squares<T>(w, squares);
 }
 
 LOCALSGD_DEVICE int64 target_offset(const Target& target, const Patches& x, int64 out_channel, int column) {
@@ -173,8 +205,6 @@ struct OwnedQuads {
     }
 };
 
-LOCALSGD_DEVICE float component(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
 // `rows`: of D per group, its columns are those of x.
 
 // D into the first split's place, its squares' sum for this block; or D to the target, if that is all that is wanted.
@@ -184,9 +214,7 @@ LOCALSGD_DEVICE void reduce_partials(const Workspace& w, const TileGrid& grid, i
     const OwnedQuads<T> owned{w, grid, rows, x.columns};
     double squares = 0;
     owned.for_sums([&](const OwnedQuad& q, const float4& sum) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (i < q.count) squares += static_cast<double>(component(sum, i)) * static_cast<double>(component(sum, i));
+        squares += squares_of(sum, q.count);
         if (!to_target) {
             *q.first = sum;
             return;
@@ -195,9 +223,7 @@ LOCALSGD_DEVICE void reduce_partials(const Workspace& w, const TileGrid& grid, i
         for (int i = 0; i < q.count; ++i)
             static_cast<float*>(target.data)[target_offset(target, x, q.k, q.n + i)] = component(sum, i);
     });
-    if (to_target) return;
-    squares = block_sum<T::kThreads>(squares);
-    if (threadIdx.x == 0) w.squares[blockIdx.x] = squares;
+    if (!to_target) put_squares<T>(w, squares);
 }
 
 template <class T>

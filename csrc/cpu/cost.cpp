@@ -25,7 +25,7 @@ struct Core {
 };
 constexpr Core kAvx2{88e3, 40e3, 85e3, {0.65, 0.65}, {0.85, 0.85}, 1, {11.5e3, 11.5e3}, {6e3, 6e3}, 16e6, 1};
 constexpr Core kAvx512{190e3, 40e3, 178e3, {0.97, 0.7}, {0.9, 0.72}, 0.84, {13.5e3, 5e3}, {8e3, 3e3}, 40e6, 1.3};
-constexpr Core kZen4{92e3, 13e3, 101e3, {0.97, 0.7}, {1.0, 0.85}, 0.84, {9e3, 5e3}, {9e3, 3e3}, 40e6, 0.9};
+constexpr Core kZen4{92e3, 13e3, 101e3, {0.97, 0.7}, {1.0, 0.85}, 0.84, {9e3, 3e3}, {9e3, 1.4e3}, 40e6, 0.9};
 bool zen4(const Query& q) { return q.cpu.wide && q.cpu.amd; }
 const Core& core(const Query& q) { return !q.cpu.wide ? kAvx2 : zen4(q) ? kZen4 : kAvx512; }
 
@@ -250,12 +250,19 @@ double winograd_us(const Query& q) {
            convert_us(q, z_elements(q), q.z_kind) + (passes + 1) * kCallUs;
 }
 
+// Of first layers by bf16 dot products oneDNN keeps the channels as they are.
+bool bf16_pictures(const Query& q) {
+    const bool bf16 = q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16;
+    return bf16 && q.cpu.bf16 == Cpu::Bf16::kDots && q.geometry.in_per_group() < 8;
+}
+
 // oneDNN brings operands in NCHW into blocks of channels unless the images are small. Memory beyond the allocator's limit is
 // asked of the system each time.
 double blocked_us(const Query& q) {
     constexpr double kAllocated = double{32 << 20};
     if (q.geometry.image_positions() < 400) return 0;
     const bool bf16 = q.x_kind == Kind::bf16 && q.z_kind == Kind::bf16 && q.cpu.bf16 != Cpu::Bf16::kEmulated;
+    if (bf16_pictures(q)) return memory_us(q, operand_bytes(q), 12e3);
     const double each = bf16 ? 2 : element_bytes(q);
     double us = 0;
     for (const double bytes : {x_elements(q) * each, z_elements(q) * each})
@@ -281,8 +288,8 @@ double library_us(const Query& q) {
         double speed = speeds[q.channels_last ? 0 : 1] * (tiny(g) ? core(q).tiny : 1);
         if (dots && zen4(q) && q.channels_last)
             speed = bytes > 8e6 ? 3e3 : strided(g) ? 16e3 : 11e3;
-        else if (dots && zen4(q) && tiny(g) && !strided(g))
-            speed = 4e3;
+        else if (dots && zen4(q))
+            speed = tiny(g) && !strided(g) ? 4e3 : fits_a_cache(q) ? 2.5e3 : 1.5e3;
         else if (bf16) // not as fast from memory as from a cache
             speed *= on_tiles(q, true) && q.channels_last && bytes > 8e6 ? 0.4 : 0.5;
         // Other kernels than small, dense ones are not vectorised.
@@ -296,6 +303,7 @@ double library_us(const Query& q) {
     const double flops = wgrad_flops(g) * slow * grouped * narrow(double(g.out_per_group())) *
                          (on_units                         ? g.in_per_group() < 8 ? 2.6 : 1.3
                           : dots && g.in_per_group() >= 16 ? narrow(double(g.in_per_group()))
+                          : bf16_pictures(q)               ? narrow(double(g.patch()))
                                                            : 1);
     const double rest = memory_us(q, operand_bytes(q), on_units ? (q.channels_last ? 10e3 : 5e3) : kStreamBytesPerUs) +
                         convert + order + 10 * kCallUs;
@@ -313,7 +321,7 @@ double library_us(const Query& q) {
     const bool apart = g.kernel == g.stride; // patches that share no element
     const auto& shares = q.channels_last ? core(q).channels_last : core(q).channels_first;
     const double apart_share = (q.channels_last && !zen4(q) ? 0.9 : 1) * (slow < 1 ? slow : 1); // not by bf16 instructions
-    const double share = apart ? apart_share : shares[strided(g) ? 1 : 0];
+    const double share = apart ? apart_share : bf16_pictures(q) ? 1 : shares[strided(g) ? 1 : 0];
     return gemm_us(q, flops / share) + rest + (q.channels_last ? 0 : blocked_us(q));
 }
 

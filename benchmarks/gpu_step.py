@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import random
 import shlex
 import sys
 import time
+import types
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -37,6 +39,7 @@ from benchmarks.records import Records, exit_status, show
 from benchmarks.step_variants import Setting, Variant, calls, example, geometry, kernel, mac_counts, make, network
 from benchmarks.timing import Timer, timer_for
 from localsgd_ext import reference, trace_layers
+from localsgd_ext._precision import tf32
 from localsgd_ext.graphs import CudaRecorder, GraphedStep, Recorder
 from localsgd_ext.layers import ExecutionPlan
 from localsgd_ext.saved import saved_activations
@@ -50,7 +53,7 @@ SETTINGS = {  # batches follow
     "mobilenet_v2": Setting("mobilenet_v2", 224, 0, 1000),
 }
 DRESSES = ("eager", "eager+graph", "compiled", "compiled+graph")
-DTYPES = {"bf16": torch.bfloat16, "fp32": None}
+DTYPES = {"bf16": torch.bfloat16, "tf32": None, "fp32": None}
 DEPTHS = (0.25, 0.5, 0.75)
 METHODS = ("frozen", "local")
 WARM_UPS = 3  # steps before one is captured
@@ -58,6 +61,7 @@ LEAST_ROUNDS, STRETCH = 5, 0.05  # seconds of steps between two looks at the clo
 PARITY_STEPS, PARITY_LR = WARM_UPS + 2, 1e-3  # one is captured, and the graph used again
 ALLOWED = {
     "bf16": {"update": 1e-2, "prefix": 1e-1, "rest": 0.5},
+    "tf32": {"update": 2e-3, "prefix": 2e-2, "rest": 0.1},
     "fp32": {"update": 2e-4, "prefix": 2e-3, "rest": 2e-3},
 }
 """What :func:`parity` may find. Compiled code rounds to bf16 elsewhere, which gradients show most. A network that
@@ -70,7 +74,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", default="64,256")
     parser.add_argument("--dresses", default=",".join(DRESSES), help=f"of {', '.join(DRESSES)}")
     parser.add_argument("--depths", default=",".join(map(str, DEPTHS)), help="shares of the layers that are in the prefix")
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="bf16: by autocast")
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="bf16: by autocast; fp32: without tf32")
     parser.add_argument("--image", type=int, metavar="PIXELS", help="instead of each network's own")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--seconds", type=float, default=5.0, help=f"of rounds of a row, {LEAST_ROUNDS} at least")
@@ -123,7 +127,7 @@ class Dress:
 
     def step(self, variant: Variant, x: Tensor, y: Tensor) -> Callable[[], object]:
         """One training step of ``variant`` on always the same mini-batch."""
-        forward = torch.compile(variant.model, backend=self.backend) if self.compiled else variant.model
+        forward = self._compiled(variant.model) if self.compiled else variant.model
 
         def step(x: Tensor, y: Tensor) -> Tensor:
             variant.optimizer.zero_grad(set_to_none=True)
@@ -138,18 +142,36 @@ class Dress:
         if variant.learning is not None:
             graphed = GraphedStep(variant.learning, step, warmup=WARM_UPS, recorder=recorder(self.device))
             return lambda: graphed(x, y)
-        return _captured(lambda: step(x, y), recorder(self.device))
+        return _captured(step, recorder(self.device), x, y)
+
+    def _compiled(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """What is compiled belongs to a code object, and neither hooks nor, before PyTorch 2.13, what is frozen tells models of one class
+        apart: each gets a code object of its own."""
+
+        def forward(x: Tensor) -> Tensor:
+            return model(x)  # type: ignore[no-any-return]
+
+        own = types.FunctionType(forward.__code__.replace(), forward.__globals__, "forward", None, forward.__closure__)
+        return torch.compile(own, backend=self.backend)
 
     def synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
 
-def _captured(step: Callable[[], Tensor], by: Recorder) -> Callable[[], object]:
-    """As :class:`GraphedStep` has it, of a step without a boundary."""
+def _captured(step: Callable[..., Tensor], by: Recorder, *inputs: Tensor) -> Callable[[], object]:
+    """As :class:`GraphedStep` has it, copies included, of a step without a boundary."""
+    static = [x.clone() for x in inputs]
     for _ in range(WARM_UPS):
-        by.warm_up(step)
-    return by.capture(step)
+        by.warm_up(lambda: step(*static))
+    replay = by.capture(lambda: step(*static))
+
+    def call() -> object:
+        for to, x in zip(static, inputs, strict=True):
+            to.copy_(x, non_blocking=True)
+        return replay().detach().clone()
+
+    return call
 
 
 def on(device: str, setting: Setting) -> tuple[nn.Module, Tensor, Tensor]:
@@ -216,29 +238,53 @@ def measured_row(args: argparse.Namespace, name: str, batch: int, dressed: str, 
     boundaries = {depth: int(depth * len(plan)) for depth in args.depths}
     row: dict[str, Any] = {
         "network": name, "batch": batch, "dress": dressed, "image": setting.image, "dtype": args.dtype, "layers": len(plan),
+        "backend": args.backend if dress.compiled else None, "seconds": args.seconds,
         "boundaries": {f"{depth:g}": boundary for depth, boundary in boundaries.items()}, "allowed": ALLOWED[args.dtype],
     }  # fmt: skip
     if not all(boundaries.values()):
         return {**row, "status": "FAILED", "failed": f"no layer is in the prefix at depths {args.depths}"}
-    torch.compiler.reset()
+    forget()
     row["parity"] = errors = parity(dress, start, plan, x, y, boundaries[args.depths[-1]])
     if bad := [which for which, error in errors.items() if not error <= ALLOWED[args.dtype][which]]:  # NaN is bad
         return {**row, "status": "FAILED", "failed": f"wrong: {', '.join(bad)}"}
 
-    torch.compiler.reset()
-    begin = time.monotonic()
+    forget()
     variants = {"sgd": make("sgd", start, x, 0, timed=False)}
+    prefixes: dict[str, list[str]] = {"sgd": []}
     for depth, boundary in boundaries.items():
-        variants |= {name_of(method, depth): make(method, start, x, boundary, timed=False) for method in METHODS}
+        for method in METHODS:
+            variants[name_of(method, depth)] = make(method, start, x, boundary, timed=False)
+            prefixes[name_of(method, depth)] = list(plan.layers[:boundary])
     row |= counted(dress, start, plan, x, boundaries, timer, args.seconds)
+    before = {name: value.detach().clone() for name, value in start.named_parameters()}
     steps = {which: dress.step(variant, x, y) for which, variant in variants.items()}
-    row["peak_bytes"] = {which: _peak_bytes(dress, step) for which, step in steps.items()}
     for step in steps.values():
         for _ in range(WARM_UPS + 1):  # the last one of which is captured
             step()
-    row["seconds_until_ready"] = time.monotonic() - begin
+    row["peak_bytes"] = {which: _peak_bytes(dress, variants[which], step) for which, step in steps.items()}
     row["rounds"], row["ms"] = rounds(dress, steps, args.seconds)
+    wrong = {which: bad for which, variant in variants.items() if (bad := mistaken(variant, before, prefixes[which], plan))}
+    if wrong:
+        del row["ms"]
+        return {**row, "status": "FAILED", "failed": "; ".join(f"{which}: {bad}" for which, bad in wrong.items())}
     return {**row, "status": "ok"}
+
+
+def mistaken(variant: Variant, before: dict[str, Tensor], prefix: Sequence[str], plan: ExecutionPlan) -> str:
+    """What a variant that was timed has learnt but should not have, or the other way round; or ``""``."""
+    learns = {layer: layer not in prefix or variant.name == "local" for layer in plan.layers}
+    for layer, should in learns.items():
+        weight = variant.model.get_submodule(layer).weight.detach()
+        if torch.equal(weight, before[f"{layer}.weight"]) == should:  # type: ignore[arg-type]
+            return f"{layer} {'has not learnt' if should else 'has changed'}"
+    return ""
+
+
+def forget() -> None:
+    """What was compiled, and the memory of models that are gone: they are in cycles."""
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def counted(
@@ -249,7 +295,7 @@ def counted(
     plain = replace(dress, compiled=False, graph=False)
     with plain.autocast():
         all_dgrads = {call.name: call.dgrad for call in calls(make("sgd", start, x, 0, timed=False), plan, x)}
-    row: dict[str, Any] = {"macs": {}, "saved_bytes": {}, "kernels_ms": {}}
+    row: dict[str, Any] = {"macs": {}, "saved_bytes": {}, "kernels_ms": {}, "kernels_how": {}}
     for depth, boundary in {0.0: 0, **boundaries}.items():
         variant = make("frozen", start, x, boundary, timed=False) if boundary else make("sgd", start, x, 0, timed=False)
         with plain.autocast(), saved_activations(variant.model) as saved:
@@ -269,11 +315,12 @@ def counted(
     return row
 
 
-def _peak_bytes(dress: Dress, step: Callable[[], object]) -> int | None:
-    """What a step takes at most beyond what there is before it (weights, momentum, the pictures); ``None`` if it cannot be seen."""
+def _peak_bytes(dress: Dress, variant: Variant, step: Callable[[], object]) -> int | None:
+    """What a step takes at most beyond what there is before it (weights, momentum, the pictures, workspaces of the kernels); ``None`` if it
+    cannot be seen."""
     if dress.device != "cuda" or dress.graph:
         return None
-    step()
+    variant.optimizer.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -305,6 +352,22 @@ def rounds(dress: Dress, steps: dict[str, Callable[[], object]], seconds: float)
     return len(times["sgd"]), {which: 1e3 * median(values) for which, values in times.items()}
 
 
+def key_of(args: argparse.Namespace, name: str, batch: int, dress: str) -> str:
+    """Of a row: rows of other arguments are others."""
+    backend = [args.backend] if "compiled" in dress else []
+    return "|".join(map(str, (name, batch, dress, args.dtype, args.image or SETTINGS[name].image, *args.depths, *backend)))
+
+
+@contextmanager
+def cudnn_benchmark() -> Iterator[None]:
+    """cuDNN searches for the fastest algorithm, for all alike."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def measure(args: argparse.Namespace) -> int:
     if args.device == "cuda" and (why := gpu.missing()):
         raise ValueError(why)
@@ -317,24 +380,21 @@ def measure(args: argparse.Namespace) -> int:
     records.save()
     timer = timer_for(args.device)
     todo = {
-        f"{name}|{batch}|{dress}|{args.dtype}|{args.image or SETTINGS[name].image}": (name, batch, dress)
+        key_of(args, name, batch, dress): (name, batch, dress)
         for dress in args.dresses
         for batch in args.batches
         for name in args.networks
     }
     for key in records.todo(todo, args.budget):
-        with warnings.catch_warnings():
+        name, batch, dress = todo[key]
+        with warnings.catch_warnings(), tf32(args.dtype != "fp32"), cudnn_benchmark():
             warnings.filterwarnings("error", module="localsgd_ext")  # whatever it has to say would spoil the measurement
+            warnings.filterwarnings("ignore", message="torch.compile of PyTorch")  # each has a code object of its own
             try:
-                row = measured_row(args, *todo[key], timer)
-            except torch.OutOfMemoryError as error:
-                row = {
-                    "network": todo[key][0],
-                    "batch": todo[key][1],
-                    "dress": todo[key][2],
-                    "status": "ERROR",
-                    "why": str(error),
-                }
+                row = measured_row(args, name, batch, dress, timer)
+            except (RuntimeError, UserWarning) as error:  # no memory, no capture: the next row may do
+                row = {"network": name, "batch": batch, "dress": dress, "status": "ERROR", "why": str(error)}
+        forget()
         records.add(key, row)
         print(f"{key}: {row['status']}", file=sys.stderr, flush=True)
     print(report(records.content), end="")

@@ -60,17 +60,31 @@ def test_steps_in_a_dress_are_the_plain_ones(compiled: bool, graph: bool, monkey
     assert len(recorders) == graph
 
 
+def test_what_is_compiled_is_not_mixed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of one class, of which some layers are frozen and some have hooks."""
+    file = tmp_path / "step.json"
+    run = [*FEW, "--dresses", "compiled", "--backend", "eager", "--dtype", "fp32", "--out", str(file)]
+    assert gpu_step.main(run) == 0
+    monkeypatch.setattr(gpu_step.Dress, "_compiled", lambda self, model: torch.compile(model, backend="eager"))
+    file.unlink()
+    assert gpu_step.main(run) == 1
+    (row,) = json.loads(file.read_text())["rows"].values()
+    assert row["status"] == "FAILED"
+    assert "local 0.5: conv1 has not learnt" in row["failed"]
+
+
 def test_sgd_is_captured_too(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = RecordedGraphs([])
     monkeypatch.setattr(gpu_step, "recorder", lambda _: recorded)
     start, x, y = gpu_step.on("cpu", Setting("small_vgg", 8, 2, 10))
     variant = gpu_step.make("sgd", start, x, 0)
+    weight = variant.model[0].weight
     step = gpu_step.Dress("cpu", "fp32", graph=True).step(variant, x, y)
     assert (recorded.warm_ups, recorded.replays) == (gpu_step.WARM_UPS, 0)
-    before = variant.model[0].weight.detach().clone()
+    before = weight.detach().clone()
     step()
     assert recorded.replays == 1
-    assert not torch.equal(variant.model[0].weight, before)
+    assert not torch.equal(weight, before)
 
 
 @pytest.mark.skipif(not ops.is_compiled(), reason="the reference is its own judge")

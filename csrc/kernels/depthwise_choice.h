@@ -49,7 +49,7 @@ inline Gather gather_of(const Operand& o, const Geometry& g, const Triple& size,
 }
 
 // Clocks that a tile keeps a multiprocessor busy: its instructions (4 a clock, rows dealt to 8 warps) or its bytes (14 of each
-// clock), whichever are more. For comparing configurations, not for promises.
+// clock), whichever are more.
 inline double tile_clocks(const DepthwiseProblem& problem, const DepthwiseVariant& v, int64_t rows, int64_t columns,
                           double loads) {
     const Geometry& g = problem.geometry;

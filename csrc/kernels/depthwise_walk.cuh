@@ -1,6 +1,6 @@
-// 3x3 taps of channels_last operands, without shared memory: half a warp, a walker, goes along the columns of a few rows, two
-// channels a lane. Columns are loaded some steps ahead, straight to the lane that multiplies them, and the columns of z that
-// the next ones of x meet stay in registers.
+// 3x3 taps of channels_last operands, which do not pass through shared memory: half a warp, a walker, goes along the columns of
+// a few rows, two channels a lane. Columns are loaded some steps ahead, straight to the lane that multiplies them, and the
+// columns of z that the next ones of x meet stay in registers.
 #pragma once
 
 #include "geometry.cuh"

@@ -16,8 +16,10 @@ LOCALSGD_DEVICE void finish_direct(const DirectParams& p) {
         if (p.first <= kReduce && p.last >= kReduce)
             reduce_partials<T>(p.workspace, p.grid, p.z.columns, p.x, p.target, p.to_target);
     }
-    if (p.first < kWrite && p.last >= kWrite) grid_barrier(p.workspace.barrier);
-    if (p.last >= kWrite) norm_and_write<T>(p.workspace, p.grid, p.z.columns, p.x, p.target, p.step);
+    if (p.last < kWrite) return;
+    norm_and_write<T>(p.workspace, p.grid, p.z.columns, p.x, p.target, p.step, [&] {
+        if (p.first < kWrite) grid_barrier(p.workspace.barrier);
+    });
 }
 
 template <class T, Access kZ, Access kX>

@@ -208,7 +208,7 @@ LOCALSGD_DEVICE void write_weights(const GramParams& p) {
             place(base + b * step);
 #pragma unroll
             for (int j = 0; j < 4; ++j) rest[b][j] = rounded(rest[b][j], p.weight_rounding);
-            if (c < p.pitch) weights.put_parts(group, c, k, rest[b]);
+            weights.put_parts(group, c, k, rest[b]); // zeros where b goes next
         }
     }
     if (!p.bias) return;
@@ -269,7 +269,10 @@ __global__ void __launch_bounds__(Paths::Gram::Tile::kThreads, Paths::kResident)
         }
         if (!whole && begin_phase(p, kGramReduce))
             reduce_partials<D>(p.workspace, p.product, p.outputs, p.x, p.target, p.to_target);
-        if (begin_phase(p, kGramWrite)) norm_and_write<D>(p.workspace, p.product, p.outputs, p.x, p.target, p.step);
+        if (p.last >= kGramWrite)
+            norm_and_write<D>(p.workspace, p.product, p.outputs, p.x, p.target, p.step, [&] {
+                if (p.first < kGramWrite) grid_barrier(p.workspace.barrier);
+            });
     }
 }
 

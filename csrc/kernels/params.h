@@ -88,7 +88,7 @@ struct Step {
 
 // A kernel runs the phases from `first` to `last`: all of them in one cooperative launch with grid barriers between, or one a
 // launch, whose order in the stream is then the barrier. Both give the same bits. Where a tile is not split there is nothing to
-// reduce: that phase is left out.
+// reduce: that phase, and the barrier before it, are left out, and nothing runs in a launch of its own.
 enum Phase : int { kCorrelate, kReduce, kWrite };
 
 struct DirectParams {

@@ -67,11 +67,10 @@ LOCALSGD_DEVICE void store_partial(const Workspace& w, const TileGrid& grid, uns
 
 LOCALSGD_DEVICE float component(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-LOCALSGD_DEVICE double squares_of(const float4& v, int count) {
+LOCALSGD_DEVICE double squares_of(const float4& v) {
     double sum = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        if (i < count) sum += static_cast<double>(component(v, i)) * static_cast<double>(component(v, i));
+    for (int i = 0; i < 4; ++i) sum += static_cast<double>(component(v, i)) * static_cast<double>(component(v, i));
     return sum;
 }
 
@@ -100,14 +99,14 @@ LOCALSGD_DEVICE void correlate_units(const Workspace& w, const TileGrid& grid, c
 LOCALSGD_DEVICE bool is_whole(const TileGrid& grid, bool to_target) { return grid.splits == 1 && !to_target; }
 
 // That phase's other half, where units are tiles of D: each thread reads back what it has written itself, as in the main loop
-// even one number more to keep may be spilled. Beyond the matrix a tile is 0, or not finite where some of D is not either.
+// even one number more to keep may be spilled.
 template <class T>
 LOCALSGD_DEVICE void put_squares_of_units(const Workspace& w, const TileGrid& grid) {
     double squares = 0;
     for (unsigned unit = blockIdx.x; unit < static_cast<unsigned>(grid.units); unit += gridDim.x) {
 #pragma unroll 8
         for (int slot = 0; slot < T::kSlots; ++slot)
-            squares += squares_of(__ldcg(partial_quad<T>(w, grid, unit, 0, slot, threadIdx.x)), 4);
+            squares += squares_of(__ldcg(partial_quad<T>(w, grid, unit, 0, slot, threadIdx.x)));
     }
     put_squares<T>(w, squares);
 }
@@ -123,7 +122,7 @@ LOCALSGD_DEVICE int64 target_offset(const Target& target, const Patches& x, int6
 struct OwnedQuad {
     float4* first; // of the first split
     int64 k;       // out channel
-    int n, count;  // first column, and how many there are: none beyond the matrix
+    int n, count;  // first column, and how many there are: none, or fewer, beyond the matrix
 };
 
 // The quads that a thread owns, a batch at a time: the same ones in every phase, so what it left in the workspace needs no
@@ -155,7 +154,7 @@ struct OwnedQuads {
         const int within = static_cast<int>(quad % kTileQuads), slot = within / T::kThreads, thread = within % T::kThreads;
         const TilePlace place = place_of<T>(grid, tile);
         const int m = place.m + T::m_of(thread, slot), n = place.n + T::n_of(thread, slot);
-        const bool exists = wanted < size() && m < m_size && n < n_size;
+        const bool exists = wanted < size() && m < m_size;
         return {partial_quad<T>(workspace, grid, tile, 0, slot, thread), static_cast<int64>(place.group) * m_size + m, n,
                 exists ? min(4, n_size - n) : 0};
     }
@@ -214,7 +213,7 @@ LOCALSGD_DEVICE void reduce_partials(const Workspace& w, const TileGrid& grid, i
     const OwnedQuads<T> owned{w, grid, rows, x.columns};
     double squares = 0;
     owned.for_sums([&](const OwnedQuad& q, const float4& sum) {
-        squares += squares_of(sum, q.count);
+        squares += squares_of(sum); // 0 beyond the matrix, or not finite where some of D is not either
         if (!to_target) {
             *q.first = sum;
             return;
@@ -226,47 +225,64 @@ LOCALSGD_DEVICE void reduce_partials(const Workspace& w, const TileGrid& grid, i
     if (!to_target) put_squares<T>(w, squares);
 }
 
-template <class T>
+// `wait` returns when all blocks are through with the phase before. What is overwritten is read before that, since memory takes
+// its time: until then nobody writes it.
+template <class T, class Wait>
 LOCALSGD_DEVICE void norm_and_write(const Workspace& w, const TileGrid& grid, int rows, const Patches& x, const Target& target,
-                                    const Step& step) {
-    const double squares = block_sum<T::kThreads>(w.squares, static_cast<int>(gridDim.x));
-    if (!usable(step, squares)) {
-        if (blockIdx.x == 0 && threadIdx.x == 0) count_skip(step.skipped);
-        return;
-    }
-    const double scale = step_scale(step, squares);
+                                    const Step& step, const Wait& wait) {
     const OwnedQuads<T> owned{w, grid, rows, x.columns};
-    if (owned.sharer() != 0) return;
-    if (!target.in_quads) {
-#pragma unroll 1
-        for (int64 base = owned.begin(); base < owned.size(); base += owned.step()) {
-            const OwnedQuad q = owned.at(base);
-            const float4 d = __ldcg(q.first);
-#pragma unroll 1
-            for (int i = 0; i < q.count; ++i)
-                add_scaled_at(target.data, target_offset(target, x, q.k, q.n + i), target.element, scale, component(d, i));
-        }
-        return;
-    }
+    const int64 end = owned.sharer() == 0 ? owned.size() : 0;
     float* const data = static_cast<float*>(target.data);
+    double scale = 0;
+    bool waited = false;
+    int64 base = owned.begin();
 #pragma unroll 1
-    for (int64 base = owned.begin(); base < owned.size(); base += kBatch * owned.step()) {
-        float* at[kBatch];
-        float4 d[kBatch], old[kBatch];
+    do { // once even without a quad: all threads meet in `wait`
+        const float4* first[kBatch];
+        float* at[kBatch] = {};
+        float4 old[kBatch];
+        if (target.in_quads) {
 #pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-            const OwnedQuad q = owned.at(base + j * owned.step());
-            at[j] = q.count > 0 ? data + target_offset(target, x, q.k, q.n) : nullptr;
-            if (!at[j]) continue;
-            d[j] = __ldcg(q.first);
-            old[j] = quad(at[j]);
+            for (int j = 0; j < kBatch; ++j) {
+                const OwnedQuad q = owned.at(base + j * owned.step());
+                if (q.count <= 0 || owned.sharer() != 0) continue;
+                first[j] = q.first;
+                at[j] = data + target_offset(target, x, q.k, q.n);
+                old[j] = quad(at[j]);
+            }
         }
+        if (!waited) {
+            waited = true;
+            wait();
+            const double squares = block_sum<T::kThreads>(w.squares, static_cast<int>(gridDim.x));
+            if (!usable(step, squares)) {
+                if (blockIdx.x == 0 && threadIdx.x == 0) count_skip(step.skipped);
+                return;
+            }
+            scale = step_scale(step, squares);
+        }
+        float4 d[kBatch];
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j)
+            if (at[j]) d[j] = __ldcg(first[j]);
 #pragma unroll
         for (int j = 0; j < kBatch; ++j)
             if (at[j])
                 quad(at[j]) = make_float4(add_scaled(old[j].x, scale, d[j].x), add_scaled(old[j].y, scale, d[j].y),
                                           add_scaled(old[j].z, scale, d[j].z), add_scaled(old[j].w, scale, d[j].w));
-    }
+        if (!target.in_quads && owned.sharer() == 0) {
+#pragma unroll 1
+            for (int j = 0; j < kBatch; ++j) {
+                const OwnedQuad q = owned.at(base + j * owned.step());
+                const float4 four = __ldcg(q.first);
+#pragma unroll 1
+                for (int i = 0; i < q.count; ++i)
+                    add_scaled_at(target.data, target_offset(target, x, q.k, q.n + i), target.element, scale,
+                                  component(four, i));
+            }
+        }
+        base += kBatch * owned.step();
+    } while (base < end);
 }
 
 } // namespace localsgd::cuda

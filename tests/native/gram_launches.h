@@ -101,6 +101,10 @@ struct Memory {
     }
 };
 
+inline double tolerance_of(const GramConfig& c) {
+    return c.product == Core::mma_bf16 && c.product_pairs == 2 ? kTwoPartsTolerance : kTolerance;
+}
+
 // Other numbers of splits than the chosen ones: more than blocks, one, and a last one that is short.
 inline void split(GramConfig& config, const GramProblem& problem, int splits) {
     const Geometry& g = problem.geometry;

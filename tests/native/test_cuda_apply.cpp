@@ -138,21 +138,44 @@ void test_shared_counter() {
     CHECK(skipped[0] == 2);
 }
 
+// A rate that is not finite, whatever D is.
+void test_rates() {
+    emulation::options().seed = 0;
+    for (const double rate : {-HUGE_VAL, HUGE_VAL, std::nan("")}) {
+        Weights w({129});
+        const std::vector<float> before = w.weights[0]->floats();
+        ApplyChip chip;
+        CHECK(query_chip(chip) == cudaSuccess);
+        Guarded<unsigned char> workspace(apply_workspace_bytes(w.items.data(), 1));
+        std::memset(workspace.data(), 0, 256);
+        Guarded<uint64> skipped(1);
+        skipped[0] = 0;
+        Step step;
+        step.rate.value = rate;
+        step.skipped = skipped.data();
+        CHECK(apply_update(w.items.data(), 1, step, 0, chip, workspace.data(), nullptr) == cudaSuccess);
+        CHECK(skipped[0] == 1 && w.weights[0]->floats() == before);
+    }
+}
+
 } // namespace
 
 int main() {
     const std::vector<int64_t> few{1, 4, 129, 151, 4096, 4097, 12289, 3, 64};
     for (unsigned seed = 0; seed < 4; ++seed) {
+        emulation::options().multiprocessors = seed < 2 ? 2 : 7; // several chunks a block, or one
         run(few, seed, true, true, 0, 0);
         run(few, seed, false, true, 0, 0);
         run(few, seed, true, false, 0, 1);
         run(few, seed, true, true, 1, 0);
         run(few, seed, true, true, 0, 0, 4 + static_cast<int>(seed) % 3);
     }
+    emulation::options().multiprocessors = 2;
     std::vector<int64_t> many; // more than fit into one launch
     for (int i = 0; i < 200; ++i) many.push_back(i % 7 == 0 ? 4100 + i : 1 + i);
     run(many, 2, true, true, 0, 0, 150);
     test_extreme_norms();
+    test_rates();
     test_shared_counter();
     return test::finish("test_cuda_apply");
 }

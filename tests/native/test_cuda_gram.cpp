@@ -32,7 +32,7 @@ void test_ffma() {
             GramConfig config = get_best_config(m.problem, kChip);
             if (seed % 4) split(config, m.problem, static_cast<int>(seed % 4 == 3 ? 9 : seed % 4));
             use(seed, true);
-            check_launches(m, config, m.oracle(), seed, describe(m, layout, config));
+            check_launches(m, config, m.oracle(), seed, describe(m, layout, config), tolerance_of(config));
             ++seed;
         }
 }
@@ -88,7 +88,7 @@ void test_mma() {
                 GramConfig config = config_with(m.problem, core, seed % 7 == 0 ? 128 : 64);
                 split(config, m.problem, static_cast<int>(seed % 4 == 3 ? 9 : seed % 4 + 1));
                 use(seed, true);
-                check_launches(m, config, m.oracle(core), seed, describe(m, layout, config));
+                check_launches(m, config, m.oracle(core), seed, describe(m, layout, config), tolerance_of(config));
                 ++seed;
             }
     }
@@ -112,7 +112,7 @@ void test_every_kernel() {
         GramConfig config = with_kernel(m.problem, kernel);
         split(config, m.problem, 2);
         use(seed, true);
-        check_launches(m, config, m.oracle(v.core), seed, describe(m, layout, config));
+        check_launches(m, config, m.oracle(v.core), seed, describe(m, layout, config), tolerance_of(config));
     }
     CHECK(ran == (kCompute >= 80 ? kGramKernels - 6 : kGramFfmaKernels + 6));
 }
@@ -129,7 +129,7 @@ void test_range() {
         for (size_t i = 0; i < x.size(); ++i) m.x.set(i, (x[i] + 2) * 1000);
         GramConfig config = config_with(m.problem, core, 64);
         split(config, m.problem, 3);
-        check_launches(m, config, m.oracle(core), 3, describe(m, Layout::nhwc, config));
+        check_launches(m, config, m.oracle(core), 3, describe(m, Layout::nhwc, config), tolerance_of(config));
     }
 }
 

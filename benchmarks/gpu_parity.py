@@ -1,4 +1,5 @@
-"""Every case of tests/cases.py x algorithm x dtypes x layout: at most twice the error of PyTorch's own operation, against fp64.
+"""Every case of tests/cases.py x algorithm x dtypes x layout: at most twice the error of PyTorch's own operation, or 4 ulp (one
+of tf32), against fp64.
 
 python benchmarks/gpu_parity.py --device cuda --out parity.json [--resume] [--budget SECONDS] [--cases REGEX] [--jobs PROCESSES]
 """

@@ -246,8 +246,9 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Product:
-    """The product ``W·G`` of the Gram form, in fp32's precision: on matrix units, ``W`` and ``G`` are sums of numbers that these
-    multiply (bf16 or tf32), and ``pairs`` of those parts are multiplied; where a device has no such unit, fp32 numbers once."""
+    """The product ``W·G`` of the Gram form, in fp32's precision, or to 2.5e-6 where operands are bf16: on matrix units,
+    ``W`` and ``G`` are sums of numbers that these multiply (bf16 or tf32), and ``pairs`` of those parts are multiplied; where a
+    device has no such unit, fp32 numbers once."""
 
     flops: int
     """Of one pair."""

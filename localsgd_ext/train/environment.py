@@ -51,11 +51,9 @@ def cpu_name() -> str:
 def git_commit() -> str | None:
     """The commit of this package's source tree, with ``+`` if it has changes; ``None`` for an installed package. For a copy of
     the tree without its ``.git``, ``LOCALSGD_COMMIT`` in the environment names it."""
-    if named := os.environ.get("LOCALSGD_COMMIT"):
-        return named
     source = Path(__file__).resolve().parents[2]
     if not (source / ".git").exists():  # or a package installed into somebody else's repository would report theirs
-        return None
+        return os.environ.get("LOCALSGD_COMMIT") or None
     try:
         commit = _git(source, "rev-parse", "HEAD")
         return commit + ("+" if _git(source, "status", "--porcelain", "--untracked-files=no") else "")

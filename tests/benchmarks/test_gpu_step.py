@@ -40,6 +40,7 @@ def test_a_run_prints_what_its_file_holds_and_goes_on(tmp_path: Path, capsys: py
     assert row["boundaries"] == {"0.5": 10, "0.75": 15}
     assert row["saved_bytes"]["0"] > row["saved_bytes"]["0.5"] > row["saved_bytes"]["0.75"] > 0
     assert row["macs"]["sgd"] > row["macs"]["local 0.5"] > row["macs"]["frozen 0.5"] > row["macs"]["frozen 0.75"]
+    assert row["kernels_how"] == dict.fromkeys(("0.5", "0.75"), "clock")
     assert set(row["peak_bytes"].values()) == {None}
     assert "resnet18 8 px b2 bf16 eager: 15/21" in printed
     assert "frozen, the default as on small_vgg" in printed

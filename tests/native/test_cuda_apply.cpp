@@ -100,6 +100,17 @@ void run(const std::vector<int64_t>& sizes, unsigned seed, bool cooperative, boo
     }
 }
 
+// In one launch, with one counter for all.
+void apply_once(Weights& w, const Step& step) {
+    const int count = static_cast<int>(w.items.size());
+    ApplyChip chip;
+    CHECK(query_chip(chip) == cudaSuccess);
+    Guarded<unsigned char> workspace(apply_workspace_bytes(w.items.data(), count));
+    std::memset(workspace.data(), 0, 256);
+    CHECK(apply_update(w.items.data(), count, step, 0, chip, workspace.data(), nullptr) == cudaSuccess);
+    CHECK(workspace.intact());
+}
+
 // Squares of fp32 that overflow fp32, and that vanish in it.
 void test_extreme_norms() {
     emulation::options().seed = 0;
@@ -107,13 +118,9 @@ void test_extreme_norms() {
         Weights w({129});
         w.correlations[0]->fill(size);
         const std::vector<float> before = w.weights[0]->floats();
-        ApplyChip chip;
-        CHECK(query_chip(chip) == cudaSuccess);
-        Guarded<unsigned char> workspace(apply_workspace_bytes(w.items.data(), 1));
-        std::memset(workspace.data(), 0, 256);
         Step step;
         step.rate.value = 1;
-        CHECK(apply_update(w.items.data(), 1, step, 0, chip, workspace.data(), nullptr) == cudaSuccess);
+        apply_once(w, step);
         const std::vector<float> after = w.weights[0]->floats();
         double worst = 0;
         for (size_t j = 0; j < 129; ++j) worst = std::max(worst, std::fabs(after[j] - before[j] - 1 / std::sqrt(129.0)));
@@ -125,16 +132,12 @@ void test_extreme_norms() {
 void test_shared_counter() {
     Weights w({5, 0, 7, 3});
     w.correlations[2]->fill(0);
-    ApplyChip chip;
-    CHECK(query_chip(chip) == cudaSuccess);
-    Guarded<unsigned char> workspace(apply_workspace_bytes(w.items.data(), 4));
-    std::memset(workspace.data(), 0, 256);
     Guarded<uint64> skipped(1);
     skipped[0] = 0;
     Step step;
     step.rate.value = 1;
     step.skipped = skipped.data();
-    CHECK(apply_update(w.items.data(), 4, step, 0, chip, workspace.data(), nullptr) == cudaSuccess);
+    apply_once(w, step);
     CHECK(skipped[0] == 2);
 }
 
@@ -144,16 +147,12 @@ void test_rates() {
     for (const double rate : {-HUGE_VAL, HUGE_VAL, std::nan("")}) {
         Weights w({129});
         const std::vector<float> before = w.weights[0]->floats();
-        ApplyChip chip;
-        CHECK(query_chip(chip) == cudaSuccess);
-        Guarded<unsigned char> workspace(apply_workspace_bytes(w.items.data(), 1));
-        std::memset(workspace.data(), 0, 256);
         Guarded<uint64> skipped(1);
         skipped[0] = 0;
         Step step;
         step.rate.value = rate;
         step.skipped = skipped.data();
-        CHECK(apply_update(w.items.data(), 1, step, 0, chip, workspace.data(), nullptr) == cudaSuccess);
+        apply_once(w, step);
         CHECK(skipped[0] == 1 && w.weights[0]->floats() == before);
     }
 }

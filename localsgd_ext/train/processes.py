@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import os
 import socket
@@ -131,11 +132,13 @@ def started() -> Iterator[World]:
     try:
         launch = "\n".join(sorted(set(World(rank, size).gather(torchrun)) - {""}))
         yield World(rank, size, launch, store)
-        # The last of what gloo's threads do: one that let go of a tensor while the interpreter is shutting down would abort the process.
         with contextlib.suppress(RuntimeError):  # another has failed since, and says why
-            dist.barrier()
+            dist.barrier()  # or the first to leave would cut off what others still wait for
     finally:
         dist.destroy_process_group()
+        # Which only forgets it. A thread of gloo's that let go of a tensor while the interpreter is shutting down would abort the process:
+        # they end with the group, and it with the trainer, in whose circles it is held.
+        gc.collect()
 
 
 def _torchrun() -> str:

@@ -34,12 +34,13 @@ def torchrun(
     *more: str,
     first: Sequence[str] = ("--standalone", "--nproc-per-node", "2"),
     changes: Mapping[str, str] | None = None,
+    script: Sequence[str] = ("-m", "localsgd_ext"),
 ) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", *first, *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
-    environment |= changes or {}
+    environment |= {"PYTHONFAULTHANDLER": "1", **(changes or {})}
     return subprocess.Popen(
-        [*command, "-m", "localsgd_ext", "train", *options, "--out", str(out)],
+        [*command, *script, "train", *options, "--out", str(out)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -89,6 +90,31 @@ def test_one_process_killed_and_all_started_again(victim: int, tmp_path: Path, t
     assert metrics[-1]["boundary"] > 0
     assert [m["batch_size"] for m in metrics] == ([16] * 6 if victim == 0 else [16, 16, 32, 32, 32, 32])
     assert read_json(tmp_path / "disturbed" / "summary.json")["epochs"] == 6
+
+
+THREADS_AFTER_TRAINING = """
+import os, sys
+from pathlib import Path
+from localsgd_ext.__main__ import main
+
+code = main(sys.argv[1:])
+names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+print(f"of rank {os.environ['RANK']}:", sorted(name for name in names if "gloo" in name))
+sys.exit(code)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc, for the names of threads")
+def test_no_thread_of_gloo_s_outlives_the_training(tmp_path: Path, tiny_flags: list[str]) -> None:
+    """It would abort the process if it let go of a tensor while the interpreter shuts down: pytorch/pytorch#179291."""
+    script = tmp_path / "threads.py"
+    script.write_text(THREADS_AFTER_TRAINING)
+    run = torchrun(tmp_path / "run", [*tiny_flags, "--epochs", "1"], script=[str(script)])
+    output, _ = run.communicate(timeout=240)
+    assert run.returncode == 0, output
+    assert sorted(line for line in output.splitlines() if line.startswith("of rank")) == ["of rank 0: []", "of rank 1: []"], (
+        output
+    )
 
 
 def free_port() -> int:

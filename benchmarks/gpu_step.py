@@ -17,11 +17,10 @@ import random
 import shlex
 import sys
 import time
-import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,13 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import gpu
+from benchmarks.dress import DTYPES, WARM_UPS, Dress, recorder
 from benchmarks.gpu_step_tables import measured_paths, report
 from benchmarks.records import Records, exit_status, show
 from benchmarks.step_variants import Setting, Variant, calls, example, geometry, kernel, mac_counts, make, network
 from benchmarks.timing import Timer, timer_for
 from localsgd_ext import reference, trace_layers
 from localsgd_ext._precision import tf32
-from localsgd_ext.graphs import CudaRecorder, GraphedStep, Recorder
 from localsgd_ext.layers import ExecutionPlan
 from localsgd_ext.saved import saved_activations
 from localsgd_ext.train import environment
@@ -53,10 +52,8 @@ SETTINGS = {  # batches follow
     "mobilenet_v2": Setting("mobilenet_v2", 224, 0, 1000),
 }
 DRESSES = ("eager", "eager+graph", "compiled", "compiled+graph")
-DTYPES = {"bf16": torch.bfloat16, "tf32": None, "fp32": None}
 DEPTHS = (0.25, 0.5, 0.75)
 METHODS = ("frozen", "local")
-WARM_UPS = 3  # steps before one is captured
 LEAST_ROUNDS, STRETCH = 5, 0.05  # seconds of steps between two looks at the clock
 PARITY_STEPS, PARITY_LR = WARM_UPS + 2, 1e-3  # one is captured, and the graph used again
 ALLOWED = {
@@ -101,77 +98,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.resume and args.out is None:
         parser.error("--resume needs --out")
     return args
-
-
-def recorder(device: str) -> Recorder:
-    """What captures steps; none on a CPU, but that of tests."""
-    if device != "cuda":
-        raise ValueError("dresses with a graph need --device cuda")
-    return CudaRecorder()
-
-
-@dataclass(frozen=True)
-class Dress:
-    """How a step is run, whatever it trains."""
-
-    device: str
-    dtype: str
-    compiled: bool = False
-    graph: bool = False
-    backend: str = "inductor"
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        dtype = DTYPES[self.dtype]
-        # A graph must hold the casts of weights that a cache would spare it.
-        return torch.autocast(self.device, dtype, enabled=dtype is not None, cache_enabled=not self.graph)
-
-    def step(self, variant: Variant, x: Tensor, y: Tensor) -> Callable[[], object]:
-        """One training step of ``variant`` on always the same mini-batch."""
-        forward = self._compiled(variant.model) if self.compiled else variant.model
-
-        def step(x: Tensor, y: Tensor) -> Tensor:
-            variant.optimizer.zero_grad(set_to_none=True)
-            with self.autocast():
-                loss = F.cross_entropy(forward(x), y)
-            loss.backward()
-            variant.optimizer.step()
-            return loss
-
-        if not self.graph:
-            return lambda: step(x, y)
-        if variant.learning is not None:
-            graphed = GraphedStep(variant.learning, step, warmup=WARM_UPS, recorder=recorder(self.device))
-            return lambda: graphed(x, y)
-        return _captured(step, recorder(self.device), x, y)
-
-    def _compiled(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """What is compiled belongs to a code object, and neither hooks nor, before PyTorch 2.13, what is frozen tells models of one class
-        apart: each gets a code object of its own."""
-
-        def forward(x: Tensor) -> Tensor:
-            return model(x)  # type: ignore[no-any-return]
-
-        own = types.FunctionType(forward.__code__.replace(), forward.__globals__, "forward", None, forward.__closure__)
-        return torch.compile(own, backend=self.backend)
-
-    def synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-
-def _captured(step: Callable[..., Tensor], by: Recorder, *inputs: Tensor) -> Callable[[], object]:
-    """As :class:`GraphedStep` has it, copies included, of a step without a boundary."""
-    static = [x.clone() for x in inputs]
-    for _ in range(WARM_UPS):
-        by.warm_up(lambda: step(*static))
-    replay = by.capture(lambda: step(*static))
-
-    def call() -> object:
-        for to, x in zip(static, inputs, strict=True):
-            to.copy_(x, non_blocking=True)
-        return replay().detach().clone()
-
-    return call
 
 
 def on(device: str, setting: Setting) -> tuple[nn.Module, Tensor, Tensor]:

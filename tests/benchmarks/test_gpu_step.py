@@ -10,6 +10,7 @@ import pytest
 import torch
 from recorded_graph import RecordedGraphs
 
+from benchmarks import dress as dresses
 from benchmarks import gpu_step, gpu_step_tables, stages
 from benchmarks.step_variants import Setting
 from localsgd_ext import ops, trace_layers
@@ -50,14 +51,14 @@ def test_a_run_prints_what_its_file_holds_and_goes_on(tmp_path: Path, capsys: py
 def test_steps_in_a_dress_are_the_plain_ones(compiled: bool, graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_through_dispatcher", lambda *tensors: True)  # or it would not be recorded
     recorders: list[RecordedGraphs] = []
-    monkeypatch.setattr(gpu_step, "recorder", lambda _: recorders.append(RecordedGraphs([])) or recorders[-1])
-    dress = gpu_step.Dress("cpu", "fp32", compiled, graph, "aot_eager")
+    monkeypatch.setattr(dresses, "recorder", lambda _: recorders.append(RecordedGraphs([])) or recorders[-1])
+    dress = dresses.Dress("cpu", "fp32", compiled, graph, "aot_eager")
     start, x, y = gpu_step.on("cpu", Setting("small_vgg", 16, 4, 10))
     torch.compiler.reset()
     errors = gpu_step.parity(dress, start, trace_layers(start, x), x, y, 4)
     assert max(errors.values()) < 2e-4
     for recorder in recorders:
-        assert (recorder.warm_ups, recorder.replays) == (gpu_step.WARM_UPS, gpu_step.PARITY_STEPS - gpu_step.WARM_UPS)
+        assert (recorder.warm_ups, recorder.replays) == (dresses.WARM_UPS, gpu_step.PARITY_STEPS - dresses.WARM_UPS)
     assert len(recorders) == graph
 
 
@@ -66,7 +67,7 @@ def test_what_is_compiled_is_not_mixed_up(tmp_path: Path, monkeypatch: pytest.Mo
     file = tmp_path / "step.json"
     run = [*FEW, "--dresses", "compiled", "--backend", "eager", "--dtype", "fp32", "--out", str(file)]
     assert gpu_step.main(run) == 0
-    monkeypatch.setattr(gpu_step.Dress, "_compiled", lambda self, model: torch.compile(model, backend="eager"))
+    monkeypatch.setattr(dresses.Dress, "_compiled", lambda self, model: torch.compile(model, backend="eager"))
     file.unlink()
     assert gpu_step.main(run) == 1
     (row,) = json.loads(file.read_text())["rows"].values()
@@ -76,12 +77,12 @@ def test_what_is_compiled_is_not_mixed_up(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_sgd_is_captured_too(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = RecordedGraphs([])
-    monkeypatch.setattr(gpu_step, "recorder", lambda _: recorded)
+    monkeypatch.setattr(dresses, "recorder", lambda _: recorded)
     start, x, y = gpu_step.on("cpu", Setting("small_vgg", 8, 2, 10))
     variant = gpu_step.make("sgd", start, x, 0)
     weight = variant.model[0].weight
-    step = gpu_step.Dress("cpu", "fp32", graph=True).step(variant, x, y)
-    assert (recorded.warm_ups, recorded.replays) == (gpu_step.WARM_UPS, 0)
+    step = dresses.Dress("cpu", "fp32", graph=True).step(variant, x, y)
+    assert (recorded.warm_ups, recorded.replays) == (dresses.WARM_UPS, 0)
     before = weight.detach().clone()
     step()
     assert recorded.replays == 1

@@ -1,7 +1,8 @@
 """What the compilers made of every CUDA kernel on every architecture, as a table: ``python benchmarks/device_code.py [75 80 ...]``.
 
-Registers and stack are a thread's; ``spills`` counts accesses to the stack in the main loops, ``share`` the part of the main loops'
-instructions that multiply (HMMA: for a whole warp's tile). Flop/B are a tile's, from global and from shared memory. No GPU is needed.
+Registers and stack are a thread's; ``KiB`` are all instructions, of which a launch fetches those that it comes by; ``spills`` counts
+accesses to the stack in the main loops, ``share`` the part of the main loops' instructions that multiply (HMMA: for a whole warp's tile).
+Flop/B are a tile's, from global and from shared memory. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from device import kernels
 
 def print_table(architectures: list[int]) -> None:
     print(
-        f"{'sm':<4}{'kernel':<58}{'registers':>9}{'stack':>6}{'spills':>7}  {'multiplies':<20}{'share':>6}  flop/B global, shared"
+        f"{'sm':<4}{'kernel':<58}{'KiB':>5}{'registers':>10}{'stack':>6}{'spills':>7}  {'multiplies':<20}{'share':>6}  flop/B global, shared"
     )
     for architecture in architectures:
         for symbol, r in sorted(kernels.resources(architecture).items(), key=lambda item: kernels.short(item[0])):
@@ -31,7 +32,8 @@ def print_table(architectures: list[int]) -> None:
             tiles = [product.tile for product in r.variant.products if product.tile]
             intensity = ", ".join(f"{tile.global_intensity:.0f} {tile.shared_intensity:.1f}" for tile in tiles) or "-"
             print(
-                f"{architecture:<4}{name:<58}{r.kernel.registers:>9}{frame:>6}{spills:>7}  {counted:<20}{share:>6}  {intensity}"
+                f"{architecture:<4}{name:<58}{len(r.kernel.code) / 1024:>5.0f}{r.kernel.registers:>10}{frame:>6}{spills:>7}  "
+                f"{counted:<20}{share:>6}  {intensity}"
             )
 
 

@@ -245,21 +245,37 @@ LOCALSGD_DEVICE void depthwise_reduce(const DepthwiseParams& p, float* memory) {
     if (threadIdx.x == 0) p.workspace.squares[blockIdx.x] = squares;
 }
 
-template <int kR, int kS>
-LOCALSGD_DEVICE void depthwise_write(const DepthwiseParams& p) {
-    const double squares = block_sum<kDepthwiseThreads>(p.workspace.squares, static_cast<int>(gridDim.x));
-    if (!usable(p.step, squares)) {
-        if (blockIdx.x == 0 && threadIdx.x == 0) count_skip(p.step.skipped);
-        return;
-    }
-    const double scale = step_scale(p.step, squares);
+// A warp takes a row. `wait` as in norm_and_write: returns when all blocks are through with the phase before, which W need not
+// wait for.
+template <int kR, int kS, class Wait>
+LOCALSGD_DEVICE void depthwise_write(const DepthwiseParams& p, const Wait& wait) {
     const int lane = static_cast<int>(threadIdx.x) % 32, rows = p.slices * p.tap_chunks * kR * kS;
-    for (int row = static_cast<int>(blockIdx.x) * kDepthwiseWarps + static_cast<int>(threadIdx.x) / 32; row < rows;
-         row += static_cast<int>(gridDim.x) * kDepthwiseWarps) {
-        const float d = __ldcg(partial_row(p, kR * kS, 0, row) + lane);
-        visit_target<kR, kS>(p, row, lane,
-                             [&](int64 offset) { add_scaled_at(p.target.data, offset, p.target.element, scale, d); });
-    }
+    int row = static_cast<int>(blockIdx.x) * kDepthwiseWarps + static_cast<int>(threadIdx.x) / 32;
+    double scale = 0;
+    bool waited = false;
+#pragma unroll 1
+    do { // once even without a row: all threads meet in `wait`
+        int64 at = -1;
+        float old = 0;
+        visit_target<kR, kS>(p, row, lane, [&](int64 offset) { // rows beyond the last have channels that do not exist
+            at = offset;
+            old = weight_at(p.target.data, offset, p.target.element);
+        });
+        if (!waited) {
+            waited = true;
+            wait();
+            const double squares = block_sum<kDepthwiseThreads>(p.workspace.squares, static_cast<int>(gridDim.x));
+            if (!usable(p.step, squares)) {
+                if (blockIdx.x == 0 && threadIdx.x == 0) count_skip(p.step.skipped);
+                return;
+            }
+            scale = step_scale(p.step, squares);
+        }
+        if (at >= 0)
+            put_weight(p.target.data, at, p.target.element,
+                       add_scaled(old, scale, __ldcg(partial_row(p, kR * kS, 0, row) + lane)));
+        row += static_cast<int>(gridDim.x) * kDepthwiseWarps;
+    } while (row < rows);
 }
 
 // Blocks a multiprocessor is to hold, by which the compiler rations registers: 80 a thread, more for the sums of large chunks.
@@ -274,8 +290,10 @@ LOCALSGD_DEVICE void depthwise_phases(const DepthwiseParams& p, float* memory, c
     if (p.first == kCorrelate) tiles(p, memory);
     if (p.first < kReduce && p.last >= kReduce) grid_barrier(p.workspace.barrier);
     if (p.first <= kReduce && p.last >= kReduce) depthwise_reduce<kR, kS>(p, memory);
-    if (p.first < kWrite && p.last >= kWrite) grid_barrier(p.workspace.barrier);
-    if (p.last >= kWrite) depthwise_write<kR, kS>(p);
+    if (p.last < kWrite) return;
+    depthwise_write<kR, kS>(p, [&] {
+        if (p.first < kWrite) grid_barrier(p.workspace.barrier);
+    });
 }
 
 template <int kR, int kS>

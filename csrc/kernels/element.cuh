@@ -92,19 +92,25 @@ LOCALSGD_DEVICE float4& quad(float* p) {
 }
 LOCALSGD_DEVICE const float4& quad(const float* p) { return quad(const_cast<float*>(p)); }
 
-// w[index] += scale * d, in fp64 and rounded once; by plain loads: these are the weights being written.
+// Weights, by plain loads: the read-only cache is not for what the same launch writes at its end.
+LOCALSGD_DEVICE float weight_at(const void* data, int64 index, Element element) {
+    return element == Element::f32 ? static_cast<const float*>(data)[index]
+                                   : widen(static_cast<const unsigned short*>(data)[index], element);
+}
+LOCALSGD_DEVICE void put_weight(void* data, int64 index, Element element, float value) {
+    if (element == Element::f32)
+        static_cast<float*>(data)[index] = value;
+    else
+        static_cast<unsigned short*>(data)[index] =
+            static_cast<unsigned short>(element == Element::bf16 ? float_to_bfloat16(value) : float_to_half(value));
+}
+
+// w + scale * d, in fp64 and rounded once.
 LOCALSGD_DEVICE float add_scaled(float w, double scale, float d) {
     return static_cast<float>(static_cast<double>(w) + scale * static_cast<double>(d));
 }
 LOCALSGD_DEVICE void add_scaled_at(void* data, int64 index, Element element, double scale, float d) {
-    if (element == Element::f32) {
-        float* w = static_cast<float*>(data) + index;
-        *w = add_scaled(*w, scale, d);
-        return;
-    }
-    unsigned short* w = static_cast<unsigned short*>(data) + index;
-    const float sum = add_scaled(widen(*w, element), scale, d);
-    *w = static_cast<unsigned short>(element == Element::bf16 ? float_to_bfloat16(sum) : float_to_half(sum));
+    put_weight(data, index, element, add_scaled(weight_at(data, index, element), scale, d));
 }
 
 } // namespace localsgd::cuda

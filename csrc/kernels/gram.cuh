@@ -76,12 +76,6 @@ LOCALSGD_DEVICE float rounded(float value, Element to) {
                                  : half_to_float(float_to_half(value));
 }
 
-// W by plain loads: the read-only cache is not for what the same launch writes at its end.
-LOCALSGD_DEVICE float load_weight(const GramParams& p, int64 index) {
-    return p.weight_element == Element::f32 ? static_cast<const float*>(p.weight)[index]
-                                            : widen(static_cast<const unsigned short*>(p.weight)[index], p.weight_element);
-}
-
 template <class Value>
 struct alignas(4 * sizeof(Value)) Four {
     Value value[4];
@@ -164,7 +158,8 @@ struct PartsOfWeights {
         for (int j = 0; j < 4; ++j) {
             const int64 out = group * p.outputs + k + j;
             const bool exists = k + j < p.outputs && c < p.x.columns;
-            to[j] = exists ? load_weight(p, out * p.weight_out_stride + c * p.weight_channel_stride) : 0.0f;
+            to[j] =
+                exists ? weight_at(p.weight, out * p.weight_out_stride + c * p.weight_channel_stride, p.weight_element) : 0.0f;
         }
     }
 

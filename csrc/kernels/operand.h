@@ -18,7 +18,14 @@ struct Operand {
 
 constexpr int64 kMaxPositions = 0x7fffffff - (1 << 20); // positions just past the end are computed with
 constexpr int64 kMaxInt = 0x7fffffff;
-constexpr int64 kMaxOuterInput = 1 << 29; // see kOutside
+constexpr int64 kMaxOuterInput = 1 << 29;    // see kOutside
+constexpr int64 kMaxPadded = int64{1} << 33; // elements of all tiles, a quarter of which are counted in 31 bits
+
+// Elements of all groups' matrices in tiles of any size.
+inline int64_t padded_elements(int64_t groups, int64_t rows, int64_t columns) {
+    constexpr int64_t kLargestTile = 128;
+    return groups * (ceil_div(rows, kLargestTile) * kLargestTile) * (ceil_div(columns, kLargestTile) * kLargestTile);
+}
 
 inline FastDiv fast_div(int64 by) {
     unsigned shift = 0;

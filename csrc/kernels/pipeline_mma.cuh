@@ -19,6 +19,7 @@ struct ChunkCopy {
     using Rows = PatchRow[kPositions];
 
     static LOCALSGD_DEVICE void tabulate(Columns& columns, const Patches& patches, int group, int first) {
+#pragma unroll 1 // once, as there are more threads
         for (int i = static_cast<int>(threadIdx.x); i < kChunks; i += T::kThreads)
             columns[i] = patch_column(patches, group, first + i * kWidth);
     }

@@ -51,9 +51,11 @@ LOCALSGD_DEVICE Unit unit_of(const TileGrid& grid, int positions, unsigned unit)
     return {place, static_cast<int>(split), begin, min(begin + grid.split_positions, positions)};
 }
 
+// `within`: slot * threads + thread, a quad's place in its tile.
 template <class T>
-LOCALSGD_DEVICE float4* partial_quad(const Workspace& w, const TileGrid& grid, int64 tile, int split, int slot, int thread) {
-    return reinterpret_cast<float4*>(w.partials) + ((tile * grid.splits + split) * T::kSlots + slot) * T::kThreads + thread;
+LOCALSGD_DEVICE float4* partial_quad(const Workspace& w, const TileGrid& grid, unsigned tile, int split, unsigned within) {
+    const unsigned unit = tile * static_cast<unsigned>(grid.splits) + static_cast<unsigned>(split);
+    return reinterpret_cast<float4*>(w.partials) + static_cast<int64>(unit) * (T::kSlots * T::kThreads) + within;
 }
 
 // A thread's sums, by quads of neighbouring columns as T::m_of and T::n_of place them.
@@ -62,7 +64,7 @@ LOCALSGD_DEVICE void store_partial(const Workspace& w, const TileGrid& grid, uns
                                    const typename T::Sum& sum) {
 #pragma unroll
     for (int slot = 0; slot < T::kSlots; ++slot)
-        *partial_quad<T>(w, grid, tile, split, slot, threadIdx.x) = T::quad_of(sum, slot);
+        *partial_quad<T>(w, grid, tile, split, slot * T::kThreads + threadIdx.x) = T::quad_of(sum, slot);
 }
 
 LOCALSGD_DEVICE float component(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
@@ -106,12 +108,12 @@ LOCALSGD_DEVICE void put_squares_of_units(const Workspace& w, const TileGrid& gr
     for (unsigned unit = blockIdx.x; unit < static_cast<unsigned>(grid.units); unit += gridDim.x) {
 #pragma unroll 8
         for (int slot = 0; slot < T::kSlots; ++slot)
-            squares += squares_of(__ldcg(partial_quad<T>(w, grid, unit, 0, slot, threadIdx.x)));
+            squares += squares_of(__ldcg(partial_quad<T>(w, grid, unit, 0, slot * T::kThreads + threadIdx.x)));
     }
     put_squares<T>(w, squares);
 }
 
-LOCALSGD_DEVICE int64 target_offset(const Target& target, const Patches& x, int64 out_channel, int column) {
+LOCALSGD_DEVICE int64 target_offset(const Target& target, const Patches& x, int out_channel, int column) {
     unsigned channel, tap[3];
     split_column(x, column, channel, tap);
     return out_channel * target.out_stride + channel * target.channel_stride + tap[0] * target.tap_stride[0] +
@@ -121,7 +123,7 @@ LOCALSGD_DEVICE int64 target_offset(const Target& target, const Patches& x, int6
 // A quad of neighbouring columns of D: where its sums lie in the workspace, and which elements they are.
 struct OwnedQuad {
     float4* first; // of the first split
-    int64 k;       // out channel
+    int k;         // out channel
     int n, count;  // first column, and how many there are: none, or fewer, beyond the matrix
 };
 
@@ -131,38 +133,38 @@ constexpr int kBatch = 4, kSumBatch = 2;
 
 template <class T>
 struct OwnedQuads {
+    static constexpr unsigned kTileQuads = T::kElements / 4;
+
     const Workspace& workspace;
     const TileGrid& grid;
     int m_size, n_size;
 
     LOCALSGD_DEVICE int quads_a_warp() const { return 32 / grid.sharers; }
     LOCALSGD_DEVICE int sharer() const { return static_cast<int>(threadIdx.x) % 32 / quads_a_warp(); }
-    LOCALSGD_DEVICE int64 size() const {
-        return static_cast<int64>(grid.groups) * grid.tiles_m * grid.tiles_n * (T::kElements / 4);
+    LOCALSGD_DEVICE unsigned size() const { // below 2^31, as the launcher makes sure
+        return static_cast<unsigned>(grid.groups * grid.tiles_m * grid.tiles_n) * kTileQuads;
     }
     // The warp's quads are base .. base + quads_a_warp(), then those `step` further on. Warp-uniform: lanes meet in shuffles.
-    LOCALSGD_DEVICE int64 begin() const {
-        return static_cast<int64>(blockIdx.x * (T::kThreads / 32) + threadIdx.x / 32) * quads_a_warp();
+    LOCALSGD_DEVICE unsigned begin() const {
+        return (blockIdx.x * (T::kThreads / 32) + threadIdx.x / 32) * static_cast<unsigned>(quads_a_warp());
     }
-    LOCALSGD_DEVICE int64 step() const { return static_cast<int64>(gridDim.x) * (T::kThreads / 32) * quads_a_warp(); }
+    LOCALSGD_DEVICE unsigned step() const { return gridDim.x * (T::kThreads / 32) * static_cast<unsigned>(quads_a_warp()); }
 
-    LOCALSGD_DEVICE OwnedQuad at(int64 base) const {
-        constexpr int kTileQuads = T::kElements / 4;
-        const int64 wanted = base + static_cast<int>(threadIdx.x) % 32 % quads_a_warp();
-        const int64 quad = wanted < size() ? wanted : 0;
-        const unsigned tile = static_cast<unsigned>(quad / kTileQuads);
-        const int within = static_cast<int>(quad % kTileQuads), slot = within / T::kThreads, thread = within % T::kThreads;
+    LOCALSGD_DEVICE OwnedQuad at(unsigned base) const {
+        const unsigned wanted = base + threadIdx.x % 32 % static_cast<unsigned>(quads_a_warp());
+        const unsigned quad = wanted < size() ? wanted : 0;
+        const unsigned tile = quad / kTileQuads, within = quad % kTileQuads;
+        const int slot = static_cast<int>(within / T::kThreads), thread = static_cast<int>(within % T::kThreads);
         const TilePlace place = place_of<T>(grid, tile);
         const int m = place.m + T::m_of(thread, slot), n = place.n + T::n_of(thread, slot);
         const bool exists = wanted < size() && m < m_size;
-        return {partial_quad<T>(workspace, grid, tile, 0, slot, thread), static_cast<int64>(place.group) * m_size + m, n,
+        return {partial_quad<T>(workspace, grid, tile, 0, within), place.group * m_size + m, n,
                 exists ? min(4, n_size - n) : 0};
     }
 
     // Over the splits. With sharers each adds a run of them, and all get the sum. What does not exist is added up as well: its
     // place in the workspace does, and without branches more loads are in flight.
     LOCALSGD_DEVICE void add_splits(float4 (&sum)[kSumBatch], const OwnedQuad (&quads)[kSumBatch]) const {
-        constexpr int kTileQuads = T::kElements / 4;
         const int run = (grid.splits + grid.sharers - 1) / grid.sharers;
         const int first = min(sharer() * run, grid.splits), last = min(first + run, grid.splits);
 #pragma unroll
@@ -190,11 +192,15 @@ struct OwnedQuads {
     // Calls visit(quad, sum over the splits) for those that exist.
     template <class Visit>
     LOCALSGD_DEVICE void for_sums(const Visit& visit) const {
-        for (int64 base = begin(); base < size(); base += kSumBatch * step()) {
+        for (unsigned base = begin(); base < size(); base += kSumBatch * step()) {
             OwnedQuad quads[kSumBatch];
             float4 sum[kSumBatch];
+            quads[0] = at(base);
 #pragma unroll
-            for (int j = 0; j < kSumBatch; ++j) quads[j] = at(base + j * step());
+            for (int j = 1; j < kSumBatch; ++j) { // instructions that are jumped over need not be fetched
+                quads[j] = {quads[0].first, 0, 0, 0};
+                if (base + j * step() < size()) quads[j] = at(base + j * step());
+            }
             add_splits(sum, quads);
             if (sharer() != 0) continue;
 #pragma unroll
@@ -231,11 +237,11 @@ template <class T, class Wait>
 LOCALSGD_DEVICE void norm_and_write(const Workspace& w, const TileGrid& grid, int rows, const Patches& x, const Target& target,
                                     const Step& step, const Wait& wait) {
     const OwnedQuads<T> owned{w, grid, rows, x.columns};
-    const int64 end = owned.sharer() == 0 ? owned.size() : 0;
+    const unsigned end = owned.sharer() == 0 ? owned.size() : 0;
     float* const data = static_cast<float*>(target.data);
     double scale = 0;
     bool waited = false;
-    int64 base = owned.begin();
+    unsigned base = owned.begin();
 #pragma unroll 1
     do { // once even without a quad: all threads meet in `wait`
         const float4* first[kBatch];
@@ -244,8 +250,9 @@ LOCALSGD_DEVICE void norm_and_write(const Workspace& w, const TileGrid& grid, in
         if (target.in_quads) {
 #pragma unroll
             for (int j = 0; j < kBatch; ++j) {
+                if (base + j * owned.step() >= end) break; // past the code for the others, which need not be fetched
                 const OwnedQuad q = owned.at(base + j * owned.step());
-                if (q.count <= 0 || owned.sharer() != 0) continue;
+                if (q.count <= 0) continue;
                 first[j] = q.first;
                 at[j] = data + target_offset(target, x, q.k, q.n);
                 old[j] = quad(at[j]);

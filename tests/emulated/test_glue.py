@@ -167,6 +167,17 @@ def test_too_many_positions_are_the_librarys() -> None:
     assert torch.equal(weight, before)
 
 
+def test_more_tiles_than_can_be_counted_are_the_librarys() -> None:
+    groups = 2**19 + 1  # a tile each, mostly empty
+    weight = torch.zeros(1).expand(2 * groups, 2, 1)
+    x, z = torch.zeros(1).expand(1, 2 * groups, 1), torch.zeros(1).expand(1, 2 * groups, 1)
+    plan = ops.plan(x, z, weight, groups=groups, z_is_output=True)
+    why = {c.algorithm: c.why_not for c in plan.candidates if not c.eligible}
+    assert why["direct"] == "cannot take a correlation of more than 2^33 elements in tiles"
+    assert why["gram"] == "cannot take a Gram matrix of more than 2^33 elements in tiles"
+    assert plan.pick == "library"
+
+
 def test_benchmark_times_each_automatic_algorithm_once_and_leaves_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(localsgd_ext.ops, "benchmark", True)
     _, x, z, weight, bias = layer("gram")

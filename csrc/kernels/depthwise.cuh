@@ -245,8 +245,7 @@ LOCALSGD_DEVICE void depthwise_reduce(const DepthwiseParams& p, float* memory) {
     if (threadIdx.x == 0) p.workspace.squares[blockIdx.x] = squares;
 }
 
-// A warp takes a row. `wait` as in norm_and_write: returns when all blocks are through with the phase before, which W need not
-// wait for.
+// A warp takes a row. `wait` as in norm_and_write: W is read before it, since nobody writes W until then.
 template <int kR, int kS, class Wait>
 LOCALSGD_DEVICE void depthwise_write(const DepthwiseParams& p, const Wait& wait) {
     const int lane = static_cast<int>(threadIdx.x) % 32, rows = p.slices * p.tap_chunks * kR * kS;

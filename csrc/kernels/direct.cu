@@ -107,8 +107,7 @@ const char* unsupported(const DirectProblem& problem) {
     if (problem.x.kind == Kind::f64 || problem.z.kind == Kind::f64) return "float64 operands";
     if (g.positions() > kMaxPositions) return "more than 2^31 - 2^20 output positions";
     if (g.patch() > kMaxInt / 2 || g.out_per_group() > kMaxInt / 2) return "more than 2^30 rows or columns of the correlation";
-    if (padded_elements(g.groups, g.out_per_group(), g.patch()) > kMaxPadded)
-        return "a correlation of more than 2^33 elements in tiles";
+    if (!countable(g.groups, g.out_per_group(), g.patch())) return "a correlation of more than 2^33 elements in tiles";
     if (!fits(problem.x, g)) return "an image of x that spans more than 2^31 elements";
     if (!fits(problem.z, output_geometry(g))) return "an image of z that spans more than 2^31 elements";
     return nullptr;

@@ -243,10 +243,8 @@ const char* unsupported(const GramProblem& problem) {
     // In three parts each.
     if (g.groups * rows_of(g) * inner_of(problem) > kMaxInt / 3) return "more than 2^31 / 3 weights";
     if (g.groups * pitch_of(g) * inner_of(problem) > kMaxInt / 3) return "a Gram matrix of more than 2^31 / 3 elements";
-    if (padded_elements(g.groups, g.in_per_group(), g.in_per_group()) > kMaxPadded)
-        return "a Gram matrix of more than 2^33 elements in tiles";
-    if (padded_elements(g.groups, g.out_per_group(), g.in_per_group()) > kMaxPadded)
-        return "a correlation of more than 2^33 elements in tiles";
+    if (!countable(g.groups, g.in_per_group(), g.in_per_group())) return "a Gram matrix of more than 2^33 elements in tiles";
+    if (!countable(g.groups, g.out_per_group(), g.in_per_group())) return "a correlation of more than 2^33 elements in tiles";
     if (!fits(problem.x, g)) return "an image of x that spans more than 2^31 elements";
     return nullptr;
 }

@@ -18,13 +18,17 @@ struct Operand {
 
 constexpr int64 kMaxPositions = 0x7fffffff - (1 << 20); // positions just past the end are computed with
 constexpr int64 kMaxInt = 0x7fffffff;
-constexpr int64 kMaxOuterInput = 1 << 29;    // see kOutside
-constexpr int64 kMaxPadded = int64{1} << 33; // elements of all tiles, a quarter of which are counted in 31 bits
+constexpr int64 kMaxOuterInput = 1 << 29; // see kOutside
+constexpr int64 kMaxTiled =
+    int64{1} << 33; // elements of all tiles: quads of them, and steps beyond those, are counted in 32 bits
 
-// Elements of all groups' matrices in tiles of any size.
-inline int64_t padded_elements(int64_t groups, int64_t rows, int64_t columns) {
+// Whether the matrices of all groups, in tiles of any size, have no more elements than that.
+inline bool countable(int64_t groups, int64_t rows, int64_t columns) {
     constexpr int64_t kLargestTile = 128;
-    return groups * (ceil_div(rows, kLargestTile) * kLargestTile) * (ceil_div(columns, kLargestTile) * kLargestTile);
+    const int64_t tiles = kMaxTiled / (kLargestTile * kLargestTile);
+    const int64_t down = std::max<int64_t>(1, ceil_div(rows, kLargestTile));
+    return groups <= tiles && down <= tiles / std::max<int64_t>(1, groups) &&
+           ceil_div(columns, kLargestTile) <= tiles / std::max<int64_t>(1, groups) / down;
 }
 
 inline FastDiv fast_div(int64 by) {

@@ -141,7 +141,7 @@ struct OwnedQuads {
 
     LOCALSGD_DEVICE int quads_a_warp() const { return 32 / grid.sharers; }
     LOCALSGD_DEVICE int sharer() const { return static_cast<int>(threadIdx.x) % 32 / quads_a_warp(); }
-    LOCALSGD_DEVICE unsigned size() const { // below 2^31, as the launcher makes sure
+    LOCALSGD_DEVICE unsigned size() const { // 2^31 at most, as the launcher makes sure
         return static_cast<unsigned>(grid.groups * grid.tiles_m * grid.tiles_n) * kTileQuads;
     }
     // The warp's quads are base .. base + quads_a_warp(), then those `step` further on. Warp-uniform: lanes meet in shuffles.
@@ -162,8 +162,8 @@ struct OwnedQuads {
                 exists ? min(4, n_size - n) : 0};
     }
 
-    // Over the splits. With sharers each adds a run of them, and all get the sum. What does not exist is added up as well: its
-    // place in the workspace does, and without branches more loads are in flight.
+    // Over the splits. With sharers each adds a run of them, and all get the sum. What does not exist is added up as well:
+    // there is something in its place, and without branches more loads are in flight.
     LOCALSGD_DEVICE void add_splits(float4 (&sum)[kSumBatch], const OwnedQuad (&quads)[kSumBatch]) const {
         const int run = (grid.splits + grid.sharers - 1) / grid.sharers;
         const int first = min(sharer() * run, grid.splits), last = min(first + run, grid.splits);
@@ -197,8 +197,9 @@ struct OwnedQuads {
             float4 sum[kSumBatch];
             quads[0] = at(base);
 #pragma unroll
-            for (int j = 1; j < kSumBatch; ++j) { // instructions that are jumped over need not be fetched
-                quads[j] = {quads[0].first, 0, 0, 0};
+            for (int j = 1; j < kSumBatch; ++j) {
+                quads[j] = {quads[0].first, 0, 0, 0}; // none: the first one's place may be read once more
+                // What is jumped over need not be fetched.
                 if (base + j * step() < size()) quads[j] = at(base + j * step());
             }
             add_splits(sum, quads);

@@ -15,7 +15,7 @@ using Slice = float[kStepPositions][kColumns + 4];
 
 template <int kColumns, int kThreads>
 LOCALSGD_DEVICE void tabulate(PatchColumn (&table)[kColumns], const Patches& patches, int group, int first) {
-#pragma unroll 1 // once or twice
+#pragma unroll 1 // once, as there are as many threads
     for (int i = static_cast<int>(threadIdx.x); i < kColumns; i += kThreads) table[i] = patch_column(patches, group, first + i);
 }
 

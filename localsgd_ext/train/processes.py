@@ -136,8 +136,8 @@ def started() -> Iterator[World]:
             dist.barrier()  # or the first to leave would cut off what others still wait for
     finally:
         dist.destroy_process_group()
-        # Which only forgets it. A thread of gloo's that let go of a tensor while the interpreter is shutting down would abort the process:
-        # they end with the group, and it with the trainer, in whose circles it is held.
+        # Of gloo that only drops references. Its threads end with the last of them, which the trainer's reference cycles hold, unless an
+        # exception holds the trainer. One that let go of a tensor while the interpreter shuts down would abort the process.
         gc.collect()
 
 

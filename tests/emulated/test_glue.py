@@ -176,6 +176,11 @@ def test_more_tiles_than_can_be_counted_are_the_librarys() -> None:
     assert why["direct"] == "cannot take a correlation of more than 2^33 elements in tiles"
     assert why["gram"] == "cannot take a Gram matrix of more than 2^33 elements in tiles"
     assert plan.pick == "library"
+    groups = 2**18 + 1
+    x, z = torch.zeros(1).expand(1, groups, 1), torch.zeros(1).expand(1, 129 * groups, 1)
+    plan = ops.plan(x, z, torch.zeros(1).expand(129 * groups, 1, 1), groups=groups, z_is_output=True)
+    why = {c.algorithm: c.why_not for c in plan.candidates if not c.eligible}
+    assert why["direct"] == why["gram"] == "cannot take a correlation of more than 2^33 elements in tiles"
 
 
 def test_benchmark_times_each_automatic_algorithm_once_and_leaves_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:

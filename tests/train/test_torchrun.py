@@ -96,10 +96,28 @@ THREADS_AFTER_TRAINING = """
 import os, sys
 from pathlib import Path
 from localsgd_ext.__main__ import main
+from localsgd_ext.train.loop import Trainer
 
+def threads_of_gloo():
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            names.append((task / "comm").read_text().strip())
+        except OSError:  # it has ended
+            pass
+    return sorted(name for name in names if "gloo" in name)
+
+def say(what, value):
+    sys.stdout.flush()
+    os.write(1, f"\\nof rank {os.environ['RANK']} {what}: {value}\\n".encode())  # in one piece
+
+run_epoch = Trainer.run_epoch
+def watched(self):
+    run_epoch(self)
+    say("in training", len(threads_of_gloo()) > 0)
+Trainer.run_epoch = watched
 code = main(sys.argv[1:])
-names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-print(f"of rank {os.environ['RANK']}:", sorted(name for name in names if "gloo" in name))
+say("afterwards", threads_of_gloo())
 sys.exit(code)
 """
 
@@ -112,9 +130,8 @@ def test_no_thread_of_gloo_s_outlives_the_training(tmp_path: Path, tiny_flags: l
     run = torchrun(tmp_path / "run", [*tiny_flags, "--epochs", "1"], script=[str(script)])
     output, _ = run.communicate(timeout=240)
     assert run.returncode == 0, output
-    assert sorted(line for line in output.splitlines() if line.startswith("of rank")) == ["of rank 0: []", "of rank 1: []"], (
-        output
-    )
+    said = sorted(line for line in output.splitlines() if line.startswith("of rank"))
+    assert said == [f"of rank {rank} {what}" for rank in (0, 1) for what in ("afterwards: []", "in training: True")], output
 
 
 def free_port() -> int:

@@ -28,7 +28,17 @@ RATES = (0.01, -0.005, 0.0, 0.02, -0.01)
 
 def chosen() -> tuple[Case, ...]:
     """One of each kind, some with ragged sizes."""
-    names = ("conv3x3", "conv3x3-odd-channels", "expand1x1", "square1x1-odd", "depthwise3x3", "linear", "grouped3x3", "conv3d")
+    names = (
+        "conv3x3",
+        "conv3x3-odd-channels",
+        "first3x3",
+        "expand1x1",
+        "square1x1-odd",
+        "depthwise3x3",
+        "linear",
+        "grouped3x3",
+        "conv3d",
+    )
     return tuple(case for case in CASES if case.name in names)
 
 

@@ -134,6 +134,9 @@ def with_layout(tensor: Tensor, layout: str, case: Case) -> Tensor:
 CASES = (
     # dense 2-d
     Case("conv3x3", (2, 7, 13, 11), (9, 7, 3, 3), padding=1, bias=True),
+    Case("first3x3", (2, 3, 10, 24), (16, 3, 3, 3), padding=1),
+    Case("first7x7", (2, 3, 19, 32), (24, 3, 7, 7), stride=2, padding=3, bias=True),
+    Case("patches4x4", (2, 3, 8, 21), (8, 3, 4, 4), stride=4, bias=True),
     Case("conv3x3-stride2", (3, 8, 15, 9), (5, 8, 3, 3), stride=2, padding=1),
     Case("conv3x3-dilated", (2, 5, 17, 13), (6, 5, 3, 3), padding=2, dilation=2),
     Case("conv3x5-mixed", (2, 3, 19, 23), (4, 3, 3, 5), stride=(2, 3), padding=(0, 2), dilation=(3, 1), bias=True),

@@ -8,11 +8,15 @@
     X(m, n, Access::positions4, Access::positions4) \
     X(m, n, Access::positions4, Access::scalar)     \
     X(m, n, Access::scalar, Access::scalar)
-#define LOCALSGD_DIRECT_KERNELS(X)        \
-    LOCALSGD_DIRECT_ACCESSES(X, 128, 128) \
-    LOCALSGD_DIRECT_ACCESSES(X, 64, 128)  \
-    LOCALSGD_DIRECT_ACCESSES(X, 128, 64)  \
-    LOCALSGD_DIRECT_ACCESSES(X, 64, 64)
+#define LOCALSGD_DIRECT_KERNELS(X)                  \
+    LOCALSGD_DIRECT_ACCESSES(X, 128, 128)           \
+    LOCALSGD_DIRECT_ACCESSES(X, 64, 128)            \
+    LOCALSGD_DIRECT_ACCESSES(X, 128, 64)            \
+    LOCALSGD_DIRECT_ACCESSES(X, 64, 64)             \
+    X(64, 64, Access::channels4, Access::segments)  \
+    X(64, 64, Access::positions4, Access::segments) \
+    X(64, 32, Access::channels4, Access::segments)  \
+    X(64, 32, Access::positions4, Access::segments)
 
 #if defined(__CUDACC_RTC__)
 namespace localsgd::cuda {
@@ -27,8 +31,14 @@ LOCALSGD_DIRECT_KERNELS(LOCALSGD_INSTANTIATE)
 namespace localsgd::cuda {
 namespace {
 
-#define LOCALSGD_VARIANT(m, n, z, x) \
-    {Core::ffma, m, n, Tile<m, n>::kThreads, kStepPositions, 0, 0, z, x, direct_kernel<Tile<m, n>, z, x>},
+template <int kM, int kN, Access kZ, Access kX>
+constexpr Variant ffma_variant() {
+    using T = Tile<kM, kN>;
+    int chunks = 0;
+    if constexpr (kX == Access::segments) chunks = SegmentedFfma<T, kZ>::kChunks;
+    return {Core::ffma, kM, kN, T::kThreads, kStepPositions, 0, 0, kZ, kX, chunks, direct_kernel<T, kZ, kX>};
+}
+#define LOCALSGD_VARIANT(m, n, z, x) ffma_variant<m, n, z, x>(),
 constexpr Variant kFfmaVariants[] = {LOCALSGD_DIRECT_KERNELS(LOCALSGD_VARIANT)};
 static_assert(sizeof(kFfmaVariants) / sizeof(kFfmaVariants[0]) == kFfmaKernels);
 
@@ -64,10 +74,17 @@ bool allowed(Core core, const DirectProblem& p) {
 bool same_type(Core core, const DirectProblem& p) { return p.x.kind == operand_kind(core) && p.z.kind == operand_kind(core); }
 
 DirectParams params_of(const DirectProblem& problem, const DirectConfig& c, const Target& target, const Scratch& workspace) {
-    const Geometry& g = problem.geometry;
+    const Variant& v = variant(c.kernel);
+    const bool segments = c.x_access == Access::segments;
+    const Geometry g = segments ? padded_to(v.step_positions, problem.geometry) : problem.geometry;
     DirectParams p{};
+    if (segments) p.segments = segments_of(problem.x, problem.geometry, v.step_positions, c.tile_n);
     p.x = patches_of(problem.x, g);
-    p.z = patches_of(problem.z, output_geometry(g));
+    const Collapsed folded = fold_windows(g, problem.x.strides);
+    p.read = patches_of({problem.x.data, problem.x.kind, folded.strides}, folded.geometry);
+    Geometry z_geometry = output_geometry(problem.geometry);
+    z_geometry.output = g.output; // what pads it lies beyond the input
+    p.z = patches_of(problem.z, z_geometry);
     p.grid = tile_grid(g.groups, ceil_div(p.z.columns, c.tile_m), ceil_div(p.x.columns, c.tile_n), c.splits, c.split_positions,
                        c.sharers);
     p.workspace = lay_out(workspace, static_cast<size_t>(c.blocks));
@@ -80,6 +97,14 @@ cudaError_t run(const DirectParams& p, const DirectConfig& c, Phase last, cudaSt
     const Variant& v = variant(c.kernel);
     return launch_phases(v.kernel, {c.blocks, c.threads, static_cast<size_t>(v.shared_bytes), c.cooperative}, p, kCorrelate,
                          last, stream);
+}
+
+// Whether a kernel that reads x by segments can: x is what it multiplies, and z as it reads that.
+bool takes_segments(const Variant& v, const DirectProblem& p, Access z_access) {
+    const Geometry& g = p.geometry;
+    if (p.x.kind != operand_kind(v.core) || !in_segments(p.x, g, v.step_positions, v.tile_n, v.chunks)) return false;
+    if (v.core != Core::ffma) return same_type(v.core, p) && in_chunks(p.z, output_geometry(g), p.z.strides);
+    return v.z == z_access && (v.z == Access::channels4 || g.output[2] % v.step_positions == 0); // 4 positions: without padding
 }
 
 } // namespace
@@ -115,7 +140,8 @@ const char* unsupported(const DirectProblem& problem) {
 
 DirectConfig get_best_config(const DirectProblem& problem, const Chip& chip) {
     const Geometry& g = problem.geometry;
-    const auto [x_geometry, x_strides] = collapse(g, problem.x.strides);
+    const Collapsed folded = fold_windows(g, problem.x.strides);
+    const auto [x_geometry, x_strides] = collapse(folded.geometry, folded.strides);
     const auto [z_geometry, z_strides] = collapse(output_geometry(g), problem.z.strides);
     const int multiprocessors = std::max(1, chip.multiprocessors);
     const Access z_access = access_of(problem.z, z_geometry, z_strides);
@@ -129,13 +155,19 @@ DirectConfig get_best_config(const DirectProblem& problem, const Chip& chip) {
     for (int i = 0; i < kDirectKernels; ++i) {
         const Variant& v = variant(i);
         if (v.compute > chip.compute || !allowed(v.core, problem)) continue;
-        const bool copied = v.core != Core::ffma && chunks && same_type(v.core, problem);
-        if (copied ? v.z != Access::chunks16 : v.z != z_access || v.x != x_access) continue;
+        int64_t positions = g.positions();
+        if (v.x == Access::segments) {
+            if (!takes_segments(v, problem, z_access) || x_access != Access::scalar || chunks) continue;
+            positions = padded_to(v.step_positions, g).positions();
+        } else {
+            const bool copied = v.core != Core::ffma && chunks && same_type(v.core, problem);
+            if (copied ? v.z != Access::chunks16 : v.z != z_access || v.x != x_access) continue;
+        }
         const int resident = std::max(1, chip.blocks[i]);
         const MainLoop loop{v.core, v.tile_m, v.tile_n,        v.threads, v.step_positions, v.z,
                             v.x,    1,        multiprocessors, resident,  chip.compute};
         const int64_t tiles = g.groups * ceil_div(g.out_per_group(), v.tile_m) * ceil_div(g.patch(), v.tile_n);
-        const Split split = best_split(loop, tiles, g.positions(), kBarrierClocks);
+        const Split split = best_split(loop, tiles, positions, kBarrierClocks);
         if (split.clocks >= best.estimated_clocks) continue;
         best.estimated_clocks = split.clocks;
         best.kernel = i;

@@ -1,8 +1,8 @@
 // D[K, C/g * taps] = sum over output positions of z * patch(x): an implicit GEMM whose summed index is the position.
 #pragma once
 
+#include "segments_ffma.cuh"
 #include "split_k.cuh"
-#include "tile_ffma.cuh"
 
 namespace localsgd::cuda {
 
@@ -23,11 +23,29 @@ LOCALSGD_DEVICE void finish_direct(const DirectParams& p) {
 }
 
 template <class T, Access kZ, Access kX>
+struct FfmaPathOf {
+    using Type = StagedFfma<T, kZ, kX>;
+};
+template <class T, Access kZ>
+struct FfmaPathOf<T, kZ, Access::segments> {
+    using Type = SegmentedFfma<T, kZ>;
+};
+
+// x as the main loop of a kernel reads it.
+template <Access kX>
+LOCALSGD_DEVICE const auto& x_of(const DirectParams& p) {
+    if constexpr (kX == Access::segments)
+        return p.segments;
+    else
+        return p.read;
+}
+
+template <class T, Access kZ, Access kX>
 __global__ void __launch_bounds__(T::kThreads, kResidentBlocks<T, kZ, kX>) direct_kernel(const DirectParams p) {
-    using Path = StagedFfma<T, kZ, kX>;
+    using Path = typename FfmaPathOf<T, kZ, kX>::Type;
     if (p.first == kCorrelate) {
         LOCALSGD_SHARED(typename Path::Storage, shared);
-        correlate_units<Path>(p.workspace, p.grid, p.z, p.x, shared);
+        correlate_units<Path>(p.workspace, p.grid, p.z, x_of<kX>(p), shared);
     }
     finish_direct<T>(p);
 }

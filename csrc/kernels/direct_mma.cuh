@@ -3,9 +3,14 @@
 
 #include "direct.cuh"
 #include "direct_variants.h"
-#include "pipeline_mma.cuh"
+#include "segments_mma.cuh"
 
 namespace localsgd::cuda {
+
+template <class T>
+struct MmaPathOf<T, Access::chunks16, Access::segments> {
+    using Type = SegmentedMma<T>;
+};
 
 template <class T, Access kZ, Access kX>
 __global__ void __launch_bounds__(T::kThreads, kMmaResidentBlocks<T, kZ, kX>) direct_mma_kernel(const DirectParams p) {
@@ -16,7 +21,7 @@ __global__ void __launch_bounds__(T::kThreads, kMmaResidentBlocks<T, kZ, kX>) di
         if (p.first == kCorrelate) {
             LOCALSGD_DYNAMIC_SHARED(bytes);
             auto& shared = *reinterpret_cast<typename Path::Storage*>(bytes);
-            correlate_units<Path>(p.workspace, p.grid, p.z, p.x, shared);
+            correlate_units<Path>(p.workspace, p.grid, p.z, x_of<kX>(p), shared);
         }
         finish_direct<T>(p);
     }
@@ -37,6 +42,7 @@ constexpr Variant mma_variant() {
             T::kCore == Core::mma_f16 && !chunks ? 75 : 80,
             kZ,
             kX,
+            kX == Access::segments ? kSegmentChunks : 0,
             direct_mma_kernel<T, kZ, kX>};
 }
 #endif
@@ -50,11 +56,13 @@ constexpr Variant mma_variant() {
     X(core, m, n, Access::positions4, Access::positions4) \
     X(core, m, n, Access::positions4, Access::scalar)     \
     X(core, m, n, Access::scalar, Access::scalar)
-#define LOCALSGD_MMA_KERNELS(X, core)        \
-    LOCALSGD_MMA_ACCESSES(X, core, 128, 128) \
-    LOCALSGD_MMA_ACCESSES(X, core, 64, 128)  \
-    LOCALSGD_MMA_ACCESSES(X, core, 128, 64)  \
-    LOCALSGD_MMA_ACCESSES(X, core, 64, 64)
+#define LOCALSGD_MMA_KERNELS(X, core)                   \
+    LOCALSGD_MMA_ACCESSES(X, core, 128, 128)            \
+    LOCALSGD_MMA_ACCESSES(X, core, 64, 128)             \
+    LOCALSGD_MMA_ACCESSES(X, core, 128, 64)             \
+    LOCALSGD_MMA_ACCESSES(X, core, 64, 64)              \
+    X(core, 64, 32, Access::chunks16, Access::segments) \
+    X(core, 64, 160, Access::chunks16, Access::segments)
 
 #if defined(__CUDACC_RTC__)
 #define LOCALSGD_INSTANTIATE_MMA(core, m, n, z, x) \

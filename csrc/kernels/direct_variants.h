@@ -12,13 +12,16 @@ struct Variant {
     int shared_bytes;   // dynamic
     int compute;        // the compute capability, 75 for 7.5, from which on its instructions exist
     Access z, x;
+    int chunks; // of a step's segments, at most
     void (*kernel)(DirectParams);
 };
 
 constexpr int kDirectTiles = 4;
-constexpr int kDirectAccesses = 5; // pairs of accesses to z and x: ffma,
-constexpr int kMmaAccesses = 6;    // each mma core
-constexpr int kFfmaKernels = kDirectTiles * kDirectAccesses, kMmaKernels = kDirectTiles * kMmaAccesses;
+constexpr int kDirectAccesses = 5;                         // pairs of accesses to z and x: ffma,
+constexpr int kMmaAccesses = 6;                            // each mma core
+constexpr int kSegmentKernels = 4, kMmaSegmentKernels = 2; // for few channels: ffma, each mma core
+constexpr int kFfmaKernels = kDirectTiles * kDirectAccesses + kSegmentKernels,
+              kMmaKernels = kDirectTiles * kMmaAccesses + kMmaSegmentKernels;
 constexpr int kDirectKernels = kFfmaKernels + 3 * kMmaKernels; // ffma, bf16, f16, tf32
 
 #if !defined(__CUDACC_RTC__)

@@ -57,18 +57,23 @@ inline double multiplies(Core core, int compute) {
 // Clocks of the busiest multiprocessor. Counted: multiply-adds (of which a good kernel gets 85 %, from matrix units 60 %, less
 // with few warps), reading the operands from the second-level cache (32 bytes a clock) where it is not hidden, the instructions
 // that gather operands (some 16 a load, 128 lanes a clock; element by element it is latency that counts, as measured on an
-// H200), partial tiles out and in.
+// H200; from segments each element is a load from shared memory), partial tiles out and in.
 inline double estimate(const MainLoop& l, const Split& s) {
-    constexpr double kBytesPerClock = 32, kUnitClocks = 1500, kLoadClocks = 16.0 / 128, kScalarClocks = 0.75;
+    constexpr double kBytesPerClock = 32, kUnitClocks = 1500, kLoadClocks = 16.0 / 128, kScalarClocks = 0.75,
+                     kSegmentClocks = 1.0 / 32, kSegmentFfmaClocks = 0.25;
     const double length = double(s.positions), first = l.tile_m * l.first_share, second = l.tile_n;
     const double each = std::max<double>(1, double(ceil_div(s.units(), l.multiprocessors)));
     const double alive = std::min<double>(each, l.resident);
     const double share = (l.core == Core::ffma ? 0.85 : 0.6) * std::min(1.0, alive * l.threads / 256.0);
     const double multiply = length * l.tile_m * l.tile_n / multiplies(l.core, l.compute) / share;
     const double element = l.core == Core::mma_bf16 || l.core == Core::mma_f16 ? 2 : 4;
-    const double read = length * (first + second) * element / kBytesPerClock;
+    const double from_memory = l.second == Access::segments ? first : first + second; // hardly anything, of segments
+    const double read = length * from_memory * element / kBytesPerClock;
     const auto load = [&](Access access) { // of an element
-        return access == Access::scalar ? kScalarClocks : kLoadClocks / (access == Access::chunks16 ? 16 / element : 4);
+        if (access == Access::scalar) return kScalarClocks;
+        if (access == Access::segments && l.core == Core::ffma) return kSegmentFfmaClocks; // 4 or 8 lanes read the same one
+        if (access == Access::segments) return kSegmentClocks * (l.tile_n <= 64 ? 2 : 1);  // by warps that share columns
+        return kLoadClocks / (access == Access::chunks16 ? 16 / element : 4);
     };
     const double gather = length * (first * load(l.first) + second * load(l.second));
     const double partials = double(s.units()) * l.tile_m * l.tile_n * 4 * 2 / (kBytesPerClock * l.multiprocessors);

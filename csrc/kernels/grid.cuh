@@ -49,7 +49,7 @@ LOCALSGD_DEVICE double block_sum(double value) {
 template <int kThreads>
 LOCALSGD_DEVICE double block_sum(const double* values, int count) {
     double sum = 0;
-#pragma unroll 2 // loads in flight
+#pragma unroll(kThreads == 32 ? 8 : 2) // loads in flight; grids of small blocks have many
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) sum += __ldcg(values + i);
     return block_sum<kThreads>(sum);
 }

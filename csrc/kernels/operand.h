@@ -22,7 +22,7 @@ constexpr int64 kMaxOuterInput = 1 << 29; // see kOutside
 constexpr int64 kMaxTiled =
     int64{1} << 33; // elements of all tiles: quads of them, and steps beyond those, are counted in 32 bits
 
-// Whether the matrices of all groups, in tiles of any size, have no more elements than that.
+// Whether the matrices of all groups have no more elements than that in tiles of any size but 64x160, see in_segments.
 inline bool countable(int64_t groups, int64_t rows, int64_t columns) {
     constexpr int64_t kLargestTile = 128;
     const int64_t tiles = kMaxTiled / (kLargestTile * kLargestTile);
@@ -73,6 +73,25 @@ inline Collapsed collapse(const Geometry& geometry, const Strides& strides) {
     return c;
 }
 
+// Windows that lie side by side, of few channels (NHWC): what one takes of a row of x is as much memory, and might be a single
+// pixel of that many channels: whole chunks, or quads, where those of single pixels are none. Columns of the patch matrix keep
+// their order.
+inline Collapsed fold_windows(const Geometry& geometry, const Strides& strides) {
+    Collapsed c{geometry, strides};
+    Geometry& g = c.geometry;
+    const int64_t across = g.kernel[2];
+    if (g.groups != 1 || g.in_channels % 8 == 0 || across == 1) return c;
+    if (g.stride[2] != across || g.dilation[2] != 1 || g.pad[2] != 0) return c;
+    if ((strides.channel != 1 && g.in_channels > 1) || strides.space[2] != g.in_channels || g.output[2] * across > g.input[2])
+        return c;
+    g.in_channels *= across;
+    g.input[2] /= across;
+    g.kernel[2] = g.stride[2] = 1;
+    c.strides.channel = 1;
+    c.strides.space[2] *= across;
+    return c;
+}
+
 inline Element element_of(Kind kind) {
     return kind == Kind::f32 ? Element::f32 : kind == Kind::bf16 ? Element::bf16 : Element::f16;
 }
@@ -105,6 +124,94 @@ inline bool in_chunks(const Operand& o, const Geometry& g, const Strides& s) {
     for (int d = 0; d < 3; ++d)
         if (g.input[d] > 1 && s.space[d] % width != 0) return false;
     return true;
+}
+
+// The same positions, padded so that none of the runs of `step` that they are taken in goes beyond a row of the output.
+inline Geometry padded_to(int64_t step, Geometry g) {
+    g.output[2] = ceil_div(g.output[2], step) * step;
+    return g;
+}
+
+// Channels that lie between neighbouring pixels: all of them, or one.
+inline int64_t inner_channels(const Operand& o, const Geometry& g) { return o.strides.channel == 1 ? g.in_channels : 1; }
+
+// The segments that a step of so many positions reads for a tile of so many columns.
+struct SegmentSize {
+    int64_t width, lead, chunks, rows; // elements of a chunk; as in Segments
+
+    SegmentSize(const Operand& o, const Geometry& g, int64_t step, int64_t tile) : width(16 / kind_size(o.kind)) {
+        const int64_t pixels = (step - 1) * g.stride[2] + (g.kernel[2] - 1) * g.dilation[2] + 1, inner = inner_channels(o, g);
+        const int64_t kernel_row = g.kernel[2] * inner, kernel_rows = g.patch() / kernel_row;
+        lead = (width - g.pad[2] * inner % width) % width;
+        chunks = ceil_div(lead + pixels * inner, width);
+        rows = g.patch() <= tile ? kernel_rows : std::min(kernel_rows, ceil_div(tile - 1, kernel_row) + 1);
+    }
+};
+
+inline Segments segments_of(const Operand& o, const Geometry& given, int64_t step, int64_t tile) {
+    const Geometry g = padded_to(step, given);
+    const SegmentSize size(o, g, step, tile);
+    const int64_t inner = inner_channels(o, g), kernel_plane = g.kernel[1] * size.chunks;
+    Segments p{};
+    p.data = o.data;
+    p.element = element_of(o.kind);
+    p.positions = static_cast<int>(g.positions());
+    p.columns = static_cast<int>(g.in_channels / inner * g.kernel[0] * kernel_plane);
+    // Chunks of zeros count as those of a further channel, and must be aligned, too.
+    p.channel_stride = inner == g.in_channels ? 0 : static_cast<int>(o.strides.channel);
+    p.batch_stride = g.batch == 1 ? 0 : o.strides.batch;
+    p.image = fast_div(std::max<int64_t>(1, g.image_positions()));
+    p.plane = fast_div(std::max<int64_t>(1, g.output[1] * g.output[2]));
+    p.row = fast_div(std::max<int64_t>(1, g.output[2]));
+    p.flat = g.output[0] == 1 && g.output[1] == 1;
+    p.channels_fastest = false;
+    p.column_inner = fast_div(g.kernel[0] * kernel_plane);
+    p.tap_plane = fast_div(kernel_plane);
+    p.tap_row = fast_div(size.chunks);
+    for (int d = 0; d < 2; ++d) {
+        p.space_stride[d] = g.input[d] == 1 ? 0 : static_cast<int>(o.strides.space[d]);
+        p.stride[d] = static_cast<int>(g.stride[d]);
+        p.pad[d] = static_cast<int>(g.pad[d]);
+        p.dilation[d] = static_cast<int>(g.dilation[d]);
+        p.input[d] = static_cast<int>(g.input[d]);
+    }
+    p.space_stride[2] = 1;
+    p.stride[2] = p.pitch = static_cast<int>(g.stride[2] * inner);
+    p.pad[2] = static_cast<int>(g.pad[2] * inner + size.lead);
+    p.dilation[2] = static_cast<int>(size.width);
+    p.input[2] = static_cast<int>(g.input[2] * inner);
+    p.chunks = static_cast<int>(size.chunks);
+    p.rows = static_cast<int>(size.rows);
+    p.lead = static_cast<int>(size.lead);
+    p.gap = static_cast<int>((g.dilation[2] - 1) * inner);
+    p.across = static_cast<int>(given.output[2]);
+    p.patch = static_cast<int>(g.patch());
+    p.by_channels = fast_div(inner);
+    p.by_kernel_row = fast_div(g.kernel[2] * inner);
+    return p;
+}
+
+// Whether x may be read by segments: its rows are whole chunks, everywhere aligned, and what a step reads is at most `most` of
+// them.
+inline bool in_segments(const Operand& o, const Geometry& g, int64_t step, int64_t tile, int64_t most) {
+    const int64_t width = 16 / kind_size(o.kind), inner = inner_channels(o, g);
+    const Strides& s = o.strides;
+    if (g.groups != 1 || g.in_channels == 0 || inner > most * width || g.input[2] * inner % width != 0) return false;
+    if (inner < g.in_channels && s.channel % width != 0) return false;
+    if (inner < g.in_channels && g.taps() > 1 && s.channel <= s.space[2]) return false; // D's columns, see patches_of
+    if (g.input[2] > 1 && s.space[2] != inner) return false;
+    if (reinterpret_cast<uintptr_t>(o.data) % 16 != 0 || (g.batch > 1 && s.batch % width != 0)) return false;
+    for (int d = 0; d < 2; ++d)
+        if (g.input[d] > 1 && s.space[d] % width != 0) return false;
+    // Elements of a row, and elements of all tiles, are counted in 32 bits.
+    const int64_t row = (g.output[2] + step) * g.stride[2] + g.pad[2] + g.kernel[2] * g.dilation[2];
+    if (row > kMaxInt / 2 / inner || padded_to(step, g).positions() > kMaxPositions) return false;
+    if (ceil_div(g.out_channels, 64) > kMaxTiled / (64 * tile) / ceil_div(g.patch(), tile)) return false;
+    int64_t reach = g.in_channels * s.channel + most * width; // from a step's first element to the end of its last chunk
+    for (int d = 0; d < 3; ++d) reach += (g.kernel[d] - 1) * g.dilation[d] * s.space[d];
+    if (reach > kMaxInt) return false;
+    const SegmentSize size(o, g, step, tile);
+    return (size.rows + 1) * size.chunks <= most;
 }
 
 inline Patches patches_of(const Operand& o, const Geometry& geometry) {
@@ -180,6 +287,8 @@ inline const char* access_name(Access access) {
         return "4 positions";
     case Access::chunks16:
         return "16 bytes";
+    case Access::segments:
+        return "segments";
     }
     return "?";
 }

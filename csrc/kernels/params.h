@@ -21,6 +21,7 @@ enum class Access : int {
     channels4,  // 4 columns that are neighbours in memory (NHWC)
     positions4, // 4 positions that are neighbours in memory (NCHW without gaps)
     chunks16,   // 16 bytes of columns that are neighbours in memory, straight to shared memory (mma cores only)
+    segments,   // all that the windows of a step reach over, of x of few channels
 };
 
 // What multiplies: fused multiply-adds in fp32, or the matrix units with operands of the type named. All add in fp32.
@@ -46,6 +47,22 @@ struct Patches {
     bool channels_fastest;
     int stride[3], pad[3], dilation[3], input[3];
 };
+
+// x of few channels, where the positions of a step lie in one row of the output: their windows overlap, and what a row of the
+// kernel reads of x is one segment of memory (in NCHW, of each channel). As patches these are a row for the first position of a
+// step and a column for every chunk of 16 bytes: coordinate 2 counts elements, and what is read begins at a chunk.
+struct Segments : Patches {
+    int chunks; // of a segment
+    int rows;   // of the kernel (in NCHW, of all channels) that a tile's columns take at most
+    int lead;   // elements before the first window
+    int pitch;  // elements from a position to the next
+    int gap;    // elements between the pixels of a window's row, more than without dilation
+    int across; // positions in a row of the output, which steps pad
+    int patch;  // columns of D
+    // column of D -> (row of the kernel, pixel, channel of NHWC)
+    FastDiv by_channels, by_kernel_row;
+};
+constexpr int kSegmentChunks = 256; // of a step, at most: those of all segments, one of zeros among them (mma cores)
 
 // Tiles of D, each split over the positions. Unit u = tile * splits + split; blocks take units round robin.
 struct TileGrid {
@@ -92,7 +109,9 @@ struct Step {
 enum Phase : int { kCorrelate, kReduce, kWrite };
 
 struct DirectParams {
-    Patches z, x; // z.columns: output channels per group; x.columns: C/g * taps
+    Patches z, x;      // z.columns: output channels per group; x.columns: C/g * taps
+    Patches read;      // x again, as the main loop reads it,
+    Segments segments; // or as kernels do for few channels
     TileGrid grid;
     Workspace workspace;
     Target target;

@@ -55,6 +55,25 @@ struct ChunkCopy {
     }
 };
 
+// A ring of stages, all but one of them on their way while one is multiplied. `find(step)` comes a barrier before
+// `issue(step)`.
+template <int kStages, class Issue, class Find, class Multiply>
+LOCALSGD_DEVICE void run_pipeline(int steps, const Issue& issue, const Find& find, const Multiply& multiply) {
+    // The first turns only fill the ring: by the same instructions, since fetching those takes longer than a short loop.
+#pragma unroll 1
+    for (int step = 1 - kStages; step < steps; ++step) {
+        cp_async_wait<kStages - 2>(); // this thread's part of the step has arrived,
+        __syncthreads(); // everybody's has, everybody is done with the slices of the step before, and rows have been found
+        const int ahead = step + kStages - 1;
+        if (ahead < steps) issue(ahead);
+        cp_async_commit(); // a group a step, empty or not: waiting counts groups
+        find(ahead + 1);
+        if (step >= 0) multiply(step);
+    }
+    // No barrier: who is still multiplying reads no table, and the next tile's slices are filled after its first one.
+    cp_async_wait<0>(); // empty groups
+}
+
 // A ring of kStages slices, each 32 positions deep (16 in tf32); kStages - 1 of them are on their way while one is multiplied.
 // Finding a position takes three divisions, and each is needed by 8 to 32 threads: 2 warps find a step's positions while the
 // copies of the step before are issued. Of an operand that is read in place nothing has to be found.
@@ -101,22 +120,14 @@ struct PipelinedMma {
         ZCopy::tabulate(shared.z_columns, z, group, first_m);
         XCopy::tabulate(shared.x_columns, x, group, first_n);
         find_rows(shared, z, x, 0, begin, end);
-        // The first turns only fill the ring: by the same instructions, since fetching those takes longer than a short loop.
-#pragma unroll 1
-        for (int step = 1 - kStages; step < steps; ++step) {
-            cp_async_wait<kStages - 2>(); // this thread's part of the step has arrived,
-            __syncthreads(); // everybody's has, everybody is done with the slices of the step before, and rows have been found
-            const int ahead = step + kStages - 1;
-            if (ahead < steps) issue(shared, z, x, ahead, begin, end, strips);
-            cp_async_commit(); // a group a step, empty or not: waiting counts groups
-            find_rows(shared, z, x, ahead + 1, begin, end);
-            if (step < 0) continue;
-            const auto& x_slice = shared.x[step % kStages];
-            multiply_slices<T, kPositions>(sum, first_slice(strips, shared.z[step % kStages], x_slice), x_slice);
-            strips.template visit<Holds>(x_slice);
-        }
-        // No barrier: who is still multiplying reads neither table, and the next tile's slices are filled after its first one.
-        cp_async_wait<0>(); // empty groups
+        run_pipeline<kStages>(
+            steps, [&](int step) { issue(shared, z, x, step, begin, end, strips); },
+            [&](int step) { find_rows(shared, z, x, step, begin, end); },
+            [&](int step) {
+                const auto& x_slice = shared.x[step % kStages];
+                multiply_slices<T, kPositions>(sum, first_slice(strips, shared.z[step % kStages], x_slice), x_slice);
+                strips.template visit<Holds>(x_slice);
+            });
     }
 };
 
@@ -130,11 +141,12 @@ struct MmaPathOf<T, Access::chunks16, Access::chunks16> {
 };
 
 // 512 threads on a multiprocessor leave 128 registers for each; gathering element by element takes more, which 384 have. The
-// sums of a 64 x 64 warp are 128 registers alone: 256 threads.
+// sums of a 64 x 64 warp are 128 registers alone: 256 threads. Those of 64 x 40, and where their columns lie: 384.
 template <class T, Access kZ, Access kX>
-constexpr int kMmaResidentBlocks = (T::kM == 128 && T::kN == 128                                           ? 256
-                                    : kZ == Access::scalar || (T::kThreads == 128 && kX == Access::scalar) ? 384
-                                                                                                           : 512) /
-                                   T::kThreads;
+constexpr int kMmaResidentBlocks =
+    (T::kM == 128 && T::kN == 128                                                           ? 256
+     : kZ == Access::scalar || T::kN == 160 || (T::kThreads == 128 && kX == Access::scalar) ? 384
+                                                                                            : 512) /
+    T::kThreads;
 
 } // namespace localsgd::cuda

@@ -83,8 +83,8 @@ LOCALSGD_DEVICE void put_squares(const Workspace& w, double squares) {
 }
 
 // The main loop of the units that fall to this block; their partial tiles go to the workspace.
-template <class Path>
-LOCALSGD_DEVICE void correlate_units(const Workspace& w, const TileGrid& grid, const Patches& z, const Patches& x,
+template <class Path, class X> // x: Patches, or Segments
+LOCALSGD_DEVICE void correlate_units(const Workspace& w, const TileGrid& grid, const Patches& z, const X& x,
                                      typename Path::Storage& shared) {
     for (unsigned unit = blockIdx.x; unit < static_cast<unsigned>(grid.units); unit += gridDim.x) {
         const auto [place, split, begin, end] = unit_of<typename Path::Tile>(grid, x.positions, unit);

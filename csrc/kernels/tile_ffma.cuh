@@ -5,24 +5,26 @@
 
 namespace localsgd::cuda {
 
-// kM x kN of D for a block. A warp computes 32 x 64: per position its threads read 8 + 8 floats from shared memory for 64
-// multiply-adds, as four 16-byte loads without bank conflicts (4 resp. 8 different addresses, side by side).
+// kM x kN of D for a block. A warp computes 32 x 64, or 64 x 32: per position its threads read 8 + 8 floats from shared memory
+// for 64 multiply-adds, as four 16-byte loads without bank conflicts (4 resp. 8 different addresses, side by side).
 // From global memory a tile takes 2 kM kN flops for 4 (kM + kN) bytes of fp32: 128x128 32 flop/B, 64x128 21, 64x64 16.
 template <int kM_, int kN_>
 struct Tile {
     static constexpr int kM = kM_, kN = kN_;
-    static constexpr int kWarpsM = kM / 32, kWarpsN = kN / 64;
+    static constexpr int kWarpN = kN < 64 ? kN : 64, kWarpM = 2048 / kWarpN;
+    static constexpr int kWarpsM = kM / kWarpM, kWarpsN = kN / kWarpN;
     static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
     static constexpr int kElements = kM * kN;
     using Sum = float[8][8];
-    static_assert(kM % 32 == 0 && kN % 64 == 0);
+    static_assert(kM % kWarpM == 0 && kN % kWarpN == 0);
 
     // A thread's 64 results are 16 quads of 4 neighbouring columns; quad `slot` of thread `thread` begins at (m, n).
     static constexpr int kSlots = 16;
-    static LOCALSGD_DEVICE int first_m(int thread) { return thread / 32 / kWarpsN * 32 + thread % 32 / 8 * 4; }
-    static LOCALSGD_DEVICE int first_n(int thread) { return thread / 32 % kWarpsN * 64 + thread % 8 * 4; }
-    static LOCALSGD_DEVICE int m_of(int thread, int slot) { return first_m(thread) + slot / 8 * 16 + slot / 2 % 4; }
-    static LOCALSGD_DEVICE int n_of(int thread, int slot) { return first_n(thread) + slot % 2 * 32; }
+    static constexpr int kApartM = kWarpM / 2, kApartN = kWarpN / 2; // two runs of 4 rows, and of 4 columns
+    static LOCALSGD_DEVICE int first_m(int thread) { return thread / 32 / kWarpsN * kWarpM + thread % 32 / (kApartN / 4) * 4; }
+    static LOCALSGD_DEVICE int first_n(int thread) { return thread / 32 % kWarpsN * kWarpN + thread % (kApartN / 4) * 4; }
+    static LOCALSGD_DEVICE int m_of(int thread, int slot) { return first_m(thread) + slot / 8 * kApartM + slot / 2 % 4; }
+    static LOCALSGD_DEVICE int n_of(int thread, int slot) { return first_n(thread) + slot % 2 * kApartN; }
     static LOCALSGD_DEVICE float4 quad_of(const Sum& sum, int slot) {
         const float* s = &sum[slot / 2][slot % 2 * 4];
         return make_float4(s[0], s[1], s[2], s[3]);
@@ -40,8 +42,8 @@ LOCALSGD_DEVICE void multiply_slices(float (&sum)[8][8], const Slice<T::kM>& z, 
     const int m = T::first_m(threadIdx.x), n = T::first_n(threadIdx.x);
 #pragma unroll
     for (int k = 0; k < kStepPositions; ++k) {
-        const float4 a0 = quad(&z[k][m]), a1 = quad(&z[k][m + 16]);
-        const float4 b0 = quad(&x[k][n]), b1 = quad(&x[k][n + 32]);
+        const float4 a0 = quad(&z[k][m]), a1 = quad(&z[k][m + T::kApartM]);
+        const float4 b0 = quad(&x[k][n]), b1 = quad(&x[k][n + T::kApartN]);
         const float a[8] = {a0.x, a0.y, a0.z, a0.w, a1.x, a1.y, a1.z, a1.w};
         const float b[8] = {b0.x, b0.y, b0.z, b0.w, b1.x, b1.y, b1.z, b1.w};
 #pragma unroll
@@ -49,6 +51,13 @@ LOCALSGD_DEVICE void multiply_slices(float (&sum)[8][8], const Slice<T::kM>& z, 
 #pragma unroll
             for (int j = 0; j < 8; ++j) sum[i][j] = fmaf(a[i], b[j], sum[i][j]);
     }
+}
+
+LOCALSGD_DEVICE void clear(float (&sum)[8][8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum[i][j] = 0;
 }
 
 // sum[m, n] = sum over positions [begin, end) of z[position, first_m + m] * x[position, first_n + n], for one group.
@@ -69,10 +78,7 @@ struct StagedFfma {
     template <class Strips = TwoStrips>
     static LOCALSGD_DEVICE void correlate(typename T::Sum& sum, Storage& shared, const Patches& z, const Patches& x, int group,
                                           int first_m, int first_n, int begin, int end, Strips&& strips = {}) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-#pragma unroll
-            for (int j = 0; j < 8; ++j) sum[i][j] = 0;
+        clear(sum);
         if (!strips.same()) tabulate<T::kM, T::kThreads>(shared.z_columns, z, group, first_m);
         tabulate<T::kN, T::kThreads>(shared.x_columns, x, group, first_n);
         __syncthreads();

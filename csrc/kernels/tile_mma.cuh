@@ -52,24 +52,25 @@ LOCALSGD_DEVICE float4 fragment_quad(const float (&d)[4]) {
 }
 
 // kM x kN of D for a block; a warp computes 64 x 64 of a 128x128 tile, 64 x 32 of an oblong one, of a 64x64 tile 32 x 32, so
-// that 4 warps hide latencies there too. From global memory a tile takes 2 kM kN flops for (kM + kN) operands: 128x128 64
-// flop/B in 16 bits (32 in tf32), 128x64 and 64x128 43 (21), 64x64 32 (16). From shared memory a warp reads 64 + 64 operands a
-// position for 64 * 64 multiply-adds: 32 flop/B in 16 bits, with 64 + 32 21, where an A100's matrix units ask for 16 and an
-// H200's for 32.
+// that 4 warps hide latencies there too; 4 warps also share 64x32 and 64x160, for few channels (segments_mma.cuh). From global
+// memory a tile takes 2 kM kN flops for (kM + kN) operands: 128x128 64 flop/B in 16 bits (32 in tf32), 128x64 and 64x128 43
+// (21), 64x64 32 (16). From shared memory a warp reads 64 + 64 operands a position for 64 * 64 multiply-adds: 32 flop/B in 16
+// bits, with 64 + 32 21, where an A100's matrix units ask for 16 and an H200's for 32.
 template <Core kCore_, int kM_, int kN_>
 struct MmaTile {
     static constexpr Core kCore = kCore_;
     using Operand = MmaOperand<kCore>;
     using Value = typename Operand::Holds::Value;
     static constexpr int kM = kM_, kN = kN_;
-    static constexpr int kWarpM = kM == 64 && kN == 64 ? 32 : 64, kWarpN = kM == 128 && kN == 128 ? 64 : 32;
+    static constexpr int kWarpM = kM == 64 && kN <= 64 ? 32 : 64;
+    static constexpr int kWarpN = kM == 128 && kN == 128 ? 64 : kN == 160 ? 40 : kN == 32 ? 16 : 32;
     static constexpr int kWarpsM = kM / kWarpM, kWarpsN = kN / kWarpN;
     static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
     static constexpr int kElements = kM * kN;
     // Fragments of 16 x 8 results, 4 a thread.
     static constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
     using Sum = float[kFragmentsM][kFragmentsN][4];
-    static_assert(kM % kWarpM == 0 && kN % kWarpN == 0 && kFragmentsN % 2 == 0);
+    static_assert(kM % kWarpM == 0 && kN % kWarpN == 0);
 
     static LOCALSGD_DEVICE int warp_m(int thread) { return thread / 32 / kWarpsN * kWarpM; }
     static LOCALSGD_DEVICE int warp_n(int thread) { return thread / 32 % kWarpsN * kWarpN; }
@@ -92,21 +93,33 @@ struct MmaTile {
 template <class T, int kPositions, int kColumns>
 using MmaSlice = typename T::Value[kPositions][kColumns + 8];
 
+// Matrices of z: (upper positions, left), (upper, right), (lower, left), (lower, right). Transposed, since the summed index
+// lies outermost in memory.
+template <class T, int kPositions>
+LOCALSGD_DEVICE void load_z_fragments(unsigned (&a)[T::kFragmentsM][4], const MmaSlice<T, kPositions, T::kM>& z, int k) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, m = T::warp_m(threadIdx.x);
+#pragma unroll
+    for (int i = 0; i < T::kFragmentsM; ++i) {
+        if constexpr (sizeof(typename T::Value) == 2) {
+            ldmatrix_transposed(a[i], &z[k + lane / 16 * 8 + lane % 8][m + i * 16 + lane / 8 % 2 * 8]);
+        } else { // ldmatrix cannot transpose 32-bit elements
+#pragma unroll
+            for (int r = 0; r < 4; ++r) a[i][r] = to_tf32(z[k + lane % 4 + r / 2 * 4][m + i * 16 + lane / 4 + r % 2 * 8]);
+        }
+    }
+}
+
 template <class T, int kPositions>
 LOCALSGD_DEVICE void multiply_slices(typename T::Sum& sum, const MmaSlice<T, kPositions, T::kM>& z,
                                      const MmaSlice<T, kPositions, T::kN>& x) {
     constexpr int kDepth = T::Operand::kDepth;
-    static_assert(kPositions % kDepth == 0);
-    const int lane = static_cast<int>(threadIdx.x) % 32, m = T::warp_m(threadIdx.x), n = T::warp_n(threadIdx.x);
+    static_assert(kPositions % kDepth == 0 && T::kFragmentsN % 2 == 0);
+    const int lane = static_cast<int>(threadIdx.x) % 32, n = T::warp_n(threadIdx.x);
 #pragma unroll
     for (int k = 0; k < kPositions; k += kDepth) {
         unsigned a[T::kFragmentsM][4], b[T::kFragmentsN][2];
-        if constexpr (sizeof(typename T::Value) == 2) {
-            // Matrices of z: (upper positions, left), (upper, right), (lower, left), (lower, right); of x: (upper, left),
-            // (lower, left), (upper, right), (lower, right). Transposed, since the summed index lies outermost in memory.
-#pragma unroll
-            for (int i = 0; i < T::kFragmentsM; ++i)
-                ldmatrix_transposed(a[i], &z[k + lane / 16 * 8 + lane % 8][m + i * 16 + lane / 8 % 2 * 8]);
+        load_z_fragments<T, kPositions>(a, z, k);
+        if constexpr (sizeof(typename T::Value) == 2) { // of x: (upper, left), (lower, left), (upper, right), (lower, right)
 #pragma unroll
             for (int j = 0; j < T::kFragmentsN; j += 2) {
                 unsigned both[4];
@@ -114,11 +127,7 @@ LOCALSGD_DEVICE void multiply_slices(typename T::Sum& sum, const MmaSlice<T, kPo
                 b[j][0] = both[0], b[j][1] = both[1];
                 b[j + 1][0] = both[2], b[j + 1][1] = both[3];
             }
-        } else { // ldmatrix cannot transpose 32-bit elements
-#pragma unroll
-            for (int i = 0; i < T::kFragmentsM; ++i)
-#pragma unroll
-                for (int r = 0; r < 4; ++r) a[i][r] = to_tf32(z[k + lane % 4 + r / 2 * 4][m + i * 16 + lane / 4 + r % 2 * 8]);
+        } else {
 #pragma unroll
             for (int j = 0; j < T::kFragmentsN; ++j)
 #pragma unroll

@@ -36,11 +36,13 @@ class Tile:
     warp_m: int
     warp_n: int
     bytes: int
+    x_columns: int
+    """Columns that are read from global memory: all, but for kernels that find them in segments of few channels."""
 
     @property
     def global_intensity(self) -> float:
         """Flops for each byte that is read from global memory, where both operands are as wide as in shared memory."""
-        return 2 * self.m * self.n / (self.bytes * (self.m + self.n))
+        return 2 * self.m * self.n / (self.bytes * (self.m + self.x_columns))
 
     @property
     def shared_intensity(self) -> float:

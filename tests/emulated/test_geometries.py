@@ -23,7 +23,7 @@ from localsgd_ext import ops, reference
 FP64 = torch.float64
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 PAIRS = [(x, z) for x in DTYPES for z in DTYPES]
-KINDS = ("linear", "pointwise", "grouped", "depthwise", "dense")
+KINDS = ("linear", "pointwise", "grouped", "depthwise", "dense", "first")
 EXAMPLES = 8  # of each kind, pair of dtypes and layout
 
 coverage: Counter[str] = Counter()
@@ -48,6 +48,8 @@ def layers(draw: st.DrawFn, kind: str) -> Case:
     largest = {1: 6, 2: 4, 3: 3}[dims]
     kernel = (1,) * dims if kind == "pointwise" else tuple(draw(st.integers(1, largest)) for _ in range(dims))
     groups, each, out = 1, width * draw(st.integers(1, 10)), width * draw(st.integers(1, 10))
+    if kind == "first":
+        each, out = draw(st.integers(1, 6)), 8 * draw(st.integers(1, 10))
     if kind == "grouped":
         groups, each, out = draw(st.integers(2, 4)), width * draw(st.integers(1, 3)), width * draw(st.integers(1, 3))
     if kind == "depthwise":
@@ -59,6 +61,9 @@ def layers(draw: st.DrawFn, kind: str) -> Case:
     space = tuple(
         max(draw(st.integers(1, most)), d * (k - 1) + 1 - 2 * p) for k, d, p in zip(kernel, dilation, padding, strict=True)
     )
+    if kind == "first":  # rows of whole chunks
+        least = (space[-1] + 7) // 8
+        space = (*space[:-1], 8 * draw(st.integers(least, max(least, 6))))
     x = (draw(st.integers(1, 3)), groups * each, *space)
     weight = (groups * out, each, *kernel)
     return Case("", x, weight, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=draw(st.booleans()))
@@ -93,8 +98,12 @@ def oracle(case: Case, x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 @pytest.mark.parametrize("kind", KINDS)
 def test_agrees_with_fp64_and_stays_within_its_memory(kind: str, pair: tuple[str, str], layout: str) -> None:
+    by_segments = kind == "first" and layout == "channels_last" and pair[0] == pair[1]  # of some; nothing else is
+
     @seed(zlib.crc32(f"{kind} {pair} {layout}".encode()))
-    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=EXAMPLES * (5 if by_segments else 1), deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(case=layers(kind), device=gpus(), tf32=st.booleans(), is_output=st.booleans(), strided_bias=st.booleans())
     def holds(case: Case, device: dict[str, int], tf32: bool, is_output: bool, strided_bias: bool) -> None:
         check(case, device, pair, layout, tf32, is_output, strided_bias)
@@ -128,6 +137,7 @@ def check(
             core = candidate.configuration.split(",")[0].rsplit(" ", 1)[0]
             coverage[f"{algorithm} {layout} {pair[0]} {pair[1]}"] += 1
             coverage[f"core {core}"] += 1
+            coverage[f"segments of {layout} {pair[0]}"] += "x by segments" in candidate.configuration
             coverage["strided bias"] += strided_bias and bias is not None
             truth = oracle(case, x, z, weight, bias, algorithm)
             # Matrix units round fp32 operands where they may: to tf32, or as autocast rounded x.
@@ -157,5 +167,7 @@ def test_the_random_layers_covered_what_there_is() -> None:
             for x, z in PAIRS:
                 assert coverage[f"{algorithm} {layout} {x} {z}"] >= EXAMPLES, (algorithm, layout, x, z)
     assert coverage["strided bias"] >= 10 * EXAMPLES
+    for dtype in DTYPES:
+        assert coverage[f"segments of channels_last {dtype}"] >= EXAMPLES, dtype
     for core in ("ffma", "mma_bf16", "mma_f16", "mma_tf32"):
         assert coverage[f"core {core}"] >= EXAMPLES, core

@@ -154,6 +154,18 @@ def test_layouts_are_read_as_they_lie() -> None:
     assert "x by scalar" in texts[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_channels_beside_an_output_in_channels_last_are_read_by_segments(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(4, 3, 32, 32, dtype=dtype), torch.randn(64, 3, 3, 3)
+    z = torch.randn(4, 64, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    def access(x: Tensor, z: Tensor) -> str:
+        return configuration(x, z, weight, None, "direct", padding=1).split(", ")[2]
+
+    assert access(x, z) == access(x.contiguous(memory_format=torch.channels_last), z) == "x by segments"
+    assert access(x, z.contiguous()) == access(x[..., 1:], z[..., 1:]) == "x by scalar"  # z in NCHW; rows that begin anywhere
+
+
 def test_too_many_positions_are_the_librarys() -> None:
     weight = torch.randn(4, 4)
     x, z = torch.randn(1).expand(2**31, 4), torch.randn(1).expand(2**31, 4)  # no memory behind it

@@ -12,12 +12,14 @@ namespace {
 
 using namespace launches;
 
-Chip chip_of(int multiprocessors, const std::array<int, kDirectTiles>& blocks) {
+// `threads`: as many blocks of each kernel as have those.
+Chip chip_of(int multiprocessors, int threads) {
     Chip chip{multiprocessors, true, {}};
-    for (int i = 0; i < kFfmaKernels; ++i) chip.blocks[i] = blocks[i / kDirectAccesses];
+    for (int i = 0; i < kFfmaKernels; ++i) chip.blocks[i] = threads / variant(i).threads;
     return chip;
 }
-const Chip kChip = chip_of(3, {2, 2, 2, 2});
+const Chip kChip{3, true, {2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2}};
+static_assert(kFfmaKernels == 24);
 
 void run_case(const Case& c, Kind x_kind, Kind z_kind, Layout layout, unsigned seed, int splits) {
     use(seed, true);
@@ -83,7 +85,7 @@ void test_fast_div() {
 
 void test_configurations() {
     // An H100: 64 -> 64 channels, 3x3, 56x56, batch 64. The whole chip has work, tiles are not all padding.
-    const Chip big = chip_of(132, {2, 4, 4, 8});
+    const Chip big = chip_of(132, 512);
     DirectProblem p{};
     p.geometry.batch = 64;
     p.geometry.in_channels = p.geometry.out_channels = 64;
@@ -98,6 +100,15 @@ void test_configurations() {
     p.x.strides = p.z.strides = {56 * 56 * 64, 56 * 56, {56 * 56, 56, 1}};
     c = get_best_config(p, big);
     CHECK(c.z_access == Access::positions4 && c.x_access == Access::scalar);
+    for (const bool channels_last : {true, false}) { // ResNet's first layer
+        DirectProblem stem{};
+        stem.geometry = test::geometry(64, 3, 64, 1, {1, 224, 224}, {1, 7, 7}, {1, 2, 2}, {1, 1, 1}, {0, 3, 3});
+        const auto strides = channels_last ? test::channels_last : test::channels_first;
+        stem.x = {nullptr, Kind::f32, strides(3, {1, 224, 224})};
+        stem.z = {nullptr, Kind::f32, strides(64, stem.geometry.output)};
+        c = get_best_config(stem, big);
+        CHECK(c.z_access == (channels_last ? Access::channels4 : Access::positions4) && c.x_access == Access::segments);
+    }
     p.geometry.batch = 1 << 20;
     CHECK(unsupported(p) != nullptr);
     p.geometry.batch = 1;
@@ -112,6 +123,7 @@ void test_every_kernel() {
     const Case c = layers::every_access();
     for (int kernel = 0; kernel < kFfmaKernels; ++kernel) {
         const Variant& v = variant(kernel);
+        if (v.x == Access::segments) continue; // see check_segments
         use(5, true);
         const bool planes = v.z == Access::positions4;
         Memory m(c, Kind::f32, Kind::f32, planes ? Layout::nchw : Layout::nhwc, Flush::end);
@@ -142,6 +154,9 @@ int main() {
     test_fast_div();
     test_configurations();
     test_every_kernel();
+    check_segments(0, kFfmaKernels, 61, [](const Case& c, const Memory& m, Core) {
+        return layers::correlation(c.geometry, layers::Tensor(layers::input(c), Kind::f32, Layout::nchw, Flush::end, 1), m.z);
+    });
     const Kind kinds[] = {Kind::f32, Kind::f16, Kind::bf16};
     unsigned seed = 0;
     for (const Case& c : layers::cases())

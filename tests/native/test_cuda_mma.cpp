@@ -103,25 +103,16 @@ void test_layers() {
 
 // Tiles are chosen by shape; every one of them, with every pair of accesses, has to have run.
 void test_every_kernel() {
-    const Case c = layers::layer("every access", 3, 136, 152, {1, 4, 10}, {1, 1, 1});
+    const Case many = layers::layer("every access", 3, 136, 152, {1, 4, 10}, {1, 1, 1}), few = segment_cases()[0];
     for (int kernel = kFfmaKernels; kernel < kDirectKernels; ++kernel) {
         const Variant& v = variant(kernel);
         if (v.compute > kCompute) continue;
         use(5 + static_cast<unsigned>(kernel), true);
         const Kind kind = operand_kind(v.core);
         const Layout layout = v.z == Access::positions4 ? Layout::nchw : Layout::nhwc;
+        const Case& c = v.x == Access::segments ? few : many;
         Memory m(c, kind, kind, layout, Flush::end);
-        DirectConfig config;
-        config.kernel = kernel;
-        config.core = v.core;
-        config.tile_m = v.tile_m;
-        config.tile_n = v.tile_n;
-        config.threads = v.threads;
-        config.z_access = v.z;
-        config.x_access = v.x;
-        config.cooperative = true;
-        config.tiles = static_cast<int>(ceil_div(c.geometry.out_channels, v.tile_m) * ceil_div(c.geometry.patch(), v.tile_n));
-        split(config, c.geometry, 2, v.step_positions);
+        const DirectConfig config = config_with(kernel, c, 2);
         m.make_workspace(config);
         CHECK(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess);
         CHECK_THAT(m.intact(), config.text());
@@ -144,7 +135,9 @@ void test_missing_instructions() {
         config.threads = v.threads;
         check_traps(m, config);
     }
-    CHECK(missing == (kCompute >= 80 ? 0 : kCompute >= 75 ? 2 * kMmaKernels + kDirectTiles : 3 * kMmaKernels));
+    CHECK(missing == (kCompute >= 80   ? 0
+                      : kCompute >= 75 ? 2 * kMmaKernels + kDirectTiles + kMmaSegmentKernels
+                                       : 3 * kMmaKernels));
 }
 
 // 128 -> 256 channels, 3x3, 28x28, batch 64, on a chip of 132 multiprocessors.
@@ -192,6 +185,25 @@ void test_choice() {
     CHECK(choose(p, 90).x_access == Access::channels4);
 }
 
+// The first layers of ResNet, MobileNetV2 and a vision transformer, which would be gathered element by element.
+void test_few_channels() {
+    const auto choose = [](int64_t out, int64_t kernel, int64_t stride, int64_t pad, Kind kind) {
+        DirectProblem p{};
+        p.geometry =
+            test::geometry(64, 3, out, 1, {1, 224, 224}, {1, kernel, kernel}, {1, stride, stride}, {1, 1, 1}, {0, pad, pad});
+        p.x = {nullptr, kind, test::channels_last(3, {1, 224, 224})};
+        p.z = {nullptr, kind, test::channels_last(out, p.geometry.output)};
+        p.allow_tf32 = true;
+        return get_best_config(p, chip_of(132, 90));
+    };
+    for (const Kind kind : {Kind::bf16, Kind::f32}) {
+        const DirectConfig resnet = choose(64, 7, 2, 3, kind), mobilenet = choose(32, 3, 2, 1, kind);
+        CHECK(resnet.x_access == Access::segments && resnet.tile_n == 160 && resnet.tiles == 1);
+        CHECK(mobilenet.x_access == Access::segments && mobilenet.tile_n == 32);
+        CHECK(choose(768, 16, 16, 0, kind).x_access == Access::chunks16); // windows side by side
+    }
+}
+
 void test_shared_memory() {
     use(0, true);
     emulation::options().ptx_version = kCompute;
@@ -211,8 +223,10 @@ void test_shared_memory() {
 int main() {
     test_shared_memory();
     test_choice();
+    if (kCompute >= 80) test_few_channels();
     test_missing_instructions();
     test_every_kernel();
+    check_segments(kFfmaKernels, kDirectKernels, kCompute, oracle_of);
     test_layers();
     return test::finish("test_cuda_mma");
 }

@@ -10,7 +10,7 @@ namespace emulation {
 
 inline void copy_async(void* to, const void* from, size_t bytes, size_t size) {
     if (size != 4 && size != 8 && size != 16) fail("cp.async of %zu bytes", size);
-    if (reinterpret_cast<uintptr_t>(to) % size || (bytes && reinterpret_cast<uintptr_t>(from) % size))
+    if (reinterpret_cast<uintptr_t>(to) % size || reinterpret_cast<uintptr_t>(from) % size) // of no bytes as well
         fail("misaligned cp.async of %zu bytes", size);
     std::memset(to, kPoison, size);
     self().open.push_back({static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, size - bytes});

@@ -44,10 +44,8 @@ static_assert(sizeof(kFfmaVariants) / sizeof(kFfmaVariants[0]) == kFfmaKernels);
 
 const Variant& variant(int kernel) {
     if (kernel < kFfmaKernels) return kFfmaVariants[kernel];
-    const int mma = kernel - kFfmaKernels, which = mma % kMmaKernels;
-    return mma < kMmaKernels       ? kMmaBf16Variants[which]
-           : mma < 2 * kMmaKernels ? kMmaF16Variants[which]
-                                   : kMmaTf32Variants[which];
+    const int bf16 = kernel - kFfmaKernels, f16 = bf16 - kHalfKernels, tf32 = f16 - kHalfKernels;
+    return f16 < 0 ? kMmaBf16Variants[bf16] : tf32 < 0 ? kMmaF16Variants[f16] : kMmaTf32Variants[tf32];
 }
 
 // Whether a core computes what is asked for without rounding an operand more than the caller allows.
@@ -75,7 +73,7 @@ bool same_type(Core core, const DirectProblem& p) { return p.x.kind == operand_k
 
 DirectParams params_of(const DirectProblem& problem, const DirectConfig& c, const Target& target, const Scratch& workspace) {
     const Variant& v = variant(c.kernel);
-    const bool segments = c.x_access == Access::segments;
+    const bool segments = by_segments(c.x_access);
     const Geometry g = segments ? padded_to(v.step_positions, problem.geometry) : problem.geometry;
     DirectParams p{};
     if (segments) p.segments = segments_of(problem.x, problem.geometry, v.step_positions, c.tile_n);
@@ -99,11 +97,12 @@ cudaError_t run(const DirectParams& p, const DirectConfig& c, Phase last, cudaSt
                          last, stream);
 }
 
-// Whether a kernel that reads x by segments can: x is what it multiplies, and z as it reads that.
+// Whether a kernel that reads x by segments can: x is what it multiplies or rounds, and z as it reads that.
 bool takes_segments(const Variant& v, const DirectProblem& p, Access z_access) {
     const Geometry& g = p.geometry;
-    if (p.x.kind != operand_kind(v.core) || !in_segments(p.x, g, v.step_positions, v.tile_n, v.chunks)) return false;
-    if (v.core != Core::ffma) return same_type(v.core, p) && in_chunks(p.z, output_geometry(g), p.z.strides);
+    if (p.x.kind != (v.x == Access::segments32 ? Kind::f32 : operand_kind(v.core))) return false;
+    if (!in_segments(p.x, g, v.step_positions, v.tile_n, v.chunks)) return false;
+    if (v.core != Core::ffma) return p.z.kind == operand_kind(v.core) && in_chunks(p.z, output_geometry(g), p.z.strides);
     return v.z == z_access && (v.z == Access::channels4 || g.output[2] % v.step_positions == 0); // 4 positions: without padding
 }
 
@@ -156,7 +155,7 @@ DirectConfig get_best_config(const DirectProblem& problem, const Chip& chip) {
         const Variant& v = variant(i);
         if (v.compute > chip.compute || !allowed(v.core, problem)) continue;
         int64_t positions = g.positions();
-        if (v.x == Access::segments) {
+        if (by_segments(v.x)) {
             if (!takes_segments(v, problem, z_access) || x_access != Access::scalar || chunks) continue;
             positions = padded_to(v.step_positions, g).positions();
         } else {

@@ -34,7 +34,7 @@ struct FfmaPathOf<T, kZ, Access::segments> {
 // x as the main loop of a kernel reads it.
 template <Access kX>
 LOCALSGD_DEVICE const auto& x_of(const DirectParams& p) {
-    if constexpr (kX == Access::segments)
+    if constexpr (kX == Access::segments || kX == Access::segments32)
         return p.segments;
     else
         return p.read;

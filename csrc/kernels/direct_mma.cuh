@@ -12,6 +12,11 @@ struct MmaPathOf<T, Access::chunks16, Access::segments> {
     using Type = SegmentedMma<T>;
 };
 
+template <class T>
+struct MmaPathOf<T, Access::chunks16, Access::segments32> {
+    using Type = SegmentedMma<T, float>;
+};
+
 template <class T, Access kZ, Access kX>
 __global__ void __launch_bounds__(T::kThreads, kMmaResidentBlocks<T, kZ, kX>) direct_mma_kernel(const DirectParams p) {
     using Path = typename MmaPathOf<T, kZ, kX>::Type;
@@ -42,7 +47,9 @@ constexpr Variant mma_variant() {
             T::kCore == Core::mma_f16 && !chunks ? 75 : 80,
             kZ,
             kX,
-            kX == Access::segments ? kSegmentChunks : 0,
+            kX == Access::segments     ? kSegmentChunks
+            : kX == Access::segments32 ? 2 * kSegmentChunks
+                                       : 0,
             direct_mma_kernel<T, kZ, kX>};
 }
 #endif
@@ -56,25 +63,29 @@ constexpr Variant mma_variant() {
     X(core, m, n, Access::positions4, Access::positions4) \
     X(core, m, n, Access::positions4, Access::scalar)     \
     X(core, m, n, Access::scalar, Access::scalar)
-#define LOCALSGD_MMA_KERNELS(X, core)                   \
+#define LOCALSGD_MMA_TF32_KERNELS(X, core)              \
     LOCALSGD_MMA_ACCESSES(X, core, 128, 128)            \
     LOCALSGD_MMA_ACCESSES(X, core, 64, 128)             \
     LOCALSGD_MMA_ACCESSES(X, core, 128, 64)             \
     LOCALSGD_MMA_ACCESSES(X, core, 64, 64)              \
     X(core, 64, 32, Access::chunks16, Access::segments) \
     X(core, 64, 160, Access::chunks16, Access::segments)
+#define LOCALSGD_MMA_HALF_KERNELS(X, core)                \
+    LOCALSGD_MMA_TF32_KERNELS(X, core)                    \
+    X(core, 64, 32, Access::chunks16, Access::segments32) \
+    X(core, 64, 160, Access::chunks16, Access::segments32)
 
 #if defined(__CUDACC_RTC__)
 #define LOCALSGD_INSTANTIATE_MMA(core, m, n, z, x) \
     template __global__ void direct_mma_kernel<MmaTile<Core::core, m, n>, z, x>(DirectParams);
-#define LOCALSGD_DEFINE_MMA_KERNELS(core, name)          \
+#define LOCALSGD_DEFINE_MMA_KERNELS(core, name, KERNELS) \
     namespace localsgd::cuda {                           \
-    LOCALSGD_MMA_KERNELS(LOCALSGD_INSTANTIATE_MMA, core) \
+    KERNELS(LOCALSGD_INSTANTIATE_MMA, core)              \
     }
 #else
 #define LOCALSGD_MMA_VARIANT(core, m, n, z, x) mma_variant<MmaTile<Core::core, m, n>, z, x>(),
-#define LOCALSGD_DEFINE_MMA_KERNELS(core, name)                                  \
-    namespace localsgd::cuda {                                                   \
-    const MmaVariants name = {LOCALSGD_MMA_KERNELS(LOCALSGD_MMA_VARIANT, core)}; \
+#define LOCALSGD_DEFINE_MMA_KERNELS(core, name, KERNELS)               \
+    namespace localsgd::cuda {                                         \
+    const decltype(name) name = {KERNELS(LOCALSGD_MMA_VARIANT, core)}; \
     }
 #endif

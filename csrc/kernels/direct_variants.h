@@ -17,16 +17,16 @@ struct Variant {
 };
 
 constexpr int kDirectTiles = 4;
-constexpr int kDirectAccesses = 5;                         // pairs of accesses to z and x: ffma,
-constexpr int kMmaAccesses = 6;                            // each mma core
-constexpr int kSegmentKernels = 4, kMmaSegmentKernels = 2; // for few channels: ffma, each mma core
-constexpr int kFfmaKernels = kDirectTiles * kDirectAccesses + kSegmentKernels,
-              kMmaKernels = kDirectTiles * kMmaAccesses + kMmaSegmentKernels;
-constexpr int kDirectKernels = kFfmaKernels + 3 * kMmaKernels; // ffma, bf16, f16, tf32
+constexpr int kDirectAccesses = 5;                                                   // pairs of accesses to z and x: ffma,
+constexpr int kMmaAccesses = 6;                                                      // each mma core
+constexpr int kSegmentKernels = 4, kTf32SegmentKernels = 2, kHalfSegmentKernels = 4; // for few channels
+constexpr int kFfmaKernels = kDirectTiles * kDirectAccesses + kSegmentKernels;
+constexpr int kTf32Kernels = kDirectTiles * kMmaAccesses + kTf32SegmentKernels;
+constexpr int kHalfKernels = kDirectTiles * kMmaAccesses + kHalfSegmentKernels;
+constexpr int kDirectKernels = kFfmaKernels + 2 * kHalfKernels + kTf32Kernels; // ffma, bf16, f16, tf32
 
 #if !defined(__CUDACC_RTC__)
-using MmaVariants = Variant[kMmaKernels];
-extern const MmaVariants kMmaBf16Variants, kMmaF16Variants, kMmaTf32Variants;
+extern const Variant kMmaBf16Variants[kHalfKernels], kMmaF16Variants[kHalfKernels], kMmaTf32Variants[kTf32Kernels];
 #endif
 
 } // namespace localsgd::cuda

@@ -67,12 +67,12 @@ inline double estimate(const MainLoop& l, const Split& s) {
     const double share = (l.core == Core::ffma ? 0.85 : 0.6) * std::min(1.0, alive * l.threads / 256.0);
     const double multiply = length * l.tile_m * l.tile_n / multiplies(l.core, l.compute) / share;
     const double element = l.core == Core::mma_bf16 || l.core == Core::mma_f16 ? 2 : 4;
-    const double from_memory = l.second == Access::segments ? first : first + second; // hardly anything, of segments
+    const double from_memory = by_segments(l.second) ? first : first + second; // hardly anything, of segments
     const double read = length * from_memory * element / kBytesPerClock;
     const auto load = [&](Access access) { // of an element
         if (access == Access::scalar) return kScalarClocks;
-        if (access == Access::segments && l.core == Core::ffma) return kSegmentFfmaClocks; // 4 or 8 lanes read the same one
-        if (access == Access::segments) return kSegmentClocks * (l.tile_n <= 64 ? 2 : 1);  // by warps that share columns
+        if (by_segments(access) && l.core == Core::ffma) return kSegmentFfmaClocks; // 4 or 8 lanes read the same one
+        if (by_segments(access)) return kSegmentClocks * (l.tile_n <= 64 ? 2 : 1);  // by warps that share columns
         return kLoadClocks / (access == Access::chunks16 ? 16 / element : 4);
     };
     const double gather = length * (first * load(l.first) + second * load(l.second));

@@ -101,6 +101,8 @@ inline Kind operand_kind(Core core) {
     return core == Core::mma_bf16 ? Kind::bf16 : core == Core::mma_f16 ? Kind::f16 : Kind::f32;
 }
 
+inline bool by_segments(Access access) { return access == Access::segments || access == Access::segments32; }
+
 inline bool multiple_of_4(int64_t n) { return n % 4 == 0; }
 
 inline bool aligned(const Operand& o) { return reinterpret_cast<uintptr_t>(o.data) % (4 * kind_size(o.kind)) == 0; }
@@ -289,6 +291,8 @@ inline const char* access_name(Access access) {
         return "16 bytes";
     case Access::segments:
         return "segments";
+    case Access::segments32:
+        return "segments of fp32";
     }
     return "?";
 }

@@ -22,6 +22,7 @@ enum class Access : int {
     positions4, // 4 positions that are neighbours in memory (NCHW without gaps)
     chunks16,   // 16 bytes of columns that are neighbours in memory, straight to shared memory (mma cores only)
     segments,   // all that the windows of a step reach over, of x of few channels
+    segments32, // the same of fp32 that an mma core rounds to 16 bits
 };
 
 // What multiplies: fused multiply-adds in fp32, or the matrix units with operands of the type named. All add in fp32.
@@ -62,7 +63,8 @@ struct Segments : Patches {
     // column of D -> (row of the kernel, pixel, channel of NHWC)
     FastDiv by_channels, by_kernel_row;
 };
-constexpr int kSegmentChunks = 256; // of a step, at most: those of all segments, one of zeros among them (mma cores)
+constexpr int kSegmentChunks =
+    256; // of a step, at most: those of all segments, one of zeros among them (mma cores; twice as many of segments32)
 
 // Tiles of D, each split over the positions. Unit u = tile * splits + split; blocks take units round robin.
 struct TileGrid {

@@ -3,7 +3,7 @@
 // call it does not link. LOCALSGD_ARCH is the architecture being compiled for.
 #pragma once
 
-#include "platform.cuh"
+#include "element.cuh"
 
 #if defined(LOCALSGD_ARCH)
 // a native test emulates another one
@@ -158,6 +158,26 @@ LOCALSGD_DEVICE unsigned to_tf32(float value) { // nearest, ties away from zero
 #endif
 }
 
+// Two numbers rounded to nearest, ties to even, in one register.
+LOCALSGD_DEVICE unsigned pack_bf16(float low, float high) {
+#if defined(LOCALSGD_EMULATION)
+    return float_to_bfloat16(low) | float_to_bfloat16(high) << 16;
+#else
+    unsigned bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+#endif
+}
+LOCALSGD_DEVICE unsigned pack_f16(float low, float high) {
+#if defined(LOCALSGD_EMULATION)
+    return float_to_half(low) | float_to_half(high) << 16;
+#else
+    unsigned bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+#endif
+}
+
 #else
 
 __device__ void cp_async16(void* to, const void* from, bool valid = true);
@@ -168,6 +188,8 @@ __device__ void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const u
 __device__ void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
 __device__ void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
 __device__ unsigned to_tf32(float value);
+__device__ unsigned pack_bf16(float low, float high);
+__device__ unsigned pack_f16(float low, float high);
 
 #endif // sm_80
 

@@ -6,23 +6,25 @@
 
 namespace localsgd::cuda {
 
-// A ring as in PipelinedMma: slices of z, and each step's segments of x.
-template <class T>
+// A ring as in PipelinedMma: slices of z, and each step's segments of x. X: what x is, which may be fp32 that autocast rounds:
+// a network's input.
+template <class T, class X = typename T::Value>
 struct SegmentedMma {
     using Tile = T;
     using Value = typename T::Value;
     static constexpr bool kExists = LOCALSGD_ARCH >= 800;
     static constexpr int kStages = PipelinedMma<T>::kStages, kPositions = PipelinedMma<T>::kPositions;
-    static constexpr int kWidth = 16 / static_cast<int>(sizeof(Value));
+    static constexpr int kWidth = 16 / static_cast<int>(sizeof(X));
+    static constexpr int kChunks = kSegmentChunks * (sizeof(X) > sizeof(Value) ? 2 : 1);
     using ZCopy = typename PipelinedMma<T>::ZCopy;
     using Columns = int[T::kFragmentsN]; // where this thread's lie in the segments of a step
 
     struct Storage {
         alignas(16) MmaSlice<T, kPositions, T::kM> z[kStages];
-        alignas(16) Value x[kStages][kSegmentChunks * kWidth];
+        alignas(16) X x[kStages][kChunks * kWidth];
         typename ZCopy::Columns z_columns;
         typename ZCopy::Rows z_rows[2];
-        PatchColumn x_chunks[kSegmentChunks];
+        PatchColumn x_chunks[kChunks];
         PatchRow x_row[2];
     };
 
@@ -36,7 +38,7 @@ struct SegmentedMma {
     static LOCALSGD_DEVICE void issue(Storage& shared, const Patches& z, const Segments& x, int step, int begin, int end) {
         ZCopy::issue(shared.z[step % kStages], z, shared.z_columns, shared.z_rows[step % 2], begin + step * kPositions, end);
         const PatchRow row = shared.x_row[step % 2];
-        const auto* from = static_cast<const Value*>(x.data) + row.offset;
+        const auto* from = static_cast<const X*>(x.data) + row.offset;
 #pragma unroll 1
         for (int i = static_cast<int>(threadIdx.x); i < (x.rows + 1) * x.chunks; i += T::kThreads) {
             const PatchColumn chunk = shared.x_chunks[i];
@@ -45,7 +47,7 @@ struct SegmentedMma {
     }
 
     // `positions`: how many of the step's exist. Beside others z is zero, and x must be: it may be a pixel that is not finite.
-    static LOCALSGD_DEVICE void multiply(typename T::Sum& sum, const MmaSlice<T, kPositions, T::kM>& z, const Value* x,
+    static LOCALSGD_DEVICE void multiply(typename T::Sum& sum, const MmaSlice<T, kPositions, T::kM>& z, const X* x,
                                          const Columns& columns, int pitch, int positions) {
         constexpr int kHeld = 4 / static_cast<int>(sizeof(Value)); // positions in a register,
         constexpr int kApart = kHeld * 4;                          // to the next register's
@@ -62,9 +64,11 @@ struct SegmentedMma {
                 unsigned b[2];
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    const Value* at = x + columns[j] + (k + first + r * kApart) * pitch;
-                    if constexpr (sizeof(Value) == 2)
+                    const X* at = x + columns[j] + (k + first + r * kApart) * pitch;
+                    if constexpr (sizeof(X) == 2)
                         b[r] = (at[0] | static_cast<unsigned>(at[pitch]) << 16) & exists[r];
+                    else if constexpr (sizeof(Value) == 2)
+                        b[r] = T::Operand::pack(at[0], at[pitch]) & exists[r];
                     else
                         b[r] = to_tf32(__uint_as_float(__float_as_uint(at[0]) & exists[r]));
                 }
@@ -90,7 +94,7 @@ struct SegmentedMma {
             columns[j] = place_in_segments<kWidth>(x, first_n, first_n + n);
         }
         ZCopy::tabulate(shared.z_columns, z, group, first_m);
-        tabulate_segments<kSegmentChunks, T::kThreads>(shared.x_chunks, x, first_n);
+        tabulate_segments<kChunks, T::kThreads>(shared.x_chunks, x, first_n);
         find_rows(shared, z, x, 0, begin, end);
         run_pipeline<kStages>(
             steps, [&](int step) { issue(shared, z, x, step, begin, end); },

@@ -17,6 +17,7 @@ struct MmaOperand<Core::mma_bf16> {
     static LOCALSGD_DEVICE void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
         mma_m16n8k16_bf16(d, a, b);
     }
+    static LOCALSGD_DEVICE unsigned pack(float low, float high) { return pack_bf16(low, high); }
 };
 template <>
 struct MmaOperand<Core::mma_f16> {
@@ -31,6 +32,7 @@ struct MmaOperand<Core::mma_f16> {
             mma_m16n8k8_f16(d, {a[2], a[3]}, {b[1]});
         }
     }
+    static LOCALSGD_DEVICE unsigned pack(float low, float high) { return pack_f16(low, high); }
 };
 template <>
 struct MmaOperand<Core::mma_tf32> {

@@ -54,7 +54,7 @@ void begin(Kernel kernel, int compute = 0, int compute_end = kNever) {
 
 void print(const Variant& v) {
     begin(v.kernel, v.compute);
-    print_product(v.core, v.tile_m, v.tile_n, v.x == Access::segments ? 0 : v.tile_n);
+    print_product(v.core, v.tile_m, v.tile_n, by_segments(v.x) ? 0 : v.tile_n);
 }
 
 void print(const GramVariant& v) {

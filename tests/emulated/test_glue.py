@@ -163,6 +163,7 @@ def test_few_channels_beside_an_output_in_channels_last_are_read_by_segments(dty
         return configuration(x, z, weight, None, "direct", padding=1).split(", ")[2]
 
     assert access(x, z) == access(x.contiguous(memory_format=torch.channels_last), z) == "x by segments"
+    assert access(x.float(), z) == "x by segments of fp32"  # as autocast leaves a network's input
     assert access(x, z.contiguous()) == access(x[..., 1:], z[..., 1:]) == "x by scalar"  # z in NCHW; rows that begin anywhere
 
 

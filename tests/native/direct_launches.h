@@ -7,7 +7,7 @@ namespace launches {
 
 // Another number of splits than the chosen one, to see more of them than blocks, and none.
 inline void split(DirectConfig& config, const Geometry& g, int splits, int step) {
-    const int64_t positions = (config.x_access == Access::segments ? padded_to(step, g) : g).positions();
+    const int64_t positions = (by_segments(config.x_access) ? padded_to(step, g) : g).positions();
     config.splits = splits;
     config.split_positions = static_cast<int>(ceil_div(ceil_div(positions, splits), step) * step);
     config.sharers = splits >= 4 ? 4 : 1;
@@ -106,7 +106,7 @@ inline void check_unread_pixels(int kernel) {
     const Case c = layers::layer("3x3 stride 2", 1, 3, 8, {1, 7, 16}, {1, 3, 3}, {1, 2, 2}); // 7 positions: column 15 is unread
     use(3, true);
     const Kind kind = operand_kind(v.core);
-    Memory m(c, kind, kind, Layout::nhwc, Flush::end);
+    Memory m(c, v.x == Access::segments32 ? Kind::f32 : kind, kind, Layout::nhwc, Flush::end);
     const std::vector<double> expected = layers::correlation(c.geometry, m.x, m.z);
     CHECK(c.geometry.output[2] == 7);
     for (int64_t h = 0; h < 7; ++h)
@@ -114,7 +114,7 @@ inline void check_unread_pixels(int kernel) {
     const DirectConfig config = config_with(kernel, c, 1);
     m.make_workspace(config);
     CHECK(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess);
-    check_d(m.d, expected, config.text(), v.core == Core::mma_tf32 ? 1e-3 : kTolerance);
+    check_d(m.d, expected, config.text(), v.core == Core::mma_tf32 || v.x == Access::segments32 ? 1e-2 : kTolerance);
 }
 
 // Of the kernels [first, last), those that read x by segments: every layer, x in either layout beside a z in the kernel's.
@@ -124,8 +124,8 @@ void check_segments(int first, int last, int compute, const Oracle& oracle) {
     unsigned seed = 0;
     for (int kernel = first; kernel < last; ++kernel) {
         const Variant& v = variant(kernel);
-        if (v.x != Access::segments || v.compute > compute) continue;
-        const Kind kind = operand_kind(v.core);
+        if (!by_segments(v.x) || v.compute > compute) continue;
+        const Kind kind = operand_kind(v.core), x_kind = v.x == Access::segments32 ? Kind::f32 : kind;
         const Layout z_layout = v.z == Access::positions4 ? Layout::nchw : Layout::nhwc;
         if (z_layout == Layout::nhwc) check_unread_pixels(kernel);
         int taken = 0;
@@ -133,8 +133,8 @@ void check_segments(int first, int last, int compute, const Oracle& oracle) {
             for (const Layout layout : {Layout::nhwc, Layout::nchw}) {
                 use(++seed, true);
                 Memory m(c, kind, kind, z_layout, seed % 2 ? Flush::begin : Flush::end);
-                layers::Tensor x(layers::input(c), kind, layout, Flush::end, 1);
-                m.problem.x = {x.data(), kind, x.strides()};
+                layers::Tensor x(layers::input(c), x_kind, layout, Flush::end, 1);
+                m.problem.x = {x.data(), x_kind, x.strides()};
                 if (!takes_segments(v, m.problem, v.z)) continue;
                 ++taken;
                 const DirectConfig config = config_with(kernel, c, static_cast<int>(1 + seed % 4));

@@ -110,8 +110,8 @@ void test_every_kernel() {
         use(5 + static_cast<unsigned>(kernel), true);
         const Kind kind = operand_kind(v.core);
         const Layout layout = v.z == Access::positions4 ? Layout::nchw : Layout::nhwc;
-        const Case& c = v.x == Access::segments ? few : many;
-        Memory m(c, kind, kind, layout, Flush::end);
+        const Case& c = by_segments(v.x) ? few : many;
+        Memory m(c, v.x == Access::segments32 ? Kind::f32 : kind, kind, layout, Flush::end);
         const DirectConfig config = config_with(kernel, c, 2);
         m.make_workspace(config);
         CHECK(cuda::correlate(m.problem, config, m.d_target, m.workspace->data(), nullptr) == cudaSuccess);
@@ -136,8 +136,8 @@ void test_missing_instructions() {
         check_traps(m, config);
     }
     CHECK(missing == (kCompute >= 80   ? 0
-                      : kCompute >= 75 ? 2 * kMmaKernels + kDirectTiles + kMmaSegmentKernels
-                                       : 3 * kMmaKernels));
+                      : kCompute >= 75 ? kHalfKernels + kTf32Kernels + kDirectTiles + kHalfSegmentKernels
+                                       : 2 * kHalfKernels + kTf32Kernels));
 }
 
 // 128 -> 256 channels, 3x3, 28x28, batch 64, on a chip of 132 multiprocessors.
@@ -187,13 +187,14 @@ void test_choice() {
 
 // The first layers of ResNet, MobileNetV2 and a vision transformer, which would be gathered element by element.
 void test_few_channels() {
-    const auto choose = [](int64_t out, int64_t kernel, int64_t stride, int64_t pad, Kind kind) {
+    const auto choose = [](int64_t out, int64_t kernel, int64_t stride, int64_t pad, Kind kind, bool autocast = false) {
         DirectProblem p{};
         p.geometry =
             test::geometry(64, 3, out, 1, {1, 224, 224}, {1, kernel, kernel}, {1, stride, stride}, {1, 1, 1}, {0, pad, pad});
-        p.x = {nullptr, kind, test::channels_last(3, {1, 224, 224})};
+        p.x = {nullptr, autocast ? Kind::f32 : kind, test::channels_last(3, {1, 224, 224})};
         p.z = {nullptr, kind, test::channels_last(out, p.geometry.output)};
         p.allow_tf32 = true;
+        p.allow_lower = autocast;
         return get_best_config(p, chip_of(132, 90));
     };
     for (const Kind kind : {Kind::bf16, Kind::f32}) {
@@ -202,6 +203,8 @@ void test_few_channels() {
         CHECK(mobilenet.x_access == Access::segments && mobilenet.tile_n == 32);
         CHECK(choose(768, 16, 16, 0, kind).x_access == Access::chunks16); // windows side by side
     }
+    const DirectConfig cast = choose(64, 7, 2, 3, Kind::bf16, true);
+    CHECK(cast.core == Core::mma_bf16 && cast.x_access == Access::segments32 && cast.tile_n == 160);
 }
 
 void test_shared_memory() {

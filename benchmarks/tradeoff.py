@@ -35,6 +35,7 @@ from benchmarks.experiments.pareto import interpolated
 from benchmarks.records import Records, exit_status
 from benchmarks.tables import aligned
 from benchmarks.tradeoff_drawn import backpropagate
+from benchmarks.tradeoff_replayed import Outputs
 from localsgd_ext import trace_layers
 from localsgd_ext.freezing import PrefixFreeze
 from localsgd_ext.train import config, data, environment, models
@@ -71,6 +72,8 @@ class Way:
     """As ``sliced``, of the pictures that weigh most, see ``benchmarks/tradeoff_drawn.py``."""
     averaged: bool = False
     """Layers enter the prefix with a moving average of their weights."""
+    replays: int = 0
+    """After an epoch whose prefix does not learn so many start from what it put out then, see ``benchmarks/tradeoff_replayed.py``."""
     annealed: bool = False
     """The learning rate of a layer reaches 0, by a cosine, when it enters the prefix (FreezeOut, Brock et al. 2017)."""
 
@@ -118,6 +121,11 @@ WAYS = {  # those that matter most first
     "1/4 and 1/8, quadratic": Way("quadratic", every=8, nested=True),
     "1/4, exponential to 75 %": Way("exponential", l_max=0.75, every=4),
     "1/4, exponential to 75 %, held": Way("exponential", l_max=0.75, every=4, held=True),
+    "frozen, linear, every second epoch replayed": Way("linear", replays=1),
+    "frozen, linear, three of four epochs replayed": Way("linear", replays=3),
+    "frozen, quadratic to 75 %, every second epoch replayed": Way("quadratic", l_max=0.75, replays=1),
+    "frozen, jump at 5/8, every second epoch replayed": Way("jump", start=0.625, replays=1),
+    "frozen, jump at 5/8, all further epochs replayed": Way("jump", start=0.625, replays=10**6),
     "frozen, linear, averaged": Way("linear", averaged=True),
     "frozen, linear, annealed": Way("linear", annealed=True),
 }
@@ -143,7 +151,8 @@ class Run:
         self.optimizer = torch.optim.SGD(self.groups, lr=lr, momentum=0.9, weight_decay=5e-4)
         self.freeze = PrefixFreeze(self.model, self.plan, optimizers=[self.optimizer], keep_state=True)
         self._random = random.Random(seed)
-        self._costs: dict[int, float] = {}
+        self._costs: dict[tuple[int, int], float] = {}
+        self._outputs = Outputs(self.model)
         self._drawn_costs: dict[int, float] = {}
         self._held: dict[Tensor, Tensor] = {}
         self._average: dict[Tensor, Tensor] = {}
@@ -163,18 +172,21 @@ class Run:
             if self.way.averaged and boundary > before:
                 self._enter_averaged(before, boundary)
             before = boundary
-            for x, y in self.data.train(epoch):
+            inside = self._whole_modules(boundary)[0] if self.way.replays else 0
+            begin = self._outputs.begin_epoch(inside, self.way.replays)
+            batches = self._outputs.keep(self.data.train(epoch)) if begin == 0 else self._outputs.batches(self._random)
+            for x, y in batches:
                 self._set_lr(step / self.data.steps)
-                total += self._step(x, y, step, boundary)
+                total += self._step(x, y, step, boundary, begin)
                 step += 1
         return {"accuracy": self._accuracy(), "multiply_adds": total}
 
-    def _step(self, x: Tensor, y: Tensor, step: int, boundary: int) -> float:
-        """Returns its multiply-adds."""
+    def _step(self, x: Tensor, y: Tensor, step: int, boundary: int, begin: int = 0) -> float:
+        """Returns its multiply-adds. ``x``: what module ``begin`` takes."""
         if self.way.drawn and boundary:
             return self._drawn(x, y, *self._whole_modules(boundary))
         cut = self.way.cut(step, boundary)
-        cost = self._cost(cut, x)
+        cost = self._cost(cut, x, begin)
         inside = 0
         if self.way.sliced:
             inside, boundary = self._whole_modules(boundary)
@@ -185,7 +197,7 @@ class Run:
             logits = self._sliced(x, inside)
         else:
             self.freeze.set_boundary(cut)
-            logits = self.model(x)
+            logits = nn.Sequential(*list(self.model)[begin:])(x)
         loss = F.cross_entropy(logits, y)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -235,9 +247,9 @@ class Run:
                 self._drawn_costs[boundary] = counted.total
         return self._drawn_costs[boundary]
 
-    def _cost(self, cut: int, x: Tensor) -> float:
-        """Multiply-adds of a step whose layers learn from ``cut`` on; counted once, on a copy."""
-        if cut not in self._costs:
+    def _cost(self, cut: int, x: Tensor, begin: int = 0) -> float:
+        """Multiply-adds of a step whose layers learn from ``cut`` on and that begins with module ``begin``; counted once, on a copy."""
+        if (cut, begin) not in self._costs:
             model = copy.deepcopy(self.model)
             parameters = dict(model.named_parameters())
             for name in self.plan.prefix(self.plan.parameters, cut):
@@ -245,9 +257,9 @@ class Run:
             for name in self.plan.parameters.keys() - set(self.plan.prefix(self.plan.parameters, cut)):
                 parameters[name].requires_grad_(True)
             with multiply_adds(model) as counted:
-                model(x)
-            self._costs[cut] = counted.total
-        return self._costs[cut]
+                nn.Sequential(*list(model)[begin:])(x)
+            self._costs[cut, begin] = counted.total
+        return self._costs[cut, begin]
 
     def _whole_modules(self, boundary: int) -> tuple[int, int]:
         """The network's first modules that hold layers of the prefix only: how many they are, and how many layers."""

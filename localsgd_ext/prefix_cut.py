@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from .layers import ExecutionPlan, no_trace
 
 _OVERRIDE = "_compiled_call_impl"  # what ``module(...)`` calls instead of hooks and ``forward``, where it is set
+_WRITES = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor",
+                                                       "lshift", "rshift"))}  # fmt: skip
 _PICTURES = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -35,6 +37,8 @@ class Cut:
     module: str
     skipped: tuple[str, ...]
     """Without the modules inside of them."""
+    overwritten: bool = False
+    """Whether the rest of the network writes into that output."""
 
 
 @dataclass
@@ -54,6 +58,13 @@ def on_meta(value: Any) -> Any:
     return tree_map_only(Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), value)
 
 
+@contextmanager
+def _plainly(model: nn.Module) -> Iterator[None]:
+    """A context for forwards that leave no trace and of which torch.compile makes no graphs."""
+    with no_trace(model, aside=False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: str | None = None) -> tuple[Forward, Any]:
     """A forward that leaves no trace, and what module ``keep`` returned in it."""
     seen, kept, clock = Forward(), [], iter(range(1 << 62))
@@ -68,11 +79,11 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], ke
         def record(module: nn.Module, args: Any, output: Any) -> None:
             seen.calls[name].append(Call(next(clock), on_meta(output)))
             if name == keep:
-                kept.append(output)
+                kept.append(output.clone())
 
         return record
 
-    with no_trace(model), torch.no_grad():
+    with _plainly(model):
         handles = [module.register_forward_pre_hook(before(name)) for name, module in model.named_modules()]
         handles += [module.register_forward_hook(after(name)) for name, module in model.named_modules()]
         try:
@@ -94,10 +105,14 @@ def find_cut(
     """
     seen, _ = watch(model, args, kwargs)
     limit = seen.begin.get(plan.layers[boundary], 0)
+    # What a layer with a BatchNorm folded into it puts out is not what it would put out by itself.
+    unfit = {"", *(layer for layer, _ in plan.foldable.pairs or ())}
+    compiled = {name for name, module in model.named_modules() if _OVERRIDE in vars(module) or hasattr(module, "_orig_mod")}
     candidates = [
         name
         for name, calls in seen.calls.items()
-        if name and len(calls) == 1 and calls[0].end < limit and isinstance(calls[0].output, Tensor)
+        if name not in unfit and len(calls) == 1 and calls[0].end < limit and isinstance(calls[0].output, Tensor)
+        if not _inside(name, compiled)
     ]
     # Who hands pictures to the model in a memory format of theirs may ask for it again: what is no picture would refuse it.
     pictures = x.dim() in _PICTURES and x.is_contiguous(memory_format=_PICTURES[x.dim()]) and not x.is_contiguous()
@@ -107,29 +122,35 @@ def find_cut(
         end = seen.calls[name][0].end
         before = {other for other, calls in seen.calls.items() if calls[-1].end < end and not _inside(other, (name,))}
         cut = Cut(name, tuple(other for other in before if not _inside(other, before - {other})))
-        if _follows(model, cut, seen, x, args, kwargs):
-            return cut
+        overwritten = _follows(model, cut, seen, x, args, kwargs)
+        if overwritten is not None:
+            return replace(cut, overwritten=overwritten)
     return None
 
 
 def _inside(name: str, others: Any) -> bool:
-    """Whether ``name`` is the name of a module inside of one of ``others``."""
+    """Whether ``name`` is the name of a module inside of one of ``others``; ``""`` has all others in it."""
     parts = name.split(".")
-    return any(".".join(parts[:count]) in others for count in range(1, len(parts)))
+    return any(".".join(parts[:count]) in others for count in range(len(parts)))
 
 
-def _follows(model: nn.Module, cut: Cut, seen: Forward, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _follows(
+    model: nn.Module, cut: Cut, seen: Forward, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool | None:
+    """Whether the rest of the network writes into what the cut puts out; ``None``: it needs more than that."""
     made = seen.calls[cut.module][0].output
     z = torch.zeros(made.shape, dtype=made.dtype, device=x.device)
     version = z._version
     args, kwargs = instead_of(x, on_meta(x), args, kwargs)
     skip = Skip(model, cut)
     try:
-        with no_trace(model), torch.no_grad(), skip.beginning_with(z, seen.skipped_outputs(cut)), _Unmixed(skip):
+        with _plainly(model), skip.beginning_with(z, seen.skipped_outputs(cut)), _Unmixed(skip):
             output = model(*args, **kwargs)
     except Exception:  # whatever a model raises for a tensor without values
-        return False
-    return skip.used and z._version == version and not any(t.is_meta for t in tree_iter(output) if isinstance(t, Tensor))
+        return None
+    if not skip.used or any(t.is_meta for t in tree_iter(output) if isinstance(t, Tensor)):
+        return None
+    return z._version != version
 
 
 def instead_of(
@@ -167,8 +188,9 @@ class _WithoutValues(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.passed and _is_mixed(args, kwargs):
             name = getattr(func, "__name__", "")
-            writes = kwargs.get("out") is not None or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-            if writes or (name.startswith("__i") and name != "__invert__"):
+            in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+            written = tree_iter((args[:1] if in_place else (), kwargs.get("out")))
+            if any(isinstance(leaf, Tensor) and not leaf.is_meta for leaf in written):
                 raise ValueError(f"{name} writes what comes before the cut")
             args, kwargs = on_meta((args, kwargs))
         return func(*args, **kwargs)
@@ -176,6 +198,32 @@ class _WithoutValues(TorchFunctionMode):
 
 def _is_mixed(*values: Any) -> bool:
     return len({leaf.is_meta for leaf in tree_iter(values) if isinstance(leaf, Tensor)}) > 1
+
+
+class _Override:
+    """What ``module(...)`` is instead of its hooks and its ``forward``, until it is taken off. Copies of the module have none."""
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self._module, self._before = module, vars(module).get(_OVERRIDE)
+        vars(module)[_OVERRIDE] = call
+
+    def take_off(self) -> None:
+        if self._before is None:
+            vars(self._module).pop(_OVERRIDE, None)
+        else:
+            vars(self._module)[_OVERRIDE] = self._before
+
+
+def tell(module: nn.Module, action: Callable[[Any], None]) -> Callable[[], None]:
+    """From now on ``action(output)`` is called with what ``module`` returns, compiled or not; the returned function ends it."""
+    call = vars(module).get(_OVERRIDE) or module._call_impl
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        action(output)
+        return output
+
+    return _Override(module, told).take_off
 
 
 class Skip:
@@ -187,9 +235,9 @@ class Skip:
     def __init__(self, model: nn.Module, cut: Cut) -> None:
         self.used = False
         """Whether the forward has reached the cut."""
-        self._cut = model.get_submodule(cut.module)
+        self._cut, self._overwritten = model.get_submodule(cut.module), cut.overwritten
         self._skipped = {name: model.get_submodule(name) for name in cut.skipped}
-        self._before: list[tuple[nn.Module, Any]] = []
+        self._overrides: list[_Override] = []
         self._mode: _WithoutValues | None = None
 
     def begin(self, z: Tensor, outputs: Mapping[str, Sequence[Any]]) -> None:
@@ -199,11 +247,10 @@ class Skip:
         def reached(*_: Any, **__: Any) -> Tensor:
             self.used = True
             self._leave_mode()
-            return z
+            return z.clone() if self._overwritten else z
 
-        self._put(self._cut, reached)
-        for name, module in self._skipped.items():
-            self._put(module, _Outputs(outputs[name]))
+        self._overrides = [_Override(self._cut, reached)]
+        self._overrides += [_Override(module, _Outputs(outputs[name])) for name, module in self._skipped.items()]
         self._mode = _WithoutValues()
         self._mode.__enter__()  # type: ignore[no-untyped-call]
 
@@ -213,12 +260,9 @@ class Skip:
         if self._mode is not None:  # others were within it
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._mode = None
-        for module, before in self._before:
-            if before is None:
-                vars(module).pop(_OVERRIDE, None)
-            else:
-                vars(module)[_OVERRIDE] = before
-        self._before = []
+        for override in self._overrides:
+            override.take_off()
+        self._overrides = []
 
     @contextmanager
     def beginning_with(self, z: Tensor, outputs: Mapping[str, Sequence[Any]]) -> Iterator[None]:
@@ -237,10 +281,6 @@ class Skip:
         if _get_current_function_mode() is self._mode:  # type: ignore[no-untyped-call]
             self._mode.__exit__(None, None, None)
             self._mode = None
-
-    def _put(self, module: nn.Module, call: Any) -> None:
-        self._before.append((module, vars(module).get(_OVERRIDE)))
-        vars(module)[_OVERRIDE] = call
 
 
 class _Outputs:

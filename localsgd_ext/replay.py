@@ -16,12 +16,14 @@ from .checks import require_numbers
 from .hooks import Hook
 from .layers import no_trace
 from .learning import LocalizedLearning
-from .prefix_cut import Cut, Skip, find_cut, instead_of, watch
+from .prefix_cut import Cut, Skip, find_cut, instead_of, tell, watch
 
 _MUST_BE_CALLED = (
     "the model must be called with a tensor of the mini-batch as the loader gave it, or moved to another device: normalise, mix and "
     "convert in the data set, the collate function or the model"
 )
+_BLOCKS = "; of what is compiled, single blocks may be, not the network as a whole"
+_NOT_SEEN = "no training forward of the model was seen for the first mini-batch" + _BLOCKS
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class ReplayLoader:
                 continue
             recording.expect(batch)
             yield batch
-            reason = recording.keep()
+            reason = recording.keep(first=number == 0)
             if reason is None and recording.kept:
                 expected = max(recording.nbytes, recording.nbytes * count // len(recording.kept))
                 if expected > self.memory_budget:
@@ -197,13 +199,13 @@ class ReplayLoader:
 
 
 class _Call(Hook):
-    """Hands a hook's call on."""
+    """Hands a hook's call on, but not in graphs of ``torch.compile``: what is compiled as a whole cannot be replayed."""
 
     def __init__(self, action: Callable[..., Any]) -> None:
         self._action = action
 
     def __call__(self, *args: Any) -> Any:
-        return self._action(*args)
+        return None if torch.compiler.is_compiling() else self._action(*args)
 
 
 class _Recording:
@@ -222,6 +224,7 @@ class _Recording:
         self._outputs: dict[torch.Size, Any] = {}  # of the modules that are skipped, by the shape of the model's input
         self._frozen: list[tuple[nn.Parameter, int]] = []
         self._skip: Skip | None = None
+        self._stop_telling: Callable[[], None] = lambda: None
         self._handles = [self._model.register_forward_pre_hook(_Call(self._before), prepend=True, with_kwargs=True)]
 
     def close(self) -> None:
@@ -229,6 +232,8 @@ class _Recording:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._stop_telling()
+        self._stop_telling = lambda: None
         self._expected = self._called = self._output = None
 
     def holds(self, local: LocalizedLearning) -> bool:
@@ -247,13 +252,14 @@ class _Recording:
         if self._called is None and self._expected is not None:
             self._called = _Called.of(self._expected[0], args, kwargs, thorough=not self.kept)
 
-    def keep(self) -> str | None:
-        """Keep what came out of the prefix for the mini-batch handed out last; returns why nothing can be kept, or ``None``."""
+    def keep(self, *, first: bool) -> str | None:
+        """Keep what came out of the prefix for the mini-batch handed out last, the ``first`` or not; returns why nothing can be kept,
+        or ``None``."""
         assert self._expected is not None
         called, output, (leaves, spec) = self._called, self._output, self._expected
         self._expected = self._called = self._output = None
-        if called is None:  # left out
-            return None
+        if called is None:  # the user has left it out
+            return _NOT_SEEN if first else None
         if called.index is None:
             return _MUST_BE_CALLED
         if self.boundary == 0:
@@ -263,7 +269,9 @@ class _Recording:
             with called.autocast():
                 self.cut = find_cut(self._model, self._local.plan, self.boundary, x, called.args, called.kwargs)
             if self.cut is None:
-                return "the rest of the network does not depend on a single module's output alone"
+                return (
+                    "what comes before the boundary does not end in a module on whose output alone the rest depends" + _BLOCKS
+                )
             self._begin_recording(self.cut)
         if x.shape not in self._outputs:
             with called.autocast():
@@ -272,18 +280,18 @@ class _Recording:
             output = made if output is None else output  # of the first mini-batch, for which the cut was not known
         if output is None:
             return f"{self.cut.module} was not called in a forward"
-        leaves[called.index] = output.detach() if self._device is None else output.detach().to(self._device)
+        leaves[called.index] = output if self._device is None else output.to(self._device)
         kept = _Kept(tuple(leaves), spec, called.index, x.shape)
         self.kept.append(kept)
         self.nbytes += kept.nbytes
         return None
 
     def _begin_recording(self, cut: Cut) -> None:
-        def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        def note(output: Tensor) -> None:
             if self._called is not None and self._output is None:
-                self._output = output
+                self._output = output.detach().clone() if cut.overwritten else output.detach()
 
-        self._handles.append(self._model.get_submodule(cut.module).register_forward_hook(_Call(note)))
+        self._stop_telling = tell(self._model.get_submodule(cut.module), note)
         self._skip = Skip(self._model, cut)
         plan, parameters = self._local.plan, dict(self._model.named_parameters())
         prefix = [parameters[name] for name in plan.prefix(plan.parameters, self.boundary)]

@@ -7,6 +7,7 @@ Environment:
     MAX_JOBS              compiler processes at once; defaults to what cores and memory allow.
 """
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -18,6 +19,11 @@ from pathlib import Path
 
 import torch
 from setuptools import setup
+
+try:
+    import fcntl
+except ImportError:  # not on this system
+    fcntl = None
 
 ROOT = Path(__file__).resolve().parent
 GROUPS = ("core", "torch", "cuda", "glue")
@@ -134,6 +140,22 @@ def build_info(cpp_extension, toolkit):
     }
 
 
+@contextlib.contextmanager
+def one_at_a_time(path):
+    """Waits for other builds with the lock file ``path``: two ninjas in one directory forget what depends on which header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("localsgd_ext: waiting for another build in this directory", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:  # a file system without locks
+                print(f"localsgd_ext: {path} cannot be locked ({error}); let no two builds run here at once", file=sys.stderr)
+        yield
+
+
 def make_build_command(cpp_extension, toolkit, remark):
     """torch's build_ext, with objects kept between builds, and ``_build_info.json`` written beside the module."""
 
@@ -146,7 +168,8 @@ def make_build_command(cpp_extension, toolkit, remark):
         def build_extensions(self):
             if remark:
                 print(f"localsgd_ext: {remark}", file=sys.stderr, flush=True)
-            super().build_extensions()
+            with one_at_a_time(Path(self.build_temp).with_suffix(".lock")):
+                super().build_extensions()
             self.info_file = Path(self.get_ext_fullpath("localsgd_ext._C")).with_name("_build_info.json")
             self.info_file.write_text(json.dumps(build_info(cpp_extension, toolkit), indent=2) + "\n")
 

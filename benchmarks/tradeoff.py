@@ -126,6 +126,8 @@ WAYS = {  # those that matter most first
     "frozen, quadratic to 75 %, every second epoch replayed": Way("quadratic", l_max=0.75, replays=1),
     "frozen, jump at 5/8, every second epoch replayed": Way("jump", start=0.625, replays=1),
     "frozen, jump at 5/8, all further epochs replayed": Way("jump", start=0.625, replays=10**6),
+    "frozen, jump at 5/8 to 75 %, all further epochs replayed": Way("jump", l_max=0.75, start=0.625, replays=10**6),
+    "frozen, jump at 3/4, all further epochs replayed": Way("jump", start=0.75, replays=10**6),
     "frozen, linear, averaged": Way("linear", averaged=True),
     "frozen, linear, annealed": Way("linear", annealed=True),
 }

@@ -175,8 +175,12 @@ class ReplayLoader:
                 recording.close()
                 recording.kept.clear()
                 self._given_up = recording.boundary
-                warnings.warn(f"no epoch at boundary {recording.boundary} is replayed: {reason}", UserWarning, stacklevel=3)
+                self.warn(f"no epoch at boundary {recording.boundary} is replayed: {reason}")
             wanted = reason is None and (recording.boundary > 0 or number == 0)
+
+    def warn(self, text: str) -> None:
+        """Says why nothing is replayed. A subclass may say it elsewhere."""
+        warnings.warn(text, UserWarning, stacklevel=4)  # where the user's loop is
 
     @contextlib.contextmanager
     def rebuilding(self) -> Iterator[None]:

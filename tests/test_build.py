@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -244,6 +245,29 @@ def test_jobs_follow_max_jobs(setup_py: ModuleType, monkeypatch: pytest.MonkeyPa
 
 
 # ---- the list of sources -----------------------------------------------------------------------------------------------
+
+
+def test_a_second_build_waits_for_the_first(setup_py: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    order: list[str] = []
+    path = tmp_path / "build" / "objects.lock"
+
+    def second() -> None:
+        with setup_py.one_at_a_time(path):
+            order.append("second")
+
+    with setup_py.one_at_a_time(path):
+        other = threading.Thread(target=second)
+        other.start()
+        said = ""
+        while "waiting for another build" not in said:
+            said += capsys.readouterr().err
+            other.join(0.01)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]
+    with setup_py.one_at_a_time(path):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def test_every_source_file_is_listed_once(setup_py: ModuleType) -> None:

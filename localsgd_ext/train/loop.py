@@ -88,7 +88,7 @@ class Trainer:
             world,
             count_saved=among_others,
         )
-        self.training = TrainingSet(data, self.local, config.replay)
+        self.training = TrainingSet(data, self.local, config.replay, self.say)
         if self.batch.grows and config.refresh:
             self.say(
                 "warning: with --refresh the batch grows only where SGD's could: a refresh needs its memory at every boundary"

@@ -11,21 +11,32 @@ from localsgd_ext import LocalizedLearning, ReplayLoader
 from localsgd_ext.train.data import Batch, Data
 
 
+class _Telling(ReplayLoader):
+    """Into the run's log, not only onto a screen nobody looks at."""
+
+    say: Callable[[str], None]
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}")
+
+
 class TrainingSet:
     """Mini-batches of ``data`` in each epoch; with ``budget`` bytes, those of an epoch whose boundary stays are replayed.
 
     Args:
         local: what has the boundary; needed with a budget.
+        say: is told why nothing is replayed.
     """
 
-    def __init__(self, data: Data, local: LocalizedLearning | None, budget: int | None) -> None:
+    def __init__(self, data: Data, local: LocalizedLearning | None, budget: int | None, say: Callable[[str], None]) -> None:
         self._data = data
         self._epoch, self._size = 0, None if budget is None else 0
-        self._loader: ReplayLoader | None = None
+        self._loader: _Telling | None = None
         self._recorded: int | None = None
         if budget is not None:
             assert local is not None  # the configuration refuses others
-            self._loader = ReplayLoader(self, local, memory_budget=budget)
+            self._loader = _Telling(self, local, memory_budget=budget)
+            self._loader.say = say
 
     @property
     def replayed(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localsgd_ext import LocalizedLearning, ReplayLoader, StaticModeSelection, ops, reference
+from localsgd_ext import LocalizedLearning, StaticModeSelection, ops, reference
 from localsgd_ext.hooks import Hook
 from localsgd_ext.layers import ExecutionPlan
 from localsgd_ext.sampling import sampled
@@ -103,31 +102,6 @@ class Variant:
             self.hook_seconds += time.perf_counter() - start
 
         return call
-
-
-@dataclass
-class Replayed(Variant):
-    """A frozen prefix whose epochs, of one mini-batch each, are replayed from the second one on."""
-
-    batches: Iterator[Any] = field(default_factory=lambda: iter(()))
-
-    @classmethod
-    def of(cls, frozen: Variant, x: Tensor, y: Tensor) -> Replayed:
-        """``frozen`` in such epochs of ``x`` and ``y``; the first one, which keeps what the prefix puts out, is over."""
-        assert frozen.learning is not None
-        loader = ReplayLoader([(x, y)], frozen.learning, memory_budget=math.inf)
-        variant = cls("frozen replayed", frozen.model, frozen.optimizer, frozen.learning, batches=cls._endless(loader))
-        variant.step(x, y)
-        return variant
-
-    @staticmethod
-    def _endless(loader: ReplayLoader) -> Iterator[Any]:
-        while True:
-            yield from loader
-
-    def step(self, x: Tensor, y: Tensor) -> dict[str, float]:
-        """One of the present epoch, of ``x`` and ``y`` whatever is given; the time to get the mini-batch is not in it."""
-        return super().step(*next(self.batches))
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from .graphs import GraphedStep
 from .layers import ExecutionPlan, trace_layers
 from .learning import LocalizedLearning
 from .ops import apply_update_, correlation, hebbian_update_
-from .replay import ReplayLoader
 from .selection import DynamicModeSelection, ModeSelection, StaticModeSelection
 from .supervision import WeakSupervision
 from .updater import HebbianUpdater
@@ -48,7 +47,6 @@ __all__ = [
     "HebbianUpdater",
     "LocalizedLearning",
     "ModeSelection",
-    "ReplayLoader",
     "ResizableBatchSampler",
     "StaticModeSelection",
     "WeakSupervision",

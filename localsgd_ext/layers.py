@@ -11,7 +11,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import multimode
 from typing import Any
@@ -128,22 +128,13 @@ def trace_as_it_is(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, include: Patterns = None, skip: Patterns = None
 ) -> ExecutionPlan:
     """:func:`trace_layers` with every module in the mode that it has."""
-    tracer = Tracer(model, include=include, skip=skip)
-    with no_trace(model), torch.enable_grad(), tracer.watching():
-        output = model(*args, **kwargs)
-    return tracer.plan(output)
-
-
-@contextmanager
-def no_trace(model: nn.Module, *, aside: bool = True) -> Iterator[None]:
-    """A context whose forwards leave buffers (BatchNorm's running statistics) and the random number generators as they were, and, with
-    ``aside``, in which no hook of localized learning acts."""
     lazy = [module for module in model.modules() if any(is_lazy(buffer) for buffer in module.buffers(recurse=False))]
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not is_lazy(buffer)}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    tracer = Tracer(model, include=include, skip=skip)
     try:
-        with set_aside(model) if aside else nullcontext(), torch.random.fork_rng(devices=devices):
-            yield
+        with set_aside(model), torch.random.fork_rng(devices=devices), torch.enable_grad(), tracer.watching():
+            output = model(*args, **kwargs)
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
@@ -152,6 +143,7 @@ def no_trace(model: nn.Module, *, aside: bool = True) -> Iterator[None]:
         for module in lazy:  # materialised by this forward, which its statistics are not to remember
             if not any(is_lazy(buffer) for buffer in module.buffers(recurse=False)) and hasattr(module, "reset_running_stats"):
                 module.reset_running_stats()  # type: ignore[operator]
+    return tracer.plan(output)
 
 
 class Tracer:

@@ -262,11 +262,6 @@ class LocalizedLearning:
         return self._rate.at(self.epoch)
 
     @property
-    def prefix_stands_still(self) -> bool:
-        """Whether the layers of the prefix keep their weights until the boundary moves back: no local updates, no refresh."""
-        return self.rule == "frozen" and self._refresher is None
-
-    @property
     def refreshing(self) -> bool:
         """Whether the mini-batch that comes next back-propagates through the prefix too."""
         return self._freeze is not None and self._freeze.is_open

@@ -53,7 +53,6 @@ _WITH_BOUNDARY = ("freeze", "refresh", "local", "local-paper")
 _READ_BY = {
     **dict.fromkeys(("alpha", "min_loss_drop", "l_max", "t_shift", "schedule", "refresh", "bn_stats"), _WITH_BOUNDARY),
     **dict.fromkeys(("local_lr", "local_lr_decay", "local_lr_decay_every", "supervision", "sample"), _WITH_BOUNDARY[2:]),
-    "replay": ("freeze",),
     "survival": ("stochastic-depth",),
     **dict.fromkeys(("lasso_ratio", "reconfigure_every"), ("prunetrain",)),
 }

@@ -29,9 +29,6 @@ BOTH = (("dynamic", 0.75, 7 / 8), ("dynamic", 0.75, 6 / 8), ("linear", 0.75, 7 /
 """Freezing in a share of SGD's epochs."""
 STILL = (("dynamic", 0.75, "freeze", "BN too"),)
 """Freezing in which the prefix's BatchNorm stands still too."""
-REPLAYED = (("dynamic", 0.75, 1), ("dynamic", 0.9, 1), ("dynamic", 0.75, 7 / 8))
-"""Freezing whose epochs are replayed while the boundary stays, in a share of SGD's epochs."""
-REPLAY_MEMORY = 2**30
 AT_ONCE = (
     ("linear", 0, 0.75, 1),
     ("dynamic", 0, 0.75, 1),
@@ -43,11 +40,8 @@ AT_ONCE = (
 LITERAL = ("dynamic",)
 SGD, SHORT, FROZEN = "SGD", "SGD, fewer epochs", "freezing"
 FROZEN_SHORT, FROZEN_STILL, NOT_WAITING = "freezing, fewer epochs", "freezing, BN too", "not waiting"
-FROZEN_REPLAYED = "freezing, replayed"
 OURS = {"freeze": "refresh", "local": "refresh + Hebb"}
 PAPER_RULE = "literal LoCal+SGD"
-
-_PREFIX_USED = {"refresh", "replay"}  # options of what does more with a prefix than to leave it
 
 Point = tuple[float, float]
 """Cost and accuracy."""
@@ -80,15 +74,6 @@ def families(study: Study, network: Network) -> dict[str, list[Variant]]:
                 {"schedule": schedule, "l_max": l_max, "bn_stats": bn_stats},
             )
             for schedule, l_max, bn_stats, text in STILL
-        ],
-        FROZEN_REPLAYED: [
-            Variant(
-                f"{FROZEN_REPLAYED}, {schedule} to {100 * l_max:.0f} %{f', {epochs} epochs' if share < 1 else ''}",
-                "freeze",
-                {"schedule": schedule, "l_max": l_max, "replay": REPLAY_MEMORY, **study.shortened(network, epochs)},
-            )
-            for schedule, l_max, share in REPLAYED
-            for epochs in (round(share * study.epochs(network)),)
         ],
         NOT_WAITING: [
             Variant(
@@ -261,7 +246,7 @@ def _at_equal_cost(name: str, curves: Mapping[str, Sequence[Variant]], results: 
     better = dominated(points)
     variants = [variant for curve in curves.values() for variant in curve]
     sgd = [variant.label for variant in variants if variant.method == "sgd"]
-    frozen = [curves[SGD][0].label, *(v.label for v in variants if v.method == "freeze" and not _PREFIX_USED & v.flags.keys())]
+    frozen = [curves[SGD][0].label, *(v.label for v in variants if v.method == "freeze" and not v.flags.get("refresh"))]
     rows = [(f"at equal {name}", "minus SGD with fewer epochs", "minus freezing", "dominated by")]
     for variant in (variant for variant in variants if variant.label in results):
         label = variant.label
@@ -283,7 +268,7 @@ def _told(paired: student.Paired | None, seeds: int) -> str:
 
 
 COLOURS = {
-    SGD: "#000000", SHORT: "#0072B2", FROZEN: "#E69F00", FROZEN_SHORT: "#B8860B", FROZEN_STILL: "#56B4E9", FROZEN_REPLAYED: "#F0E442",
+    SGD: "#000000", SHORT: "#0072B2", FROZEN: "#E69F00", FROZEN_SHORT: "#B8860B", FROZEN_STILL: "#56B4E9",
     NOT_WAITING: "#999999", PAPER_RULE: "#CC79A7",
     OURS["freeze"]: "#009E73", OURS["local"]: "#D55E00"
 }  # fmt: skip
@@ -293,7 +278,6 @@ MARKS = {
     FROZEN: "s",
     FROZEN_SHORT: "P",
     FROZEN_STILL: "X",
-    FROZEN_REPLAYED: "*",
     NOT_WAITING: "x",
     PAPER_RULE: "v",
     OURS["freeze"]: "^",

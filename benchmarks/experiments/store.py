@@ -17,7 +17,7 @@ from localsgd_ext.train.files import read_json_lines
 # Of an epoch. Times are not among them: they are measured elsewhere, on a quiet machine.
 COLUMNS = (
     "boundary", "train_loss", "test_loss", "test_accuracy", "multiply_adds", "saved_activation_bytes", "peak_device_bytes",
-    "lr", "local_lr", "batch_size", "reductions", "reduced_bytes", "replayed"
+    "lr", "local_lr", "batch_size", "reductions", "reduced_bytes"
 )  # fmt: skip
 ONCE = ("num_layers", "train_images", "test_images")  # the same in all epochs
 ENVIRONMENT = ("torch", "cpu", "gpu", "threads", "localsgd_ext", "git_commit", "compiled_kernels")
@@ -60,12 +60,6 @@ class Result:
     def mini_batches(self) -> list[int]:
         """In each epoch."""
         return [int(self.about["train_images"]) // size for size in self.batches]
-
-    @property
-    def replayed(self) -> list[bool]:
-        """Epoch by epoch, whether it began where the prefix ends."""
-        kept = self.epochs.get("replayed") or [None] * len(self.boundaries)  # not in lines from before there was that
-        return [bool(replayed) for replayed in kept]
 
     def total(self, column: str) -> int | None:
         """A column's sum; ``None`` where it was not kept."""

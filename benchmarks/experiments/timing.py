@@ -21,7 +21,7 @@ import torch
 from benchmarks.experiments.cells import Network, digest
 from benchmarks.experiments.store import Result
 from benchmarks.records import MUST_AGREE, Records
-from benchmarks.step_variants import LAYOUTS, Replayed, Variant, make
+from benchmarks.step_variants import LAYOUTS, Variant, make
 from localsgd_ext import trace_layers
 from localsgd_ext.train import data, environment, models
 from localsgd_ext.train.config import RunConfig
@@ -44,8 +44,6 @@ VARIANTS = {
     ("local", "update"): "local",
     ("local-paper", "update"): "local",
 }
-REPLAYED = {"frozen": "frozen replayed"}
-"""The variant in an epoch that is replayed."""
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -84,11 +82,11 @@ class Timings:
     def read(cls, directory: Path) -> Timings:
         return cls(*(read_json(path)["rows"] if (path := directory / name).exists() else None for name in (FILE, CLAIMS)))
 
-    def share(self, config: RunConfig, boundary: int, *, replayed: bool = False) -> float | None:
+    def share(self, config: RunConfig, boundary: int) -> float | None:
         """What a step that does not refresh takes, of SGD's."""
         if config.method == "sgd" or (boundary == 0 and _has_boundary(config)):
             return 1.0
-        variant = _variant(config, replayed)
+        variant = _variant(config)
         row = None if variant is None else self.rows.get(_key(Shape.of(config), variant, boundary))
         return None if row is None else row["ms"] / row["sgd_ms"]
 
@@ -107,8 +105,8 @@ class Timings:
             return None if row is None else row["ms"] / row["sgd_ms"] * steps * len(result.boundaries)
         refresh = 1 / result.config.refresh if result.config.refresh else 0.0
         total = 0.0
-        for boundary, replayed in zip(result.boundaries, result.replayed, strict=True):
-            share = self.share(result.config, boundary, replayed=replayed)
+        for boundary in result.boundaries:
+            share = self.share(result.config, boundary)
             if share is None:
                 return None
             total += steps * (refresh + (1 - refresh) * share)  # a refresh is a step of SGD
@@ -123,10 +121,9 @@ def _has_boundary(config: RunConfig) -> bool:
     return any(config.method == method for method, _ in VARIANTS)
 
 
-def _variant(config: RunConfig, replayed: bool = False) -> str | None:
+def _variant(config: RunConfig) -> str | None:
     """Whose step a step of ``config`` is; ``None`` where none was made for it."""
-    variant = VARIANTS.get((config.method, config.bn_stats)) if config.sample == 1 else None
-    return variant if variant is None or not replayed else REPLAYED.get(variant)
+    return VARIANTS.get((config.method, config.bn_stats)) if config.sample == 1 else None
 
 
 def _run_key(config: RunConfig) -> str:
@@ -147,11 +144,10 @@ def measure(results: Iterable[Result], directory: Path, seconds: float, root: st
             continue
         config = result.config.replace(root=root)
         devices.add(config.device)
-        if _variant(config) is not None:
-            for boundary, replayed in sorted(set(zip(result.boundaries, result.replayed, strict=True))):
-                if boundary > 0 and (variant := _variant(config, replayed)) is not None:
-                    wanted = (Shape.of(config), variant, boundary)
-                    todo.setdefault(_key(*wanted), partial(_row, *wanted, seconds))
+        if (variant := _variant(config)) is not None:
+            for boundary in sorted(set(result.boundaries) - {0}):
+                wanted = (Shape.of(config), variant, boundary)
+                todo.setdefault(_key(*wanted), partial(_row, *wanted, seconds))
         elif _only_whole(config) and config.seed == 0:
             if result.hours > WHOLE_RUN_HOURS:
                 say(f"{config.model}, {config.method}: a run takes {result.hours:.1f} hours and is not made again for its time")
@@ -213,10 +209,7 @@ def _row(shape: Shape, variant: str, boundary: int, seconds: float) -> dict[str,
     x, y = example(shape)
     start = start_of(shape)
     layers = len(trace_layers(start, x[:2]))
-    plain = next((name for name, other in REPLAYED.items() if other == variant), variant)
-    both = [make(name, start, x[:2], boundary) for name in ("sgd", plain)]
-    if plain != variant:
-        both[1] = Replayed.of(both[1], x, y)
+    both = [make(name, start, x[:2], boundary) for name in ("sgd", variant)]
     times: list[list[float]] = [[], []]
     for one in both:  # warm
         _step(one, x, y, shape)

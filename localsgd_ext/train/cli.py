@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,8 +31,7 @@ app = typer.Typer(
 
 _PARSED: dict[str, Callable[[str], Any]] = {
     "t_shift": o.parse_t_shift,
-    "memory_budget": partial(o.parse_bytes, "--memory-budget"),
-    "replay": partial(o.parse_bytes, "--replay"),
+    "memory_budget": o.parse_bytes,
     "sync": o.parse_sync,
 }
 
@@ -74,7 +72,6 @@ def train(
     sample: o.Sample = None,
     refresh: o.Refresh = None,
     bn_stats: o.BnStats = None,
-    replay: o.Replay = None,
     survival: o.Survival = None,
     lasso_ratio: o.LassoRatio = None,
     reconfigure_every: o.ReconfigureEvery = None,
@@ -170,7 +167,6 @@ def compare(
     sample: o.Sample = None,
     refresh: o.Refresh = None,
     bn_stats: o.BnStats = None,
-    replay: o.Replay = None,
     survival: o.Survival = None,
     lasso_ratio: o.LassoRatio = None,
     reconfigure_every: o.ReconfigureEvery = None,

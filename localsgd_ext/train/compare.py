@@ -12,28 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from localsgd_ext.train import data, models, report
-from localsgd_ext.train.config import (
-    METHODS,
-    NEED_BOUNDARY,
-    NEED_STILL,
-    NOT_PREFIX,
-    STANDS_STILL,
-    RunConfig,
-    differences,
-    flag,
-    resolve,
-)
+from localsgd_ext.train.config import METHODS, NEED_BOUNDARY, NOT_PREFIX, RunConfig, differences, flag, resolve
 from localsgd_ext.train.files import read_json, write_json
 from localsgd_ext.train.loop import Trainer
 from localsgd_ext.train.progress import Progress
 from localsgd_ext.train.rundir import CONFIG, SUMMARY, RunDirectory, epochs_done, lock, require_empty
 
 PLAN = "compare.json"
-_LEFT_OUT = (
-    (NOT_PREFIX, NEED_BOUNDARY),
-    (tuple(method for method in METHODS if method not in STANDS_STILL), NEED_STILL),
-)
-"""Methods, and the options that are not for them."""
 
 
 class RunRefused(ValueError):
@@ -77,33 +62,27 @@ def parse_methods(text: str) -> tuple[str, ...]:
 
 
 def options_for(method: str, methods: Sequence[str], flags: dict[str, Any]) -> dict[str, Any]:
-    """``flags`` as ``method`` takes them among ``methods``: a method without a boundary leaves out what needs one, one without a
-    prefix that stands still what needs that.
+    """``flags`` as ``method`` takes them among ``methods``: a method without a boundary leaves out what needs one.
 
-    Where that holds for all methods, nothing is left out: the configuration refuses it.
+    Where no method has a boundary, nothing is left out: the configuration refuses it.
     """
-    for without, needing in _LEFT_OUT:
-        if method in without and not all(m in without for m in methods):
-            flags = {name: value for name, value in flags.items() if name not in needing}
-    return flags
+    if method not in NOT_PREFIX or all(m in NOT_PREFIX for m in methods):
+        return flags
+    return {name: value for name, value in flags.items() if name not in NEED_BOUNDARY}
 
 
 def left_out(comparison: Comparison) -> str | None:
     """Which options do not hold for which methods; ``None``: all hold for all."""
+    without = [method for method in comparison.configs if method in NOT_PREFIX]
     plain = {config: resolve(config.data, config.model, config.method) for config in comparison.configs.values()}
-    said = []
-    for (methods, needing), why in zip(
-        _LEFT_OUT, ("without a boundary", "which have no prefix that stands still"), strict=True
-    ):
-        without = [method for method in comparison.configs if method in methods]
-        asked = [
-            f"--{flag(name)}"
-            for name in needing
-            if any(getattr(config, name) != getattr(default, name) for config, default in plain.items())
-        ]
-        if without and asked:
-            said.append(f"{', '.join(asked)}: not for {', '.join(without)}, {why}")
-    return "; ".join(said) or None
+    asked = [
+        f"--{flag(name)}"
+        for name in NEED_BOUNDARY
+        if any(getattr(config, name) != getattr(default, name) for config, default in plain.items())
+    ]
+    if not without or not asked:
+        return None
+    return f"{', '.join(asked)}: not for {', '.join(without)}, without a boundary"
 
 
 def read(out: Path) -> Comparison:

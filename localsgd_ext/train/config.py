@@ -20,10 +20,6 @@ NOT_PREFIX = ("sgd", "stochastic-depth", "prunetrain")
 """Those that treat all layers alike, without a boundary."""
 NEED_BOUNDARY = ("refresh", "min_loss_drop", "bn_stats", "nan_policy", "memory_budget", "max_batch_size", "lr_scaling")
 """Options that only the other methods have."""
-STANDS_STILL = ("freeze",)
-"""Methods whose prefix does not learn."""
-NEED_STILL = ("replay",)
-"""Options that only these have."""
 _IGNORED_ONCE = ("refresh", "min_loss_drop", "bn_stats")  # of them, in files of runs of other methods
 HEBBIAN = ("local", "local-paper")
 """Those whose prefix is updated in the forward pass."""
@@ -75,8 +71,6 @@ class RunConfig:
     """Bytes, of each device. ``None``: the batch does not grow."""
     max_batch_size: int | None = None
     lr_scaling: str = "none"
-    replay: int | None = None
-    """Bytes for what the prefix puts out in an epoch. ``None``: no epoch is replayed."""
     sync: Sync = "step"
     survival: float = 0.5
     lasso_ratio: float = 0.2
@@ -137,7 +131,6 @@ class RunConfig:
         else:
             _require(self, "t_shift", self.t_shift > 0, "positive")
         self._check_batch_growth()
-        self._check_replay()
         if self.method in NOT_PREFIX and self.nan_policy != "report":
             raise ValueError(f"--nan-policy {self.nan_policy} needs {_WITH_PREFIX}; got --method {self.method}")
         a_number = isinstance(self.sync, int) and not isinstance(self.sync, bool) and self.sync >= 1
@@ -181,19 +174,6 @@ class RunConfig:
             raise ValueError(
                 f"--memory-budget needs {_WITH_PREFIX}, whose boundary frees memory for the batch; got --method {self.method}"
             )
-
-    def _check_replay(self) -> None:
-        if self.replay is None:
-            return
-        whole = isinstance(self.replay, int) and not isinstance(self.replay, bool)
-        _require(self, "replay", whole and self.replay >= 1, "a whole number of bytes, at least 1")
-        if self.method not in STANDS_STILL or self.refresh:
-            raise ValueError(
-                f"--replay needs a prefix that does not learn: --method {' or '.join(STANDS_STILL)} without --refresh; "
-                f"got --method {self.method}, --refresh {self.refresh}"
-            )
-        if self.memory_budget is not None:
-            raise ValueError("--replay cannot go with --memory-budget: what is kept of an epoch has mini-batches of one size")
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -27,7 +27,6 @@ from localsgd_ext.train.measure import PhaseTimer
 from localsgd_ext.train.processes import ALONE, World
 from localsgd_ext.train.progress import Progress
 from localsgd_ext.train.prunetrain import GroupLasso
-from localsgd_ext.train.replaying import TrainingSet
 from localsgd_ext.train.rundir import SUMMARY, RunDirectory
 from localsgd_ext.train.stochastic_depth import ResidualBranches
 
@@ -88,7 +87,6 @@ class Trainer:
             world,
             count_saved=among_others,
         )
-        self.training = TrainingSet(data, self.local, config.replay, self.say)
         if self.batch.grows and config.refresh:
             self.say(
                 "warning: with --refresh the batch grows only where SGD's could: a refresh needs its memory at every boundary"
@@ -118,7 +116,8 @@ class Trainer:
     def run_epoch(self) -> dict[str, Any]:
         """Train for an epoch, evaluate, record and save. Returns what was measured (see ``metrics.jsonl``)."""
         config, number = self.config, self.epoch + 1
-        self._seed(self.epoch)
+        others = (self.world.rank,) if self.world.rank else ()  # so that dropout differs from share to share
+        assembly.seed_everything(derive_seed(config.seed, self.epoch, 1, *others))
         self.data.unreadable.clear()
         self.data.repeated = 0
         self.progress.begin(f"{self.label} epoch {number}/{config.epochs}".strip())
@@ -172,7 +171,6 @@ class Trainer:
             "predicted_bytes": self.batch.predicted_bytes,
             "reductions": traffic.steps - before.steps,
             "reduced_bytes": traffic.gradients + traffic.correlations - before.gradients - before.correlations,
-            "replayed": self.training.replayed,
             "lr": lr,
             "local_lr": local_lr,
             **nonfinite,
@@ -192,17 +190,13 @@ class Trainer:
         self.save()
         line = (
             f"epoch {number}/{config.epochs}  loss {loss:.4f}  accuracy {100 * test_accuracy:.2f} %  "
-            f"prefix {boundary}/{self.num_layers}{', replayed' if self.training.replayed else ''}  "
+            f"prefix {boundary}/{self.num_layers}  "
             f"{f'batch {size}  ' if self.batch.grows else ''}{images / seconds:.0f} images/s  "
             f"saved {cost.saved_bytes / 2**20:.1f} MiB"
         )
         self.directory.log(line)
         self.progress.end(f"{self.label}  {line}".strip())
         return entry
-
-    def _seed(self, epoch: int) -> None:
-        others = (self.world.rank,) if self.world.rank else ()  # so that dropout differs from share to share
-        assembly.seed_everything(derive_seed(self.config.seed, epoch, 1, *others))
 
     def _nonfinite(self) -> dict[str, Any]:
         """What NaN and infinity cost in the epoch, for its entry. All processes must call it, before the evaluation.
@@ -245,7 +239,7 @@ class Trainer:
         counted: Tensor | int = 0
         cost = Cost(self.model, self.local, self.config.sample, self.dropped)
         timer.start()
-        for x, y in self.training.epoch(self.epoch, self.batch.size):
+        for x, y in self.data.train(self.epoch, self.batch.size):
             refreshing = self.local is not None and self.local.refreshing
             timer.kind(refreshing)
             timer.mark("data")
@@ -321,7 +315,6 @@ class Trainer:
             "local": local,
             "lasso": self.lasso.coefficient if self.lasso else None,
             "batch": self.batch.state_dict(),
-            "training": self.training.state_dict(),
         }
         if self.world.is_first:
             checkpoint.save(self.directory.path, self.epoch, self.config.identity(), state)
@@ -344,7 +337,6 @@ class Trainer:
             if self.local:
                 self.local.load_state_dict(state["local"])
             self.batch.load_state_dict(state.get("batch"))  # not in checkpoints from before it could grow
-            self.training.load_state_dict(state.get("training"), self.batch.size, self._seed, self._forward)
         self.metrics = self.directory.keep_metrics(self.epoch)
         if len(self.metrics) != self.epoch:
             raise checkpoint.CheckpointError(

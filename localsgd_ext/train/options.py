@@ -89,14 +89,6 @@ BnStats = Annotated[
         rich_help_panel=_LOCAL,
     ),
 ]
-Replay = Annotated[
-    str | None,
-    typer.Option(
-        help="freeze: while the boundary stays, epochs begin with what the prefix put out in the first of them, kept in so many "
-        "bytes of memory, such as 2GiB; without new augmentation (default: they do not).",
-        rich_help_panel=_LOCAL,
-    ),
-]
 
 Survival = Annotated[
     float | None,
@@ -183,8 +175,8 @@ for _power, _prefix in enumerate("kmgt", start=1):
     _UNITS |= {f"{_prefix}b": 1000**_power, f"{_prefix}ib": 1024**_power}
 
 
-def parse_bytes(option: str, text: str) -> int:
-    """``10GiB``, ``512 MB``, ``1.5e9`` as bytes, rounded down; of the option ``option``.
+def parse_bytes(text: str) -> int:
+    """``10GiB``, ``512 MB``, ``1.5e9`` as bytes, rounded down.
 
     Raises:
         ValueError: anything else, a bare ``10G`` too, which means 1000s to some and 1024s to others; or less than a byte.
@@ -192,12 +184,12 @@ def parse_bytes(option: str, text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]{1,2})?)\s*([a-z]*)\s*", text.lower()) if text.isascii() else None
     if match is None or match[2] not in _UNITS:
         raise ValueError(
-            f"{option} must be a number of bytes, with a unit or without, such as 10GiB "
+            "--memory-budget must be a number of bytes, with a unit or without, such as 10GiB "
             f"(B; kB, MB, GB, TB: 1000s; KiB, MiB, GiB, TiB: 1024s), got {text!r}"
         )
     count = int(Fraction(match[1]) * _UNITS[match[2]])
     if count < 1:
-        raise ValueError(f"{option} must be at least one byte, got {text!r}")
+        raise ValueError(f"--memory-budget must be at least one byte, got {text!r}")
     return count
 
 

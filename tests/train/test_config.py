@@ -94,10 +94,10 @@ def test_t_shift() -> None:
 def test_bytes() -> None:
     texts = ("1", "10B", "2kB", "2KiB", "1.5 MB", "10gib", "1e9", " 3 TB ", "0.001kB", "9007199254740993")
     sizes = [1, 10, 2000, 2048, 1_500_000, 10 * 2**30, 10**9, 3 * 10**12, 1, 2**53 + 1]
-    assert [parse_bytes("--memory-budget", text) for text in texts] == sizes
+    assert [parse_bytes(text) for text in texts] == sizes
     for text in ("0", "0.4", "0.0004 kB"):
         with pytest.raises(ValueError, match=f"--memory-budget must be at least one byte, got '{text}'"):
-            parse_bytes("--memory-budget", text)
+            parse_bytes(text)
     for text in (
         "",
         "much",
@@ -116,7 +116,7 @@ def test_bytes() -> None:
             ValueError,
             match=r"--memory-budget must be a number of bytes, .* \(B; kB, MB, GB, TB: 1000s; KiB, MiB, GiB, TiB: 1024s\), got",
         ):
-            parse_bytes("--memory-budget", text)
+            parse_bytes(text)
 
 
 def test_sync() -> None:

@@ -127,6 +127,12 @@ WAYS = {  # those that matter most first
     "frozen, jump at 5/8, every second epoch replayed": Way("jump", start=0.625, replays=1),
     "frozen, jump at 5/8, all further epochs replayed": Way("jump", start=0.625, replays=10**6),
     "frozen, jump at 5/8 to 75 %, all further epochs replayed": Way("jump", l_max=0.75, start=0.625, replays=10**6),
+    "frozen, jump at 5/8 to 75 %, annealed, all further epochs replayed": Way(
+        "jump", l_max=0.75, start=0.625, annealed=True, replays=10**6
+    ),
+    "frozen, jump at 3/4 to 75 %, annealed, all further epochs replayed": Way(
+        "jump", l_max=0.75, start=0.75, annealed=True, replays=10**6
+    ),
     "frozen, jump at 3/4, all further epochs replayed": Way("jump", start=0.75, replays=10**6),
     "frozen, linear, averaged": Way("linear", averaged=True),
     "frozen, linear, annealed": Way("linear", annealed=True),

@@ -244,9 +244,6 @@ def test_jobs_follow_max_jobs(setup_py: ModuleType, monkeypatch: pytest.MonkeyPa
     assert 1 <= int(os.environ["MAX_JOBS"]) <= len(os.sched_getaffinity(0))
 
 
-# ---- the list of sources -----------------------------------------------------------------------------------------------
-
-
 def test_a_second_build_waits_for_the_first(setup_py: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     order: list[str] = []
     path = tmp_path / "build" / "objects.lock"
@@ -268,6 +265,9 @@ def test_a_second_build_waits_for_the_first(setup_py: ModuleType, tmp_path: Path
     with setup_py.one_at_a_time(path):
         pass
     assert capsys.readouterr().err == ""
+
+
+# ---- the list of sources -----------------------------------------------------------------------------------------------
 
 
 def test_every_source_file_is_listed_once(setup_py: ModuleType) -> None:

@@ -7,52 +7,6 @@
 
 namespace localsgd {
 
-bool DotRuns::fit(const Geometry& g) {
-    return g.kernel[1] == 3 && g.kernel[2] == 3 && g.stride[1] == 1 && g.stride[2] == 1 && g.dilation[1] == 1 &&
-           g.dilation[2] == 1 && g.pad[1] == 1 && g.pad[2] == 1 && g.input[1] == g.output[1] && g.input[2] == g.output[2];
-}
-
-namespace {
-
-constexpr int64_t kRun = 32; // pixels at once
-
-// Of those from `first` on, a bit each: those in [begin, end).
-uint32_t bits_of(int64_t first, int64_t begin, int64_t end) {
-    const int64_t from = std::clamp<int64_t>(begin - first, 0, kRun), to = std::clamp<int64_t>(end - first, from, kRun);
-    return static_cast<uint32_t>((uint64_t{1} << to) - (uint64_t{1} << from));
-}
-
-// Whether all their neighbours above and below exist.
-LOCALSGD_INLINE bool inside(int64_t first, int64_t height, int64_t width) {
-    return first >= width && first + kRun <= (height - 1) * width;
-}
-
-} // namespace
-
-DotRuns::DotRuns(const Geometry& g) : height_(g.output[1]), width_(g.output[2]) {
-    for (int64_t column = 0; column < width_; ++column) {
-        Sides sides{};
-        for (int i = 0; i < kRun; ++i) {
-            sides.left |= uint32_t{(column + i) % width_ > 0} << i;
-            sides.right |= uint32_t{(column + i) % width_ < width_ - 1} << i;
-        }
-        sides_.push_back(sides);
-    }
-    const int64_t all = height_ * width_;
-    for (int64_t i = 0; i < all; i += kRun) {
-        if (inside(i, height_, width_)) continue;
-        Edge edge{bits_of(i, 0, all), {}};
-        const Sides& sides = sides_[i % width_];
-        for (int r = 0; r < 3; ++r) {
-            const uint32_t there = bits_of(i, r == 0 ? width_ : 0, r == 2 ? all - width_ : all);
-            edge.x[r][0] = there & sides.left;
-            edge.x[r][1] = there;
-            edge.x[r][2] = there & sides.right;
-        }
-        edges_.push_back(edge);
-    }
-}
-
 bool dots_fit_pixels(const Geometry& g) {
     return g.kernel == Triple{1, 3, 3} && g.dilation[1] == 1 && g.dilation[2] == 1 && g.stride[1] == g.stride[2] &&
            g.stride[2] <= 2 && g.pad[2] <= 1 && g.output[2] > 1 && g.in_channels >= kDotChannels;
@@ -205,49 +159,8 @@ void join_dots(const float* sums, int64_t channels, double* total, int64_t pitch
         }
 }
 
-LOCALSGD_DOTS
-void DotRuns::add(const BFloat16* x, const BFloat16* z, float* sums) const {
-    constexpr int64_t kAhead = 2048;
-    const int64_t width = width_, all = height_ * width, step = kRun % width;
-    __m512 sum[9];
-#pragma GCC unroll 16
-    for (int i = 0; i < 9; ++i) sum[i] = _mm512_loadu_ps(sums + i * 16);
-    int64_t column = 0;
-    const Edge* edge = edges_.data();
-    for (int64_t i = 0; i < all; i += kRun) {
-        __builtin_prefetch(x + i + kAhead);
-        __builtin_prefetch(z + i + kAhead);
-        const auto add = [&](int tap, __m512i xs, __m512i zs)
-                             LOCALSGD_DOTS { sum[tap] = _mm512_dpbf16_ps(sum[tap], (__m512bh)xs, (__m512bh)zs); };
-        if (inside(i, height_, width)) {
-            const Sides& sides = sides_[column];
-            const __m512i zs = _mm512_loadu_si512(z + i);
-#pragma GCC unroll 16
-            for (int r = 0; r < 3; ++r) {
-                const BFloat16* const at = x + i + (r - 1) * width;
-                add(3 * r, _mm512_maskz_loadu_epi16(sides.left, at - 1), zs);
-                add(3 * r + 1, _mm512_loadu_si512(at), zs);
-                add(3 * r + 2, _mm512_maskz_loadu_epi16(sides.right, at + 1), zs);
-            }
-        } else {
-            const __m512i zs = _mm512_maskz_loadu_epi16(edge->z, z + i);
-#pragma GCC unroll 16
-            for (int r = 0; r < 3; ++r)
-#pragma GCC unroll 16
-                for (int s = 0; s < 3; ++s)
-                    add(3 * r + s, _mm512_maskz_loadu_epi16(edge->x[r][s], x + i + (r - 1) * width + s - 1), zs);
-            ++edge;
-        }
-        column += step;
-        column -= column >= width ? width : 0;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 9; ++i) _mm512_storeu_ps(sums + i * 16, sum[i]);
-}
-
 #else
 
-void DotRuns::add(const BFloat16*, const BFloat16*, float*) const {}
 void dot_pixels(const Geometry&, const Band<BFloat16>&, float*) {}
 void join_dots(const float*, int64_t, double*, int64_t) {}
 

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "copy.h"
-#include "depthwise_dots.h"
 #include "lanes.h"
+#include "plane_runs.h"
 #include "plane_taps.h"
 
 namespace localsgd {
@@ -132,9 +132,12 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
     const std::vector<Meeting> all = meetings(g);
     const bool bf16 = std::is_same_v<Acc, float> && a.x_kind == Kind::bf16 && a.z_kind == Kind::bf16 && in_strips(g);
     const auto dense = [&](const Strides& s) { return s.space[2] == 1 && s.space[1] == g.output[2]; };
-    const bool runs = bf16 && a.dots && DotRuns::fit(g) && dense(a.x_strides) && dense(a.z_strides);
-    const std::optional<DotRuns> dots = runs ? std::optional<DotRuns>(g) : std::nullopt;
-    const bool wide = has_wide_registers(), wide_sums = wide || runs;
+    const bool wide = has_wide_registers(), fit = PlaneRuns<float>::fit(g);
+    std::optional<PlaneRuns<BFloat16>> dots;
+    if (bf16 && fit && a.dots && dense(a.x_strides) && dense(a.z_strides)) dots.emplace(g);
+    std::optional<PlaneRuns<float>> runs;
+    if (std::is_same_v<Acc, float> && fit && wide) runs.emplace(g);
+    const bool wide_sums = wide || dots;
     const int64_t lanes = (wide_sums ? kWideBytes : kNarrowBytes) / sizeof(Acc), in_plane = g.kernel[1] * g.kernel[2] * lanes;
     const int64_t multiplier = g.out_per_group(), in_channel = multiplier * g.taps();
     const int64_t together = std::clamp<int64_t>(kTogether / g.image_positions(), 1, std::max<int64_t>(g.batch, 1));
@@ -145,11 +148,18 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
     Pairs<BFloat16, Acc> in_bf16;
     int64_t x_slot = 0;
     const auto sweep = [&] {
-        if constexpr (std::is_same_v<Acc, float>)
+        if constexpr (std::is_same_v<Acc, float>) {
             if (dots) {
                 for (const Pair<BFloat16, float>& pair : in_bf16) dots->add(pair.x.data, pair.z.data, pair.sums);
                 in_bf16.clear();
             }
+            if (runs)
+                std::erase_if(pairs, [&](const Pair<float, float>& pair) {
+                    const bool gapless = pair.x.pitch == g.output[2] && pair.z.pitch == g.output[2];
+                    if (gapless) runs->add(pair.x.data, pair.z.data, pair.sums);
+                    return gapless;
+                });
+        }
         wide ? sweep_wide(columns, pairs) : sweep_narrow(columns, pairs);
         pairs.clear();
         if constexpr (std::is_same_v<Acc, float>) wide ? sweep_wide(columns, in_bf16) : sweep_narrow(columns, in_bf16);

@@ -1,0 +1,125 @@
+#include "plane_runs.h"
+
+#include <algorithm>
+
+#include "intrinsics.h"
+
+namespace localsgd {
+namespace {
+
+// Of `lanes` pixels from `first` on, a bit each: those in [begin, end).
+uint32_t bits_of(int64_t first, int64_t lanes, int64_t begin, int64_t end) {
+    const int64_t from = std::clamp<int64_t>(begin - first, 0, lanes), to = std::clamp<int64_t>(end - first, from, lanes);
+    return static_cast<uint32_t>((uint64_t{1} << to) - (uint64_t{1} << from));
+}
+
+} // namespace
+
+template <typename T>
+bool PlaneRuns<T>::fit([[maybe_unused]] const Geometry& g) {
+#ifndef LOCALSGD_HAS_TILES
+    return false;
+#else
+    return g.kernel[1] == 3 && g.kernel[2] == 3 && g.stride[1] == 1 && g.stride[2] == 1 && g.dilation[1] == 1 &&
+           g.dilation[2] == 1 && g.pad[1] == 1 && g.pad[2] == 1 && g.input[1] == g.output[1] && g.input[2] == g.output[2];
+#endif
+}
+
+template <typename T>
+PlaneRuns<T>::PlaneRuns(const Geometry& g) : height_(g.output[1]), width_(g.output[2]) {
+    for (int64_t column = 0; column < width_; ++column) {
+        Sides sides{};
+        for (int i = 0; i < kLanes; ++i) {
+            sides.left |= uint32_t{(column + i) % width_ > 0} << i;
+            sides.right |= uint32_t{(column + i) % width_ < width_ - 1} << i;
+        }
+        sides_.push_back(sides);
+    }
+    const int64_t all = height_ * width_;
+    for (int64_t i = 0; i < all; i += kLanes) {
+        if (inside(i)) continue;
+        const auto bits = [&](int64_t begin, int64_t end) { return bits_of(i, kLanes, begin, end); };
+        const uint32_t there = bits(0, all);
+        const Sides& sides = sides_[i % width_];
+        edges_.push_back({{there & sides.left, there, there & sides.right}, {bits(0, all - width_), there, bits(width_, all)}});
+    }
+}
+
+#ifdef LOCALSGD_HAS_TILES
+
+// Each vector of x, and its neighbours on both sides, meets the three rows of z that read it: z[0] by the upper taps, which lie
+// below.
+
+template <>
+LOCALSGD_DOTS void PlaneRuns<BFloat16>::add(const BFloat16* x, const BFloat16* z, float* sums) const {
+    const int64_t width = width_, all = height_ * width, step = kLanes % width;
+    __m512 sum[9];
+#pragma GCC unroll 16
+    for (int i = 0; i < 9; ++i) sum[i] = _mm512_loadu_ps(sums + i * 16);
+    int64_t column = 0;
+    const Edge* edge = edges_.data();
+    for (int64_t i = 0; i < all; i += kLanes) {
+        __builtin_prefetch(x + i + kAhead);
+        __builtin_prefetch(z + i + kAhead);
+        __m512i xs[3], zs[3];
+        if (inside(i)) {
+            xs[0] = _mm512_maskz_loadu_epi16(sides_[column].left, x + i - 1);
+            xs[1] = _mm512_loadu_si512(x + i);
+            xs[2] = _mm512_maskz_loadu_epi16(sides_[column].right, x + i + 1);
+            for (int r = 0; r < 3; ++r) zs[r] = _mm512_loadu_si512(z + i + (1 - r) * width);
+        } else {
+            for (int s = 0; s < 3; ++s) xs[s] = _mm512_maskz_loadu_epi16(edge->x[s], x + i + s - 1);
+            for (int r = 0; r < 3; ++r) zs[r] = _mm512_maskz_loadu_epi16(edge->z[r], z + i + (1 - r) * width);
+            ++edge;
+        }
+#pragma GCC unroll 16
+        for (int tap = 0; tap < 9; ++tap) sum[tap] = _mm512_dpbf16_ps(sum[tap], (__m512bh)xs[tap % 3], (__m512bh)zs[tap / 3]);
+        column += step;
+        column -= column >= width ? width : 0;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 9; ++i) _mm512_storeu_ps(sums + i * 16, sum[i]);
+}
+
+template <>
+LOCALSGD_PACKS void PlaneRuns<float>::add(const float* x, const float* z, float* sums) const {
+    const int64_t width = width_, all = height_ * width, step = kLanes % width;
+    __m512 sum[9];
+#pragma GCC unroll 16
+    for (int i = 0; i < 9; ++i) sum[i] = _mm512_loadu_ps(sums + i * 16);
+    int64_t column = 0;
+    const Edge* edge = edges_.data();
+    for (int64_t i = 0; i < all; i += kLanes) {
+        __builtin_prefetch(x + i + kAhead);
+        __builtin_prefetch(z + i + kAhead);
+        __m512 xs[3], zs[3];
+        if (inside(i)) {
+            xs[0] = _mm512_maskz_loadu_ps(sides_[column].left, x + i - 1);
+            xs[1] = _mm512_loadu_ps(x + i);
+            xs[2] = _mm512_maskz_loadu_ps(sides_[column].right, x + i + 1);
+            for (int r = 0; r < 3; ++r) zs[r] = _mm512_loadu_ps(z + i + (1 - r) * width);
+        } else {
+            for (int s = 0; s < 3; ++s) xs[s] = _mm512_maskz_loadu_ps(edge->x[s], x + i + s - 1);
+            for (int r = 0; r < 3; ++r) zs[r] = _mm512_maskz_loadu_ps(edge->z[r], z + i + (1 - r) * width);
+            ++edge;
+        }
+#pragma GCC unroll 16
+        for (int tap = 0; tap < 9; ++tap) sum[tap] = _mm512_fmadd_ps(xs[tap % 3], zs[tap / 3], sum[tap]);
+        column += step;
+        column -= column >= width ? width : 0;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 9; ++i) _mm512_storeu_ps(sums + i * 16, sum[i]);
+}
+
+#else
+
+template <typename T>
+void PlaneRuns<T>::add(const T*, const T*, float*) const {}
+
+#endif
+
+template class PlaneRuns<float>;
+template class PlaneRuns<BFloat16>;
+
+} // namespace localsgd

@@ -35,6 +35,8 @@ from benchmarks.experiments.pareto import interpolated
 from benchmarks.records import Records, exit_status
 from benchmarks.tables import aligned
 from benchmarks.tradeoff_drawn import backpropagate
+from benchmarks.tradeoff_gates import Drift, LossGate
+from benchmarks.tradeoff_local import LocalPrefix
 from benchmarks.tradeoff_replayed import Outputs
 from benchmarks.tradeoff_ways import WAYS, Way
 from localsgd_ext import trace_layers
@@ -66,13 +68,20 @@ class Run:
         self.optimizer = torch.optim.SGD(self.groups, lr=lr, momentum=0.9, weight_decay=5e-4)
         self.freeze = PrefixFreeze(self.model, self.plan, optimizers=[self.optimizer], keep_state=True)
         self._random = random.Random(seed)
-        self._costs: dict[tuple[int, int], float] = {}
+        self._costs: dict[tuple[int, int, int], float] = {}
         self._outputs = Outputs(self.model)
         self._drawn_costs: dict[int, float] = {}
         self._held: dict[Tensor, Tensor] = {}
         self._average: dict[Tensor, Tensor] = {}
+        self._gate = LossGate(way.every) if way.by_loss else None
+        self._due = 0.0  # mini-batches for the prefix to learn from
+        self._still = 0
+        self._loss = 0.0  # of the last step
+        self._local = LocalPrefix(self.model, self.plan.layers, way.rule, way.rule_lr, way.supervision) if way.rule else None
 
     def boundary(self, epoch: int) -> int:
+        if self.way.growth == "drift":
+            return min(self._still, math.floor(self.way.l_max * len(self.plan)), len(self.plan) - 1)
         return self.way.boundary(epoch, self.epochs, len(self.plan))
 
     def prefix(self, boundary: int) -> list[Tensor]:
@@ -81,9 +90,14 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         total, step, before = 0.0, 0, 0
+        probe = next(iter(self.data.train(0)))[0]
+        drift = Drift(self.model, self.plan.layers, probe, self.way.drift) if self.way.growth == "drift" else None
         for epoch in range(self.epochs):
             self.model.train()
             boundary = self.boundary(epoch)
+            losses = 0.0
+            if self._local:
+                self._local.begin_epoch(self.plan.layers[:boundary])
             if self.way.averaged and boundary > before:
                 self._enter_averaged(before, boundary)
             before = boundary
@@ -93,15 +107,22 @@ class Run:
             for x, y in batches:
                 self._set_lr(step / self.data.steps)
                 total += self._step(x, y, step, boundary, begin)
+                losses += self._loss
                 step += 1
+            if self._local:
+                self._local.end_epoch(losses / self.data.steps)
+            if drift:
+                self._still = drift.end_epoch()
+                total += self._forward_cost(probe)
         return {"accuracy": self._accuracy(), "multiply_adds": total}
 
     def _step(self, x: Tensor, y: Tensor, step: int, boundary: int, begin: int = 0) -> float:
         """Returns its multiply-adds. ``x``: what module ``begin`` takes."""
         if self.way.drawn and boundary:
             return self._drawn(x, y, *self._whole_modules(boundary))
-        cut = self.way.cut(step, boundary)
-        cost = self._cost(cut, x, begin)
+        cut = 0 if self._falls_due(boundary) else self.way.cut(step, boundary)
+        local = self._local.begin_step(cut == boundary) if self._local else ()
+        cost = self._cost(cut, x, begin, local)
         inside = 0
         if self.way.sliced:
             inside, boundary = self._whole_modules(boundary)
@@ -111,12 +132,17 @@ class Run:
             self.freeze.set_boundary(0)
             logits = self._sliced(x, inside)
         else:
-            self.freeze.set_boundary(cut)
+            self.freeze.set_boundary(0 if self._gate else cut)
             logits = nn.Sequential(*list(self.model)[begin:])(x)
         loss = F.cross_entropy(logits, y)
+        self._loss = loss.item()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
         prefix = self.prefix(boundary)
+        if self._gate and not self._gate.opens(self._loss) and boundary:
+            loss.backward(inputs=list(set(self.parameters.values()) - set(prefix)))  # type: ignore[no-untyped-call]
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+            cost = self._cost(0, x) if self._gate else cost
         if (cut < boundary or inside) and self.way.power:
             torch._foreach_mul_([p.grad for p in prefix if p.grad is not None], self.way.every**self.way.power)
         if self.way.held:
@@ -131,6 +157,16 @@ class Run:
                 for p in self.parameters.values():
                     self._average.setdefault(p, p.detach().clone()).lerp_(p, 1 - AVERAGE)
         return cost
+
+    def _falls_due(self, boundary: int) -> bool:
+        """Whether it is time for the prefix to learn, where that becomes rarer."""
+        if not self.way.rarer or not boundary:
+            return False
+        self._due += self.optimizer.param_groups[-1]["lr"] / (self.lr * self.way.every)
+        if self._due < 1 - 1e-9:
+            return False
+        self._due -= 1
+        return True
 
     def _sliced(self, x: Tensor, inside: int) -> Tensor:
         """The logits; of the first ``inside`` modules only the first pictures' activations are kept for the backward pass.
@@ -162,19 +198,26 @@ class Run:
                 self._drawn_costs[boundary] = counted.total
         return self._drawn_costs[boundary]
 
-    def _cost(self, cut: int, x: Tensor, begin: int = 0) -> float:
-        """Multiply-adds of a step whose layers learn from ``cut`` on and that begins with module ``begin``; counted once, on a copy."""
-        if (cut, begin) not in self._costs:
+    def _cost(self, cut: int, x: Tensor, begin: int = 0, local: Sequence[str] = ()) -> float:
+        """Multiply-adds of a step whose layers learn from ``cut`` on, ``local`` ones by a local step, and that begins with module
+        ``begin``; counted once, on a copy."""
+        if (cut, begin, len(local)) not in self._costs:
             model = copy.deepcopy(self.model)
             parameters = dict(model.named_parameters())
             for name in self.plan.prefix(self.plan.parameters, cut):
                 parameters[name].requires_grad_(False)
             for name in self.plan.parameters.keys() - set(self.plan.prefix(self.plan.parameters, cut)):
                 parameters[name].requires_grad_(True)
-            with multiply_adds(model) as counted:
+            with multiply_adds(model, local) as counted:
                 nn.Sequential(*list(model)[begin:])(x)
-            self._costs[cut, begin] = counted.total
-        return self._costs[cut, begin]
+            self._costs[cut, begin, len(local)] = counted.total
+        return self._costs[cut, begin, len(local)]
+
+    def _forward_cost(self, x: Tensor) -> float:
+        model = copy.deepcopy(self.model).requires_grad_(False)
+        with multiply_adds(model) as counted:
+            model(x)
+        return counted.total
 
     def _whole_modules(self, boundary: int) -> tuple[int, int]:
         """The network's first modules that hold layers of the prefix only: how many they are, and how many layers."""
@@ -187,6 +230,8 @@ class Run:
     def _set_lr(self, epoch: float) -> None:
         """Once per epoch, as a scheduler would; a layer's own, where it is annealed, in every step."""
         whole = self.lr * (1 + math.cos(math.pi * math.floor(epoch) / self.epochs)) / 2
+        if self.way.hotter:
+            whole /= math.sqrt(1 - self.boundary(math.floor(epoch)) / len(self.plan))
         for group in self.optimizer.param_groups:
             group["lr"] = whole
             end = next((e for e in range(self.epochs) if self.boundary(e) >= (group["boundary"] or math.inf)), None)

@@ -279,13 +279,15 @@ struct Strip : Lanes<T, Acc, kBytes, kStride> {
 
 template <typename T, typename Acc, int kBytes, int kStride>
 LOCALSGD_INLINE void plane_strips(const Sweep<Acc>& w, const Plane<T>& x, const Plane<T>& z, Acc* sums) {
-    constexpr int64_t kBand = 512; // elements of a row of z, times rows: what is read stays near what was read before
     using Base = Lanes<T, Acc, kBytes, kStride>;
+    // Elements of a row of z, times rows: what is read stays near what was read before. Less where x has four times as many.
+    constexpr bool kFar = kStride == 2 && !Base::kConverts;
+    constexpr int64_t kBand = kFar ? 112 : 512, kLeastRows = kFar ? 2 : 4;
     typename Base::V sum[3][3];
     for (int i = 0; i < 9; ++i) sum[i / 3][i % 3] = Base::read(sums + i * Base::kCount);
     Strip<T, Acc, kBytes, kStride> strip{{}, w, x, z, sum};
     const int64_t rows = kStride == 1 ? w.g.input[1] : w.g.output[1];
-    const int64_t band = std::max<int64_t>(kBand / w.g.output[2], 4);
+    const int64_t band = std::max<int64_t>(kBand / w.g.output[2], kLeastRows);
     for (int64_t begin = 0; begin < rows; begin += band) strip.add_rows(begin, std::min(rows, begin + band));
     for (int i = 0; i < 9; ++i) Base::write(sums + i * Base::kCount, sum[i / 3][i % 3]);
 }

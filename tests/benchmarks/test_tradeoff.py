@@ -64,7 +64,7 @@ def test_sgd_is_torch_s_own(epochs: float, pictures: data.Data) -> None:
     for theirs, mine in zip(model.parameters(), ours.model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     # Forward, gradient of the weight, and gradient of the input but for the first layer; no activations' sizes are assumed.
-    whole = ours._costs[0, 0]
+    whole = ours._costs[0, 0, 0]
     assert row["multiply_adds"] == steps * whole
 
 
@@ -201,6 +201,18 @@ def test_an_annealed_layer_s_rate_is_zero_when_it_enters(pictures: data.Data) ->
     assert rates[2][0] == 0
     assert rates[3][1] == 0
     assert rates[3][-1] == pytest.approx(0.015)  # the last layer never enters: the run's cosine
+
+
+def test_the_other_layers_rate_grows_with_the_prefix(pictures: data.Data) -> None:
+    ours, plain = run(Way("linear", l_max=0.75, hotter=True), pictures), run(Way("linear", l_max=0.75), pictures)
+    layers = len(ours.plan)
+    for epoch in range(4):
+        ours._set_lr(epoch + 0.5)
+        plain._set_lr(epoch + 0.5)
+        left = layers - ours.boundary(epoch)
+        expected = plain.optimizer.param_groups[-1]["lr"] * (layers / left) ** 0.5
+        assert ours.optimizer.param_groups[-1]["lr"] == pytest.approx(expected)
+    assert left < layers
 
 
 def test_runs_end_to_end_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -224,9 +224,8 @@ double depthwise_us(const Query& q) {
     const bool strips =
         g.kernel[1] == 3 && g.kernel[2] == 3 && g.stride[1] == g.stride[2] && g.stride[2] <= 2 && g.dilation[1] == 1;
     if (strips && bf16) convert = 0;
-    const bool float_runs = zen4(q) && !bf16 && q.x_kind != Kind::f64 && PlaneRuns<float>::fit(g);
-    const bool runs = float_runs || (dots && PlaneRuns<BFloat16>::fit(g));
-    const double longer = !zen4(q) ? 1 : float_runs ? 1.4 : runs ? 1.25 : strips && bf16 ? 2.6 : 1.6; // as measured
+    const bool runs = zen4(q) && PlaneRuns<float>::fit(g) && (dots || (!bf16 && q.x_kind != Kind::f64));
+    const double longer = !zen4(q) ? 1 : runs ? 1.2 : strips && bf16 ? 2.6 : 1.6; // as measured
     const double plane_us = q.cpu.wide && tiny(g) && !runs ? 35e-3 : 20e-3;
     const double short_runs = (z_planes * plane_us + rows * (runs ? 0 : strips ? 1e-3 : 2e-3)) / q.threads;
     return longer * taps * (strided(g) && !strips ? 1.4 : 1) * (memory_us(q, operand_bytes(q), 25e3) + short_runs) + convert +

@@ -119,13 +119,13 @@ std::vector<Meeting> meetings(const Geometry& g) {
 
 template <typename Acc>
 void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t channel_end, Acc* d) {
-    constexpr int64_t kTogether = 1024;    // elements of z: what is summed in lanes, before they are added up in double
+    constexpr int64_t kTogether = 4096;    // elements of z: what is summed in lanes, before they are added up in double
     constexpr int64_t kMostChannels = 32;  // of an image, one after another as they lie in memory,
     constexpr int64_t kSumsInCache = 4096; // while their sums stay in the first-level cache
     const Geometry& g = a.geometry;
     const Sweep<Acc> columns(g);
     // Pairs swept together: for what begins a sweep, and no more copies than stay in the cache.
-    const int64_t most_pairs = std::clamp<int64_t>(2 * kTogether / g.image_positions(), 1, 16);
+    const int64_t most_pairs = std::clamp<int64_t>(2048 / g.image_positions(), 1, 16);
     Planes<Acc> x_planes(a.x, a.x_kind, a.x_strides, g.batch, g.in_channels, g.input, columns.before, columns.after,
                          most_pairs + 1); // a plane of x may meet planes of z in two sweeps
     Planes<Acc> z_planes(a.z, a.z_kind, a.z_strides, g.batch, g.out_channels, g.output, 0, kMostLanes<Acc>, most_pairs);
@@ -148,18 +148,6 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
     Pairs<BFloat16, Acc> in_bf16;
     int64_t x_slot = 0;
     const auto sweep = [&] {
-        if constexpr (std::is_same_v<Acc, float>) {
-            if (dots) {
-                for (const Pair<BFloat16, float>& pair : in_bf16) dots->add(pair.x.data, pair.z.data, pair.sums);
-                in_bf16.clear();
-            }
-            if (runs)
-                std::erase_if(pairs, [&](const Pair<float, float>& pair) {
-                    const bool gapless = pair.x.pitch == g.output[2] && pair.z.pitch == g.output[2];
-                    if (gapless) runs->add(pair.x.data, pair.z.data, pair.sums);
-                    return gapless;
-                });
-        }
         wide ? sweep_wide(columns, pairs) : sweep_narrow(columns, pairs);
         pairs.clear();
         if constexpr (std::is_same_v<Acc, float>) wide ? sweep_wide(columns, in_bf16) : sweep_narrow(columns, in_bf16);
@@ -180,16 +168,29 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
                         if (static_cast<int64_t>(pairs.size() + in_bf16.size()) == most_pairs) sweep();
                         const int64_t of_z = z_planes.start_of(n, (first + c) * multiplier + j, p0);
                         Acc* const to = in_lanes.data() + ((c * multiplier + j) * g.kernel[0] + r) * in_plane;
-                        if (dots || (bf16 && x_planes.in_place(of_x) && z_planes.in_place(of_z))) {
-                            in_bf16.push_back(
-                                {x_planes.template there<BFloat16>(of_x), z_planes.template there<BFloat16>(of_z), to});
+                        const Pair<BFloat16, Acc> there{x_planes.template there<BFloat16>(of_x),
+                                                        z_planes.template there<BFloat16>(of_z), to};
+                        if constexpr (std::is_same_v<Acc, float>)
+                            if (dots) {
+                                dots->add(there.x.data, there.z.data, to);
+                                continue;
+                            }
+                        if (bf16 && x_planes.in_place(of_x) && z_planes.in_place(of_z)) {
+                            in_bf16.push_back(there);
                             continue;
                         }
                         if (!x.data) {
                             x_slot = (x_slot + 1) % (most_pairs + 1);
                             x = x_planes.at(of_x, x_slot);
                         }
-                        pairs.push_back({x, z_planes.at(of_z, pairs.size()), to});
+                        const Plane<Acc> z = z_planes.at(of_z, pairs.size());
+                        if constexpr (std::is_same_v<Acc, float>)
+                            if (runs && x.pitch == g.output[2] && z.pitch == g.output[2]) {
+                                if (!pairs.empty()) sweep(); // whose copies the next ones may take the place of
+                                runs->add(x.data, z.data, to);
+                                continue;
+                            }
+                        pairs.push_back({x, z, to});
                     }
                 }
             }

@@ -5,7 +5,32 @@
 
 namespace localsgd::cuda {
 
-LOCALSGD_DEVICE unsigned load_volatile(const unsigned* p) { return *static_cast<const volatile unsigned*>(p); }
+// An addition that comes after what this thread has written or, before a __syncthreads, its block; and a read before what
+// follows it there: what CUDA's own barriers over grids are made of. Fences do more (they are sequentially consistent), but
+// older GPUs have nothing else.
+LOCALSGD_DEVICE unsigned add_release(unsigned* to, unsigned value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
+    unsigned old;
+    asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(__cvta_generic_to_global(to)), "r"(value)
+                 : "memory");
+    return old;
+#else
+    __threadfence();
+    return atomicAdd(to, value);
+#endif
+}
+LOCALSGD_DEVICE unsigned load_acquire(const unsigned* from) {
+    unsigned value;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(from)) : "memory");
+#else
+    value = *static_cast<const volatile unsigned*>(from);
+    __threadfence();
+#endif
+    return value;
+}
 
 // Only in a cooperative launch: otherwise blocks that wait here may keep those out for which they wait.
 // One block adds 2^31 - (blocks - 1), the others 1 each, so the last arrival flips the top bit and leaves the rest 0: nothing
@@ -14,14 +39,12 @@ LOCALSGD_DEVICE void grid_barrier(unsigned* ticket) {
     __syncthreads();
     if (threadIdx.x == 0) {
         const unsigned step = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u;
-        __threadfence(); // this block's writes come before its arrival
-        const unsigned old = atomicAdd(ticket, step);
-        while (((old ^ load_volatile(ticket)) & 0x80000000u) == 0) {
+        const unsigned old = add_release(ticket, step); // after this block's writes
+        while (((old ^ load_acquire(ticket)) & 0x80000000u) == 0) {
 #if defined(LOCALSGD_EMULATION)
             emulation::backoff();
 #endif
         }
-        __threadfence(); // and the others' arrivals before its reads
     }
     __syncthreads();
 }

@@ -37,7 +37,7 @@ HERE = Path(__file__).parent
 EQUIVALENTS = HERE / "equivalent_mutants.toml"
 
 STATEMENTS = re.compile(r"(?:__syncthreads|__syncwarp|grid_barrier|cp_async_commit|cp_async_wait<[^;{}]*?>)\([^;{}]*?\);")
-SPIN = re.compile(r"while \((?=.*load_volatile)")
+SPIN = re.compile(r"while \((?=.*load_acquire)")
 COMPARISON = re.compile(r" (<=|>=|<|>) ")
 MINIMUM = re.compile(r"(?<![\w:.])min\(")  # not the host's std::min
 

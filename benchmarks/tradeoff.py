@@ -90,8 +90,10 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         total, step, before = 0.0, 0, 0
-        probe = next(iter(self.data.train(0)))[0]
-        drift = Drift(self.model, self.plan.layers, probe, self.way.drift) if self.way.growth == "drift" else None
+        drift = None
+        if self.way.growth == "drift":
+            probe = next(iter(self.data.train(0)))[0]
+            drift = Drift(self.model, self.plan.layers, probe, self.way.drift)
         for epoch in range(self.epochs):
             self.model.train()
             boundary = self.boundary(epoch)

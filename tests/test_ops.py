@@ -261,14 +261,22 @@ def test_empty_batch_has_no_correlation(case: Case) -> None:
         assert not d.any()
 
 
-@pytest.mark.parametrize("where", ["one tap", "unread", "last column"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", ["one tap", "unread", "last column", "first row", "last row"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("algorithm", ["depthwise", "direct"])
-def test_a_bad_number_reaches_exactly_the_taps_that_read_it(algorithm: str, layout: str, value: float, where: str) -> None:
+def test_a_bad_number_reaches_exactly_the_taps_that_read_it(
+    algorithm: str, layout: str, value: float, where: str, dtype: torch.dtype
+) -> None:
     """Vectors longer than a row must not let a neighbour's Inf in: 0 * Inf is NaN."""
     touched = torch.zeros(4, 1, 3, 3, dtype=torch.bool)
-    if where == "last column":  # 11: read by column 2 of the kernel only, but beside what the others read last
+    row = 5  # 1 * 5 + 0, and in reach of all three rows where the stride is 1
+    if where in ("first row", "last row"):  # 0 and 11: one row of the kernel would read them from beyond z
+        case, column = Case("", (1, 4, 12, 12), (4, 1, 3, 3), padding=1, groups=4), 7
+        row = 0 if where == "first row" else 11
+        touched[2, 0, slice(0, 2) if row == 0 else slice(1, 3)] = True
+    elif where == "last column":  # 11: read by column 2 of the kernel only, but beside what the others read last
         case, column = Case("", (1, 4, 12, 12), (4, 1, 3, 3), groups=4), 11
         touched[2, 0, :, 2] = True
     else:  # columns 3, 4, 8 and 9 are never read; 6 is 1 * 5 + 1
@@ -276,8 +284,8 @@ def test_a_bad_number_reaches_exactly_the_taps_that_read_it(algorithm: str, layo
         touched[2, 0, 0, 1] = where == "one tap"
     x, weight, _ = case.sample(FP64)
     z = torch.randn_like(case.forward(x, weight, None))
-    x[0, 2, 5, column] = value  # row 5: 1 * 5 + 0, and in reach of all three rows where the stride is 1
-    x, z = with_layout(x.float(), layout, case), with_layout(z.float(), layout, case)
+    x[0, 2, row, column] = value
+    x, z = with_layout(x.to(dtype), layout, case), with_layout(z.to(dtype), layout, case)
     d = ops.correlation(x, z, weight.float(), algorithm=algorithm, **case.arguments)
     if algorithm == "depthwise" and ops._C.gpu == "cpu":  # emulated: see the kernel's add_tile
         spread = touched.any(-1, keepdim=True).expand_as(touched)

@@ -224,7 +224,7 @@ double depthwise_us(const Query& q) {
     const bool strips =
         g.kernel[1] == 3 && g.kernel[2] == 3 && g.stride[1] == g.stride[2] && g.stride[2] <= 2 && g.dilation[1] == 1;
     if (strips && bf16) convert = 0;
-    const bool runs = zen4(q) && PlaneRuns<float>::fit(g) && (dots || (!bf16 && q.x_kind != Kind::f64));
+    const bool runs = zen4(q) && runs_fit(g) && (dots || (!bf16 && !is_wide(q)));
     const double longer = !zen4(q) ? 1 : runs ? 1.2 : strips && bf16 ? 2.6 : 1.6; // as measured
     const double plane_us = q.cpu.wide && tiny(g) && !runs ? 35e-3 : 20e-3;
     const double short_runs = (z_planes * plane_us + rows * (runs ? 0 : strips ? 1e-3 : 2e-3)) / q.threads;

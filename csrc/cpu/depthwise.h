@@ -20,7 +20,8 @@ struct DepthwiseArgs {
     const void* z;
     Kind z_kind;
     Strides z_strides;
-    bool dots; // x and z of bf16 by AVX-512's dot products, which the CPU must have, where they fit (depthwise_dots.h)
+    bool dots; // x and z of bf16 by AVX-512's dot products, which the CPU must have, where they fit (depthwise_dots.h,
+               // plane_runs.h)
 };
 
 // D[k, taps] of the channels [channel_begin, channel_end) and their outputs, complete.

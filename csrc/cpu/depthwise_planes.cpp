@@ -132,11 +132,11 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
     const std::vector<Meeting> all = meetings(g);
     const bool bf16 = std::is_same_v<Acc, float> && a.x_kind == Kind::bf16 && a.z_kind == Kind::bf16 && in_strips(g);
     const auto dense = [&](const Strides& s) { return s.space[2] == 1 && s.space[1] == g.output[2]; };
-    const bool wide = has_wide_registers(), fit = PlaneRuns<float>::fit(g);
+    const bool wide = has_wide_registers(), fit = runs_fit(g);
     std::optional<PlaneRuns<BFloat16>> dots;
     if (bf16 && fit && a.dots && dense(a.x_strides) && dense(a.z_strides)) dots.emplace(g);
     std::optional<PlaneRuns<float>> runs;
-    if (std::is_same_v<Acc, float> && fit && wide) runs.emplace(g);
+    if (std::is_same_v<Acc, float> && fit && wide && !dots) runs.emplace(g);
     const bool wide_sums = wide || dots;
     const int64_t lanes = (wide_sums ? kWideBytes : kNarrowBytes) / sizeof(Acc), in_plane = g.kernel[1] * g.kernel[2] * lanes;
     const int64_t multiplier = g.out_per_group(), in_channel = multiplier * g.taps();
@@ -186,7 +186,8 @@ void depthwise_planes(const DepthwiseArgs& a, int64_t channel_begin, int64_t cha
                         const Plane<Acc> z = z_planes.at(of_z, pairs.size());
                         if constexpr (std::is_same_v<Acc, float>)
                             if (runs && x.pitch == g.output[2] && z.pitch == g.output[2]) {
-                                if (!pairs.empty()) sweep(); // whose copies the next ones may take the place of
+                                if (!pairs.empty() || !in_bf16.empty())
+                                    sweep(); // whose copies the next ones may take the place of
                                 runs->add(x.data, z.data, to);
                                 continue;
                             }

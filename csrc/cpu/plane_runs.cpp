@@ -15,8 +15,7 @@ uint32_t bits_of(int64_t first, int64_t lanes, int64_t begin, int64_t end) {
 
 } // namespace
 
-template <typename T>
-bool PlaneRuns<T>::fit([[maybe_unused]] const Geometry& g) {
+bool runs_fit([[maybe_unused]] const Geometry& g) {
 #ifndef LOCALSGD_HAS_TILES
     return false;
 #else
@@ -47,8 +46,8 @@ PlaneRuns<T>::PlaneRuns(const Geometry& g) : height_(g.output[1]), width_(g.outp
 
 #ifdef LOCALSGD_HAS_TILES
 
-// Each vector of x, and its neighbours on both sides, meets the three rows of z that read it: z[0] by the upper taps, which lie
-// below.
+// Each vector of x, and its neighbours on both sides, meets the three rows of z that read it: by the upper taps the one below.
+// What is beyond is not multiplied by zero either, which Inf would survive.
 
 template <>
 LOCALSGD_DOTS void PlaneRuns<BFloat16>::add(const BFloat16* x, const BFloat16* z, float* sums) const {
@@ -61,19 +60,27 @@ LOCALSGD_DOTS void PlaneRuns<BFloat16>::add(const BFloat16* x, const BFloat16* z
     for (int64_t i = 0; i < all; i += kLanes) {
         __builtin_prefetch(x + i + kAhead);
         __builtin_prefetch(z + i + kAhead);
-        __m512i xs[3], zs[3];
+        const auto add = [&](int tap, __m512i xs, __m512i zs)
+                             LOCALSGD_DOTS { sum[tap] = _mm512_dpbf16_ps(sum[tap], (__m512bh)xs, (__m512bh)zs); };
         if (inside(i)) {
-            xs[0] = _mm512_maskz_loadu_epi16(sides_[column].left, x + i - 1);
-            xs[1] = _mm512_loadu_si512(x + i);
-            xs[2] = _mm512_maskz_loadu_epi16(sides_[column].right, x + i + 1);
-            for (int r = 0; r < 3; ++r) zs[r] = _mm512_loadu_si512(z + i + (1 - r) * width);
+            const __m512i xs[3] = {_mm512_maskz_loadu_epi16(sides_[column].left, x + i - 1), _mm512_loadu_si512(x + i),
+                                   _mm512_maskz_loadu_epi16(sides_[column].right, x + i + 1)};
+#pragma GCC unroll 16
+            for (int r = 0; r < 3; ++r) {
+                const __m512i zs = _mm512_loadu_si512(z + i + (1 - r) * width);
+#pragma GCC unroll 16
+                for (int s = 0; s < 3; ++s) add(3 * r + s, xs[s], zs);
+            }
         } else {
-            for (int s = 0; s < 3; ++s) xs[s] = _mm512_maskz_loadu_epi16(edge->x[s], x + i + s - 1);
-            for (int r = 0; r < 3; ++r) zs[r] = _mm512_maskz_loadu_epi16(edge->z[r], z + i + (1 - r) * width);
+#pragma GCC unroll 16
+            for (int r = 0; r < 3; ++r) {
+                const __m512i zs = _mm512_maskz_loadu_epi16(edge->z[r], z + i + (1 - r) * width);
+#pragma GCC unroll 16
+                for (int s = 0; s < 3; ++s)
+                    add(3 * r + s, _mm512_maskz_loadu_epi16(edge->x[s] & edge->z[r], x + i + s - 1), zs);
+            }
             ++edge;
         }
-#pragma GCC unroll 16
-        for (int tap = 0; tap < 9; ++tap) sum[tap] = _mm512_dpbf16_ps(sum[tap], (__m512bh)xs[tap % 3], (__m512bh)zs[tap / 3]);
         column += step;
         column -= column >= width ? width : 0;
     }
@@ -92,19 +99,26 @@ LOCALSGD_PACKS void PlaneRuns<float>::add(const float* x, const float* z, float*
     for (int64_t i = 0; i < all; i += kLanes) {
         __builtin_prefetch(x + i + kAhead);
         __builtin_prefetch(z + i + kAhead);
-        __m512 xs[3], zs[3];
         if (inside(i)) {
-            xs[0] = _mm512_maskz_loadu_ps(sides_[column].left, x + i - 1);
-            xs[1] = _mm512_loadu_ps(x + i);
-            xs[2] = _mm512_maskz_loadu_ps(sides_[column].right, x + i + 1);
-            for (int r = 0; r < 3; ++r) zs[r] = _mm512_loadu_ps(z + i + (1 - r) * width);
+            const __m512 xs[3] = {_mm512_maskz_loadu_ps(sides_[column].left, x + i - 1), _mm512_loadu_ps(x + i),
+                                  _mm512_maskz_loadu_ps(sides_[column].right, x + i + 1)};
+#pragma GCC unroll 16
+            for (int r = 0; r < 3; ++r) {
+                const __m512 zs = _mm512_loadu_ps(z + i + (1 - r) * width);
+#pragma GCC unroll 16
+                for (int s = 0; s < 3; ++s) sum[3 * r + s] = _mm512_fmadd_ps(xs[s], zs, sum[3 * r + s]);
+            }
         } else {
+            __m512 xs[3];
             for (int s = 0; s < 3; ++s) xs[s] = _mm512_maskz_loadu_ps(edge->x[s], x + i + s - 1);
-            for (int r = 0; r < 3; ++r) zs[r] = _mm512_maskz_loadu_ps(edge->z[r], z + i + (1 - r) * width);
+#pragma GCC unroll 16
+            for (int r = 0; r < 3; ++r) {
+                const __m512 zs = _mm512_maskz_loadu_ps(edge->z[r], z + i + (1 - r) * width);
+#pragma GCC unroll 16
+                for (int s = 0; s < 3; ++s) sum[3 * r + s] = _mm512_mask3_fmadd_ps(xs[s], zs, sum[3 * r + s], edge->z[r]);
+            }
             ++edge;
         }
-#pragma GCC unroll 16
-        for (int tap = 0; tap < 9; ++tap) sum[tap] = _mm512_fmadd_ps(xs[tap % 3], zs[tap / 3], sum[tap]);
         column += step;
         column -= column >= width ? width : 0;
     }

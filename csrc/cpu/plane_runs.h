@@ -10,15 +10,15 @@
 
 namespace localsgd {
 
+// Whether this compiler knows the instructions and planes of a layer can be swept so: 3x3 taps whose output is of the size of
+// the input.
+bool runs_fit(const Geometry& geometry);
+
 // Of float, with AVX-512; of BFloat16, by its dot products of pairs of pixels (see depthwise_dots.h). The CPU must have them.
 template <typename T>
 class PlaneRuns {
   public:
     static constexpr int64_t kLanes = 64 / sizeof(T); // pixels at once
-
-    // Whether this compiler knows the instructions and planes of a layer can be swept so: 3x3 taps whose output is of the size
-    // of the input.
-    static bool fit(const Geometry& geometry);
 
     explicit PlaneRuns(const Geometry& geometry);
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -112,6 +113,28 @@ def test_a_sign_steps_back() -> None:
     assert float((two - start).norm()) == pytest.approx(2, rel=0.05)
     local.epoch(3.0)
     assert float((local.layer.weight.detach() - start).norm()) == pytest.approx(1, rel=0.1)
+
+
+def test_a_run_goes_by_its_mean_losses(pictures: data.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of epochs with the mean losses 3, 2, 2.5, 2: after the third one the prefix stands still, and its weights are the second's."""
+    ours = Run(Way("jump", l_max=0.5, rule="hebb", rule_lr=0.01, supervision="revert"), 0, 5, 0.03, pictures, "small_vgg")
+    steps, layers, weights = ours.data.steps, len(ours.plan), []
+    means = [3.0, 2.0, 2.5, 2.0, 1.0]
+    step = Run._step
+
+    def scripted(self: Run, x: Tensor, y: Tensor, index: int, boundary: int, begin: int = 0) -> float:
+        if index % steps == 0:
+            weights.append(self.parameters["0.weight"].detach().clone())
+        cost = step(self, x, y, index, boundary, begin)
+        self._loss = means[index // steps] + (index % steps - (steps - 1) / 2)
+        return cost
+
+    monkeypatch.setattr(Run, "_step", scripted)
+    total = ours.train()["multiply_adds"]
+    assert [torch.equal(a, b) for a, b in pairwise(weights)] == [False, False, True, True]
+    x = next(iter(pictures.train(0)))[0]
+    half = layers // 2
+    assert total == steps * (4 * ours._cost(half, x, 0, ours.plan.layers[:half]) + ours._cost(half, x))
 
 
 def test_linear_layers_and_layers_behind_the_prefix_stay() -> None:

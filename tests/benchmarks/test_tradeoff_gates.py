@@ -32,7 +32,7 @@ def test_the_gate_opens_for_the_highest_losses() -> None:
     assert sum(opened) == pytest.approx(1000, rel=0.1)
     gate = LossGate(2)
     assert [gate.opens(float(WINDOW - i)) for i in range(WINDOW)] == [i == 0 for i in range(WINDOW)]
-    assert not any(gate.opens(0.0) for _ in range(WINDOW - 1))
+    assert not any(gate.opens(-1.0 - i) for i in range(WINDOW - 1))
     assert gate.opens(0.5)  # the highest by now: what was above it has left the window
 
 

@@ -277,6 +277,20 @@ def test_spills_in_a_main_loop_are_found(tmp_path: Path, architecture: int) -> N
 
 
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a >= 75])
+def test_grid_barriers_release_and_acquire(architecture: int) -> None:
+    """Sequentially consistent fences, of which there would be two a barrier, order more than it needs."""
+    nvdisasm = kernels.triton_tool("nvdisasm")
+    if nvdisasm is None:
+        pytest.skip("needs nvdisasm, which triton brings")
+    compiled = kernels.compile_with_nvrtc(kernels.ROOT / "csrc" / "kernels" / "apply.cu", architecture)
+    listing = subprocess.run([nvdisasm, compiled.path], capture_output=True, text=True, check=True).stdout
+    assert "MEMBAR.SC" not in listing
+    assert "MEMBAR.ALL.GPU" in listing
+    assert "STRONG.SYS" not in listing  # polls
+    assert re.search(r"ATOMG?\.E\.ADD\.STRONG\.GPU", listing)
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a >= 75])
 def test_instructions_are_what_the_disassembler_reads(tmp_path: Path, architecture: int) -> None:
     nvdisasm = kernels.triton_tool("nvdisasm")
     if nvdisasm is None:

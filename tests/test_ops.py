@@ -295,6 +295,21 @@ def test_a_bad_number_reaches_exactly_the_taps_that_read_it(
         assert torch.equal(~d.isfinite(), touched)
 
 
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("z_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_short_planes_with_gaps_between_their_rows(size: int, z_dtype: torch.dtype, x_dtype: torch.dtype) -> None:
+    """Where planes of z have gaps, those near the end of memory are copied and have none: some channels are summed one way, some another."""
+    case = Case("", (3, 40, size, size), (40, 1, 3, 3), padding=1, groups=40)
+    x, weight, _ = case.sample(FP64)
+    z = torch.randn_like(case.forward(x, weight, None))
+    x, z, weight = x.to(x_dtype), z.to(z_dtype), weight.float()
+    wide = torch.full((*z.shape[:-1], size + 3), float("nan"), dtype=z_dtype)
+    wide[..., :size] = z
+    d = ops.correlation(x, wide[..., :size], weight, algorithm="depthwise", **case.arguments)
+    assert relative_error(d, exact(case, x, z, weight, None)) < 1e-5
+
+
 @pytest.mark.parametrize("case", [
     Case("1-d", (1, 2, 1), (4, 1, 3), stride=2, padding=1, groups=2),
     Case("2-d", (2, 4, 5, 2), (8, 4, 3, 3), stride=(1, 3), padding=1),
